@@ -1,0 +1,31 @@
+"""Low-rank pre-training, the metrics that perplexity hides, and Hub publishing for any Hugging Face Trainer."""
+
+from hf_lowrank.attach import attach
+from hf_lowrank.callbacks import SpectralCallback
+from hf_lowrank.callbacks.facts import RunInfo
+from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
+from hf_lowrank.hub.load import from_pretrained, load_report
+from hf_lowrank.hub.push import push
+from hf_lowrank.methods import FullRankConfig, GaLoreConfig, LowRankConfig, SLTrainConfig
+from hf_lowrank.prepare import prepare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "FullRankConfig",
+    "GaLoreConfig",
+    "LowRankConfig",
+    "RunInfo",
+    "SLTrainConfig",
+    "SpectralCallback",
+    "attach",
+    "check_checkpoint",
+    "check_resume",
+    "from_pretrained",
+    "last_checkpoint",
+    "load_report",
+    "prepare",
+    "push",
+    "to_dense",
+]

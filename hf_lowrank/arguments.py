@@ -1,0 +1,210 @@
+"""The recipe's command line: a YAML file of defaults, flags over it, and one-line errors before anything is written.
+
+`--method` is read first and only that method's fields become flags, since several methods have an `alpha`. Everything
+else that `HfArgumentParser` knows stays as it is: types, help texts, lists.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_lowrank.data import DataArguments
+from hf_lowrank.methods import METHODS, LowRankConfig, get_method
+from hf_lowrank.methods.base import nearest
+
+__all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
+
+METRICS = ("spectral",)
+# of each pair the user means the one on the command line, whatever the YAML file says
+ALTERNATIVES = (("dataset_name", "dataset_path"), ("model_size", "model_config"))
+SECRETS = ("hub_token", "push_to_hub_token")
+
+
+@dataclass
+class RecipeArguments:
+    """Flags of the recipe beside TrainingArguments, the data's and the method's own."""
+
+    method: str = field(default="galore", metadata={"help": "Pre-training method."})
+    model_size: str | None = field(
+        default=None, metadata={"help": "tiny, 60m, 130m, 350m or 1b: the study's Llama sizes (default: tiny)."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "Instead of a size: folder, JSON file or Hub repo of a transformers config."}
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Sequences in one optimizer step over all processes; sets the gradient accumulation."},
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: list(METRICS), metadata={"help": "Metrics during training: spectral, or none."}
+    )
+    metrics_every: int = field(default=500, metadata={"help": "Optimizer steps between two measurements."})
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads a process on a CPU (default: its share of the cores; accelerate launch sets one)."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew where the output folder holds a run: the old run is removed."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, as the Hub names it."})
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in (*METRICS, "none"):
+                known = [*METRICS, "none"]
+                raise ValueError(f"--metrics {name}{nearest(name, known)}: the metrics are {', '.join(known)}")
+        for name in ("metrics_every", "total_batch_size", "cpu_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: give 1 or more")
+        if self.model_size and self.model_config:
+            raise ValueError("--model_size and --model_config exclude each other: drop one")
+
+
+@dataclass
+class Recipe:
+    """Everything a recipe was told.
+
+    Attributes:
+        recipe, data, method, training: the four parts.
+        source: the YAML file that the defaults came from, None without one.
+        command: the arguments as typed, without secrets.
+    """
+
+    recipe: RecipeArguments
+    data: DataArguments
+    method: LowRankConfig
+    training: TrainingArguments
+    source: Path | None
+    command: list[str]
+
+
+class _Parser(HfArgumentParser):
+    """argparse prints all flags before an error: hundreds of lines here, so an error is one line of its own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _method_flags(config_cls: type[LowRankConfig]) -> type:
+    """The method's fields as a dataclass for the parser, which knows no `list[str] | str`."""
+    flags = []
+    for f in dataclasses.fields(config_cls):
+        kind: Any = list[str] | None if f.name == "target_modules" else f.type
+        flags.append((f.name, kind, field(default=f.default, metadata=dict(f.metadata))))
+    return dataclasses.make_dataclass(f"{config_cls.__name__}Flags", flags)
+
+
+def _method_config(config_cls: type[LowRankConfig], flags: Any) -> LowRankConfig:
+    values = dict(vars(flags))
+    targets = values["target_modules"]
+    if targets is not None and len(targets) == 1:
+        # one word that is no plain name is a regular expression or all-linear
+        values["target_modules"] = targets if re.fullmatch(r"[\w.]+", targets[0]) else targets[0]
+    return config_cls(**values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; give a YAML file of recipe settings, or flags alone")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path}: a recipe is a mapping of names to values, 'method: galore' for example")
+    return values
+
+
+def _default_of(value: Any) -> Any:
+    # argparse converts and checks a default only when it is a string
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def _flag_names(argv: Sequence[str]) -> set[str]:
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def _first_pass(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--model_size", "--model-size")
+    return parser.parse_known_args(argv)[0]
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        name, _, value = word.lstrip("-").partition("=")
+        secret = word.startswith("--") and name.replace("-", "_") in SECRETS
+        if not skip and not secret:
+            kept.append(word)
+        skip = secret and not value
+    return kept
+
+
+def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
+    """Read a recipe's command line.
+
+    Args:
+        argv: arguments without the program's name; a YAML file may come first, its keys are the flags' names.
+        configs: folder of `<size>/<method>.yaml`, taken as the defaults when no YAML file is given.
+
+    Raises:
+        ValueError: unknown method, flag or key (the nearest name is suggested), a value of the wrong type or out of
+            range, a file that is missing or not YAML; one line.
+    """
+    command, argv = _without_secrets(argv), list(argv)
+    first = _first_pass(argv)
+    if argv and not argv[0].startswith("-"):
+        source: Path | None = Path(argv.pop(0))
+        values = _read_yaml(Path(str(source)))
+    else:
+        get_method(first.method or RecipeArguments.method)
+        source = configs / (first.model_size or "tiny") / f"{first.method or RecipeArguments.method}.yaml"
+        source = source if source.is_file() else None
+        values = {} if source is None else _read_yaml(source)
+    typed = _flag_names(argv)
+    for pair in ALTERNATIVES:
+        for mine, other in (pair, pair[::-1]):
+            if mine in typed and other not in typed:
+                values.pop(other, None)
+    config_cls = get_method(str(first.method or values.get("method", RecipeArguments.method)))
+    parts: list[Any] = [RecipeArguments, DataArguments, _method_flags(config_cls), TrainingArguments]
+    parser = _Parser(parts, allow_abbrev=False)
+    known = [action.dest for action in parser._actions]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{source}: unknown key '{key}'{nearest(key, known)}{_other_method(key, config_cls)}")
+    parser.set_defaults(**{key: _default_of(value) for key, value in values.items()})
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    for word in rest:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if word.startswith("-"):
+            raise ValueError(f"unknown flag '{word}'{nearest(name, known)}{_other_method(name, config_cls)}")
+        raise ValueError(f"'{word}' belongs to no flag: a YAML file comes first, values follow their flag")
+    recipe, data, flags, training = parsed
+    return Recipe(recipe, data, _method_config(config_cls, flags), training, source, command)
+
+
+def _other_method(name: str, config_cls: type[LowRankConfig]) -> str:
+    """Says so when a name that is unknown here is a field of another method."""
+    others = [cls.method for cls in METHODS.values() if name in {f.name for f in dataclasses.fields(cls)}]
+    return f": it is a setting of {', '.join(others)}, not of {config_cls.method}" if others else ""
+
+
+def fail(error: BaseException, main_process: bool = True) -> NoReturn:
+    """End the program with one line on standard error and exit code 2."""
+    if main_process:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,166 @@
+"""What a Trainer run was, as the plain data that the report's schema asks for."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from hf_lowrank.methods import FullRankConfig
+from hf_lowrank.prepare import method_of, summary_of
+from hf_lowrank.summary import optimizer_state_bytes
+
+__all__ = ["RunInfo", "peak_memory", "run_facts"]
+
+PACKAGES = ("hf_lowrank", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What Trainer does not know about a run; everything may be left out.
+
+    Attributes:
+        name: of the run; default: the output folder's.
+        data: description of the data, as `hf_lowrank.data` gives it (report.json's `data`).
+        model_size: name of the size, `60m` for example.
+        command: what was typed, word by word, without secrets.
+        license: of the weights, as the Hub names it.
+    """
+
+    name: str | None = None
+    data: dict[str, Any] | None = None
+    model_size: str | None = None
+    command: list[str] | None = None
+    license: str | None = None
+
+
+def _git_commit() -> str | None:
+    """Commit of this package's own checkout; None for an installed copy, whatever repository surrounds it."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        done = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak bytes of this process so far: allocated on the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return {"value": torch.cuda.max_memory_allocated(), "kind": "cuda_allocated"}
+    # Linux counts in KiB, macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"value": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "kind": "process_rss"}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _model_facts(model: Any, info: RunInfo, trained: int, total: int) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    values = {} if config is None else config.to_dict()
+    # the same architecture has the same hash whatever method and library version it is trained with
+    own = {k: v for k, v in values.items() if k not in ("lowrank", "transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+    return {
+        "architecture": getattr(config, "model_type", None) or type(model).__name__,
+        "size": info.model_size,
+        "parameters": total,
+        "parameters_trained": trained,
+        "config_hash": None if config is None else digest,
+    }
+
+
+def _optimizer_facts(trainer: Trainer) -> dict[str, Any]:
+    groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+    first = groups[0] if groups else {}
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return {
+        "name": None if inner is None else type(inner).__name__,
+        "betas": list(first["betas"]) if "betas" in first else None,
+        "eps": first.get("eps"),
+        "weight_decay": max((group.get("weight_decay", 0.0) for group in groups), default=None),
+        "max_grad_norm": trainer.args.max_grad_norm,
+    }
+
+
+def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict[str, Any]:
+    """The report's `run` for the state a Trainer is in.
+
+    Args:
+        trainer: any Trainer, during or after training.
+        info: what Trainer does not know.
+        wall_time_seconds: time spent training, earlier parts of a resumed run included.
+    """
+    args, state = trainer.args, trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    method = method_of(model) or FullRankConfig()
+    summary = summary_of(model, method)
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(next(model.parameters()).dtype)
+    accumulation, world = args.gradient_accumulation_steps, args.world_size
+    measured = None
+    if trainer.optimizer is not None:
+        measured = optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    return {
+        "name": info.name or Path(str(args.output_dir)).resolve().name,
+        "method": method.method,
+        "method_config": method.to_dict(),
+        "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
+        "optimizer_state_bytes": {
+            "predicted": summary.state_bytes,
+            "measured": measured,
+            "adamw": summary.adamw_state_bytes,
+        },
+        "peak_memory_bytes": peak_memory(),
+        "tokens_seen": state.num_input_tokens_seen or None,
+        "flops": state.total_flos or None,
+        "steps": state.global_step,
+        "max_steps": state.max_steps,
+        "seeds": {"seed": args.seed, "data_seed": args.data_seed},
+        "learning_rate": args.learning_rate,
+        "lr_schedule": {
+            "type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "warmup_steps": args.get_warmup_steps(state.max_steps),
+            **(args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}),
+        },
+        "optimizer": _optimizer_facts(trainer),
+        "batch": {
+            "per_device": args.per_device_train_batch_size,
+            "gradient_accumulation": accumulation,
+            "world_size": world,
+            "global_sequences": args.train_batch_size * accumulation * world,
+        },
+        "precision": precision.removeprefix("torch."),
+        "world_size": world,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "hardware": _hardware(),
+        "wall_time_seconds": wall_time_seconds,
+        "command": info.command,
+        "license": info.license,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,207 @@
+"""The report of a run, written as it goes: facts, metrics, figures, card and weights under `publish/`."""
+
+import json
+import logging
+import shlex
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from huggingface_hub import CommitInfo
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_lowrank.callbacks.base import MetricCallback, Record, metrics_folder, read_records
+from hf_lowrank.callbacks.facts import RunInfo, run_facts
+from hf_lowrank.checkpoints import export
+from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.push import push
+from hf_lowrank.metrics.perplexity import mean_loss, perplexity, sequence_losses
+from hf_lowrank.report import ReportError, draw_figures, read_report, write_report
+from hf_lowrank.report.files import replacing
+from hf_lowrank.report.tables import format_bytes, format_count, format_duration
+
+__all__ = ["ReportCallback"]
+
+logger = logging.getLogger(__name__)
+
+LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `publish/` and pushes it; `hf_lowrank.attach` adds it behind the metric callbacks.
+
+    Report and training curve are written at every save; figures, card and weights at the end and before a push. A push
+    that fails is logged with the command that repeats it, and tried again at the next save and at the end; it never
+    ends the training run.
+
+    Args:
+        trainer: the Trainer it is attached to.
+        info: what Trainer does not know about the run.
+        push_strategy: Trainer's `hub_strategy`, or None when nothing is pushed.
+    """
+
+    def __init__(self, trainer: Trainer, info: RunInfo, push_strategy: str | None) -> None:
+        self.trainer = trainer
+        self.info = info
+        self.push_strategy = push_strategy
+        self._earlier_seconds = 0.0
+        self._started = time.monotonic()
+
+    @property
+    def publish(self) -> Path:
+        """The folder that others get."""
+        return Path(str(self.trainer.args.output_dir)) / "publish"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer may have put restored copies in the callbacks' place since they were attached
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, MetricCallback):
+                callback.trainer = self.trainer
+        self._started = time.monotonic()
+        self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
+
+    def _seconds_before(self) -> float:
+        try:
+            return float(read_report(self.publish)["run"]["wall_time_seconds"] or 0.0)
+        except (ReportError, FileNotFoundError):
+            return 0.0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.write_report()
+        if self.push_strategy not in (None, "end"):
+            self.write_all()
+            self.try_push(f"step {state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        records = self._validation_records()
+        if not state.is_world_process_zero:
+            return
+        if records:
+            self._write_records(records)
+        self.write_all()
+        Console().print(self._measured())
+        if self.push_strategy is not None:
+            self.try_push("end of training")
+
+    def _validation_records(self) -> list[Record]:
+        """Validation loss and perplexity with standard errors; every process evaluates its share."""
+        trainer, state = self.trainer, self.trainer.state
+        if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+            return []
+        model = trainer.model
+        assert model is not None
+        training = model.training
+        model.eval()
+        losses, tokens = [], []
+        for batch in trainer.get_eval_dataloader():
+            if "labels" not in batch:
+                return []
+            with trainer.compute_loss_context_manager():
+                found = sequence_losses(model, trainer._prepare_inputs(batch))
+            gathered = trainer.accelerator.gather_for_metrics(found)
+            losses.append(gathered[0].cpu())
+            tokens.append(gathered[1].cpu())
+        model.train(training)
+        loss = mean_loss(torch.cat(losses), torch.cat(tokens))
+        settings = {
+            "sequences": len(torch.cat(losses)),
+            "tokens": int(torch.cat(tokens).sum()),
+            "stderr": "over sequences",
+        }
+        named = {"validation_loss": loss, "perplexity": perplexity(loss)}
+        return [Record(n, e.value, e.stderr, state.global_step, settings, None) for n, e in named.items()]
+
+    def _write_records(self, records: list[Record]) -> None:
+        with replacing(self.publish / "metrics" / "validation.json") as path:
+            path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+
+    def write_report(self) -> None:
+        """Write report.json and the training curve for the state the Trainer is in."""
+        seconds = self._earlier_seconds + time.monotonic() - self._started
+        folder = metrics_folder(str(self.trainer.args.output_dir))
+        curve = pd.DataFrame(self.trainer.state.log_history).reindex(columns=list(LOGGED))
+        curve = curve.groupby("step", as_index=False).first()
+        with replacing(folder / "training.parquet") as path:
+            curve.to_parquet(path, index=False)
+        report = {
+            "schema_version": 1,
+            "run": run_facts(self.trainer, self.info, seconds),
+            "data": self.info.data,
+            "metrics": read_records(folder),
+            "evaluations": [],
+        }
+        write_report(report, self.publish / "report.json")
+
+    def write_all(self, repo_id: str | None = None) -> None:
+        """Write everything that is published: report, weights, figures, card."""
+        self.write_report()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            export(model, self.publish, self.trainer.processing_class)
+        else:
+            logger.warning("%s is no PreTrainedModel: its weights are not published", type(model).__name__)
+        draw_figures(self.publish)
+        write_card(self.publish, repo_id=repo_id or self._repo_id())
+
+    def _repo_id(self) -> str | None:
+        return self.trainer.hub_model_id or self.trainer.args.hub_model_id
+
+    def _measured(self) -> Table:
+        run = read_report(self.publish)["run"]
+        state_bytes, peak = run["optimizer_state_bytes"], run["peak_memory_bytes"]
+        table = Table(title="measured", title_justify="left", show_header=False)
+        for label, text in (
+            ("optimizer state", format_bytes(state_bytes["measured"])),
+            ("predicted", format_bytes(state_bytes["predicted"])),
+            ("AdamW on the dense model", format_bytes(state_bytes["adamw"])),
+            (f"peak memory ({peak['kind']}), refreshes included", format_bytes(peak["value"])),
+            ("tokens seen", format_count(run["tokens_seen"])),
+            ("wall time", format_duration(run["wall_time_seconds"])),
+            ("published folder", str(self.publish)),
+        ):
+            table.add_row(label, text or "unknown")
+        return table
+
+    def try_push(self, commit_message: str) -> None:
+        """Push `publish/`; a failure is logged with the command that does it again."""
+        args = self.trainer.args
+        repo_id = self._repo_id() or Path(str(args.output_dir)).resolve().name
+        try:
+            self.push(commit_message)
+        # whatever the network or the Hub does, the training run goes on
+        except Exception as error:
+            again = shlex.join(["hf-lowrank", "push", str(args.output_dir), "--repo-id", repo_id])
+            logger.warning("push to %s failed (%s): it is repeated by %s", repo_id, type(error).__name__, again)
+
+    def push(
+        self, commit_message: str | None = None, revision: str | None = None, private: bool | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:  # fmt: skip
+        """Push `publish/`, tagged with the step of its report."""
+        args = self.trainer.args
+        return push(
+            self.publish,
+            self._repo_id() or Path(str(args.output_dir)).resolve().name,
+            revision=revision or args.hub_revision,
+            private=args.hub_private_repo if private is None else private,
+            token=token or args.hub_token,
+            commit_message=commit_message,
+        )

@@ -1,0 +1,254 @@
+"""Checkpoints on disk: which are complete, loading them strictly, and a model's dense form.
+
+Trainer's and AutoModel's own loading is not strict, so a state dict of one form enters a model of another without an
+error; everything that is loaded here is checked name by name.
+"""
+
+import json
+import logging
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.prepare import apply_method, method_of, structure_hash
+
+__all__ = [
+    "CheckpointError",
+    "check_checkpoint",
+    "check_resume",
+    "dense_state_dict",
+    "export",
+    "last_checkpoint",
+    "list_checkpoints",
+    "load_model",
+    "to_dense",
+]
+
+logger = logging.getLogger(__name__)
+
+NATIVE_FOLDER = "native"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged, or of another form than asked for."""
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, oldest step first, complete or not."""
+    folder = Path(output_dir)
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run, or None; what is incomplete is skipped with a warning.
+
+    Trainer takes the newest folder whatever is in it, and starts without moments when the optimizer's file is missing.
+    """
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        try:
+            check_checkpoint(checkpoint)
+        except CheckpointError as error:
+            logger.warning("%s: skipped", error)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """`CheckpointError` when a run cannot go on from this folder exactly; the message says what is missing or cut."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give one named checkpoint-<step>")
+    _check_weights(folder)
+    sharded = any(p.is_dir() and p.name.startswith("optimizer") for p in folder.iterdir())
+    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
+        _check_zip(folder / name)
+    random_states = list(folder.glob("rng_state*.pth"))
+    if not random_states:
+        raise CheckpointError(f"{folder} is incomplete: rng_state.pth is missing")
+    for path in random_states:
+        _check_zip(path)
+    state = _read_json(folder / "trainer_state.json")
+    if state.get("global_step") != int(folder.name.rpartition("-")[2] or -1):
+        raise CheckpointError(f"{folder} is damaged: trainer_state.json is of step {state.get('global_step')}")
+
+
+def check_resume(checkpoint: str | Path, model: torch.nn.Module) -> None:
+    """`CheckpointError` when a checkpoint was made with another method or settings than a prepared model has."""
+    saved = _read_json(Path(checkpoint) / "config.json").get("lowrank") or {"method": "fullrank"}
+    mine = json.loads(json.dumps(getattr(model.config, "lowrank", None) or {"method": "fullrank"}))
+    if saved["method"] == mine["method"] == "fullrank":
+        return
+    keys = ["method"] if saved["method"] != mine["method"] else sorted(saved.keys() | mine.keys())
+    changed = [f"{k} is {saved.get(k)!r} there, {mine.get(k)!r} here" for k in keys if saved.get(k) != mine.get(k)]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run ({'; '.join(changed)}): resume with the settings it was made with, "
+            "or start anew in another output folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path.parent} is cut short: {path.name} is no valid JSON ({error})") from None
+
+
+def _check_zip(path: Path) -> None:
+    # torch.save writes a zip file whose directory stands at its end
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path.parent} is cut short: {path.name} ends too early")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
+        names = sorted(set(index.get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{folder}: {SAFE_WEIGHTS_INDEX_NAME} names files outside of its folder")
+        return [folder / name for name in names]
+    return [folder / SAFE_WEIGHTS_NAME]
+
+
+def _check_weights(folder: Path) -> None:
+    if any(p.is_dir() and p.name.startswith("pytorch_model_fsdp") for p in folder.iterdir()):
+        return
+    for path in _weight_files(folder):
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {path.name} is missing")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            try:
+                header = json.loads(file.read(length)) if length < size else None
+            except ValueError:
+                header = None
+        ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
+        if header is None or size < 8 + length + max(ends, default=0):
+            raise CheckpointError(f"{folder} is cut short: {path.name} ends too early")
+
+
+def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
+    """Load a model from a local checkpoint or published folder, every weight accounted for.
+
+    Args:
+        folder: holds config.json and safetensors; a published folder may hold the trainable form in `native/`.
+        dense: the plain transformers model instead of the model as trained.
+
+    Returns:
+        The model in eval mode, on the CPU, in the dtype it was saved in; as trained, bit for bit, unless `dense`.
+
+    Raises:
+        CheckpointError: files are missing or cut, names or shapes do not fit the method that config.json names, or
+            the trainable form is asked for and is not there.
+    """
+    folder = Path(folder)
+    if not dense and (folder / NATIVE_FOLDER / "config.json").is_file():
+        folder = folder / NATIVE_FOLDER
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json: give a checkpoint or a published folder")
+    _check_weights(folder)
+    config = AutoConfig.from_pretrained(folder)
+    noted = getattr(config, "lowrank", None) or {}
+    model_cls = getattr(transformers, (config.architectures or [""])[0], None)
+    model: PreTrainedModel
+    if model_cls is None:
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = model_cls._from_config(config, dtype=config.dtype)
+    method = method_of(model)
+    if method is not None and method.replaces_layers:
+        if noted.get("form") == "native":
+            apply_method(model, method, seed=0)
+        elif not dense:
+            raise CheckpointError(
+                f"{folder} holds the dense form only: load it with dense=True, or fetch native/ as well"
+            )
+    state = {name: tensor for path in _weight_files(folder) for name, tensor in load_file(path).items()}
+    _load_strictly(model, state, folder)
+    if noted:
+        if noted.get("form") == "native" and structure_hash(model) != noted.get("structure"):
+            raise CheckpointError(f"{folder} is damaged: the sparse support does not match its hash in config.json")
+        model.config.lowrank = noted
+    model.eval()
+    return to_dense(model) if dense else model
+
+
+def _load_strictly(model: PreTrainedModel, state: dict[str, Tensor], where: Path) -> None:
+    own = model.state_dict()
+    wrong = [k for k in state.keys() & own.keys() if state[k].shape != own[k].shape]
+    # tied weights are saved under one of their names
+    storage = {k: own[k].data_ptr() for k in own}
+    given = {storage[k] for k in state.keys() & own.keys()}
+    missing = [k for k in own.keys() - state.keys() if storage[k] not in given]
+    unexpected = state.keys() - own.keys()
+    for what, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", wrong)):
+        if names:
+            raise CheckpointError(
+                f"{where} {what} {min(names)} ({len(names)} in all): its weights do not fit the model and method in "
+                "config.json, so nothing was loaded"
+            )
+    model.load_state_dict(state, strict=False)
+
+
+def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain model that computes the same function, under plain transformers' names."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, ReparameterizedLinear):
+            for key in module.state_dict():
+                del state[f"{name}.{key}"]
+            state.update({f"{name}.{key}": tensor for key, tensor in module.dense_state().items()})
+    return state
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """A new plain transformers model that computes the same function; `model` stays as it is.
+
+    Every linear layer is the dense matrix it stands for (for SLTrain (alpha / r) B A + S), rounded to its dtype.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    if getattr(config, "lowrank", None):
+        replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
+        config.lowrank = {**config.lowrank, "form": "dense" if replaced else config.lowrank["form"]}
+    dense = type(model)._from_config(config, dtype=model.dtype)
+    _load_strictly(dense, dense_state_dict(model), Path(model.name_or_path or "the model"))
+    dense.to(model.device)
+    dense.train(model.training)
+    return dense
+
+
+def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None:
+    """Write what others load: dense weights for plain transformers, `native/` where the trained form differs.
+
+    Args:
+        model: the model as trained.
+        publish: folder to write to; made when missing.
+        tokenizer: saved beside the weights when given.
+    """
+    replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
+    (to_dense(model) if replaced else model).save_pretrained(publish)
+    if replaced:
+        model.save_pretrained(publish / NATIVE_FOLDER)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(publish)
+    method = method_of(model)
+    if method is not None:
+        method.save_pretrained(publish)

@@ -1,0 +1,200 @@
+"""What every method's config shares, and the registry that finds a method by its name.
+
+A method is one module in this folder: a dataclass config (its fields carry their help, so that the CLI, the
+recipes and the docs read it from one place) and, for a reparameterisation, its layer. Its class attributes and the
+few hooks below tell `hf_lowrank.prepare` what to do with a model.
+
+Shapes: a target weight is W: (m, n) = (out_features, in_features); r is the rank.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import PushToHubMixin
+
+__all__ = ["CONFIG_NAME", "METHODS", "LowRankConfig", "ReparameterizedLinear", "get_method", "nearest", "register"]
+
+CONFIG_NAME = "lowrank_config.json"
+
+METHODS: dict[str, type["LowRankConfig"]] = {}
+
+C = TypeVar("C", bound=type["LowRankConfig"])
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)` when a known name is close to `name`, otherwise an empty string."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def register(cls: C) -> C:
+    """Class decorator that makes a config findable under its `method` name."""
+    METHODS[cls.method] = cls
+    return cls
+
+
+def get_method(name: str) -> type["LowRankConfig"]:
+    """The config class of the method `name`; `ValueError` with the nearest name when there is none."""
+    if name not in METHODS:
+        known = sorted(METHODS)
+        raise ValueError(f"unknown method '{name}'{nearest(name, known)}; the methods are {', '.join(known)}")
+    return METHODS[name]
+
+
+class ReparameterizedLinear(nn.Module, ABC):
+    """A layer that stands in a linear layer's place and keeps something other than W: (m, n).
+
+    Attributes:
+        in_features, out_features: n and m.
+        fan_in_fan_out: True where the layer it replaced stores W transposed (`Conv1D`), so that the dense form of
+            the model gets its weight the way plain transformers expects it.
+    """
+
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The matrix W: (m, n) this layer multiplies with, detached from the graph."""
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """State of the linear layer that computes the same function, under that layer's own names."""
+        weight = self.dense_weight()
+        state = {"weight": weight.T.contiguous() if self.fan_in_fan_out else weight}
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            state["bias"] = bias.detach()
+        return state
+
+    def fixed_structure(self) -> dict[str, Tensor]:
+        """Buffers that are drawn once and never trained, by name; two layers that differ here are not the same."""
+        return {}
+
+
+@dataclass
+class LowRankConfig(PushToHubMixin):
+    """Base of the methods' configs: a dataclass with PEFT's saving and loading.
+
+    Raises:
+        ValueError: from the constructor, when a field's value makes no sense; the message names the field.
+    """
+
+    method: ClassVar[str]
+    label: ClassVar[str]
+    # arXiv number of the method's paper; None for the baseline
+    paper: ClassVar[str | None] = None
+    # whether the method puts its own layers in the targets' place, and so cannot keep pretrained weights
+    replaces_layers: ClassVar[bool] = False
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": "Layers to change: names or suffixes, a regular expression, or 'all-linear'. "
+            "Default: every Linear and Conv1D inside the repeated decoder blocks."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        targets = self.target_modules
+        listed = isinstance(targets, list | tuple | set) and all(isinstance(name, str) for name in targets)
+        if targets is not None and not isinstance(targets, str) and not listed:
+            raise ValueError(f"target_modules={targets!r}: give a list of names, a regular expression or 'all-linear'")
+        if isinstance(targets, tuple | set):
+            self.target_modules = sorted(targets)
+        rank = getattr(self, "r", None)
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ValueError(f"r={rank!r}: the rank is a whole number of 1 or more, or None for hidden_size / 4")
+
+    # Hooks: what a method does to a model
+
+    def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> ReparameterizedLinear:
+        """The layer that takes the place of `linear` (`Linear` or `Conv1D`); only where `replaces_layers`."""
+        raise NotImplementedError(f"{self.label} leaves the layers as they are")
+
+    def group_options(self, r: int) -> dict[str, Any]:
+        """Keys that mark an optimizer group of targets of rank r; empty where the targets are nothing special."""
+        return {}
+
+    def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """The method's optimizer class and its arguments, or None to leave the choice to `args.optim`."""
+        return None
+
+    def state_elements(self, m: int, n: int, r: int) -> int:
+        """Numbers the optimizer keeps for one target (m, n) of rank r, step counters aside."""
+        return 2 * m * n
+
+    # Saving and loading
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and its fields, ready for JSON."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`; called on the base class it returns the config of the method that is named."""
+        values = dict(values)
+        name = values.pop("method", getattr(cls, "method", None))
+        if name is None:
+            raise ValueError(f"the config names no method; 'method' is one of {', '.join(sorted(METHODS))}")
+        chosen = get_method(name)
+        if not issubclass(chosen, cls):
+            raise ValueError(
+                f"the config is for '{name}', not for {cls.__name__}: use LowRankConfig to load any method"
+            )
+        known = [f.name for f in dataclasses.fields(chosen)]
+        for key in values:
+            if key not in known:
+                raise ValueError(
+                    f"{chosen.__name__} has no field '{key}'{nearest(key, known)}; it has {', '.join(known)}"
+                )
+        return chosen(**values)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write `lowrank_config.json` into a folder; `push_to_hub=True` uploads it as transformers' configs do."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Read a config from a folder or a Hub repo.
+
+        Args:
+            pretrained_model_name_or_path: folder that holds `lowrank_config.json`, or a repo id.
+            **kwargs: passed to `huggingface_hub.hf_hub_download` (revision, token, subfolder, ...).
+
+        Raises:
+            FileNotFoundError: the folder or repo holds no such file.
+            ValueError: the file is no config of a method that is known here.
+        """
+        source = Path(pretrained_model_name_or_path)
+        if source.is_dir():
+            path = source / kwargs.get("subfolder", "") / CONFIG_NAME
+        else:
+            try:
+                path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **kwargs))
+            except EntryNotFoundError:
+                path = source / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{pretrained_model_name_or_path} holds no {CONFIG_NAME}: it was not saved here")
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): save the config again") from error

@@ -1,0 +1,176 @@
+"""`prepare`: put a method on a model, and give Trainer what it needs to train it."""
+
+import hashlib
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear
+from hf_lowrank.optim.plan import Plan, with_plan
+from hf_lowrank.summary import Summary, summarize
+from hf_lowrank.targets import Target, find_targets, hidden_size
+
+__all__ = ["apply_method", "identity", "method_of", "prepare", "resolve_ranks", "summary_of"]
+
+
+def prepare(
+    model: nn.Module, config: LowRankConfig, args: TrainingArguments, *, reinit: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Put a low-rank method on a model, in place.
+
+    Args:
+        model: a model with repeated blocks, usually a `PreTrainedModel` made from a config.
+        config: the method and its settings.
+        args: the Trainer's arguments; learning rate, betas, optimizer and seed come from here.
+        reinit: allow a method that cannot keep weights to replace the layers of a pretrained model.
+
+    Returns:
+        The same model, and the keyword arguments `Trainer` needs beside it. Sizes are printed on the main process.
+
+    Raises:
+        ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
+            weights, or `args.optim` names an optimizer that takes no parameter groups.
+    """
+    if not isinstance(config, LowRankConfig):
+        raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
+    apply_method(model, config, seed=args.seed, reinit=reinit)
+    targets = find_targets(model, config.target_modules)
+    ranks = resolve_ranks(model, config, targets)
+    _guard_loading(model, targets)
+    if args.should_log:
+        Console().print(summarize(model, config, targets, ranks).table())
+    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
+    plan = Plan(model, {name: group for name, group in options.items() if group}, identity(model, config))
+    optimizer_cls, kwargs = config.optimizer(args) or _stock_optimizer(args)
+    return model, {"optimizer_cls_and_kwargs": (with_plan(optimizer_cls), {**kwargs, "plan": plan})}
+
+
+def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: bool = False) -> None:
+    """Change the model's layers as the method asks, and note the method in the model's config.
+
+    Each layer draws from a generator of its own, seeded by `seed` and its name. A model that carries the same method
+    already (loaded as trained) stays as it is.
+
+    Raises:
+        ValueError: as for `prepare`.
+    """
+    targets = find_targets(model, config.target_modules)
+    ranks = resolve_ranks(model, config, targets)
+    present = [t for t in targets if isinstance(t.module, ReparameterizedLinear)]
+    if present:
+        if not config.replaces_layers or len(present) < len(targets) or method_of(model) != config:
+            raise ValueError(
+                f"the model's layers are {type(present[0].module).__name__} already, so {config.label} with these "
+                "settings cannot be put on it: give the config it was made with, or start from its to_dense form"
+            )
+        return
+    if config.replaces_layers:
+        pretrained = any(getattr(p, "_is_hf_initialized", False) for t in targets for p in t.module.parameters())
+        if pretrained and not reinit:
+            raise ValueError(
+                f"{config.label} replaces the layers of a pretrained model and cannot keep their weights: pass "
+                "reinit=True to train them from scratch, or make the model from its config"
+            )
+        for target in targets:
+            digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            model.set_submodule(target.name, config.replace_layer(target.module, ranks[target.name], generator))
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        model_config.lowrank = {**config.to_dict(), "form": "native", "structure": structure_hash(model)}
+
+
+def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]) -> dict[str, int]:
+    """Target name -> rank; empty for a method without ranks.
+
+    An explicit `r` must fit every target. The default, a quarter of the hidden size, is cut to the shorter side of a
+    layer that is smaller still (grouped-query attention has such), since nobody chose it for that layer.
+
+    Raises:
+        ValueError: `r` exceeds a layer's shorter side, or there is no default since the model tells no hidden size.
+    """
+    if not hasattr(config, "r"):
+        return {}
+    if config.r is None:
+        size = hidden_size(model)
+        if size is None:
+            raise ValueError(f"{type(config).__name__}(r=None): the model's config has no hidden_size, so give r")
+        return {t.name: min(max(size // 4, 1), t.rows, t.cols) for t in targets}
+    for target in targets:
+        if config.r > min(target.rows, target.cols):
+            raise ValueError(
+                f"r={config.r} is above min(m, n) = {min(target.rows, target.cols)} of layer {target.name} "
+                f"({target.rows} x {target.cols}): lower r, or leave the layer out with target_modules"
+            )
+    return {target.name: config.r for target in targets}
+
+
+def method_of(model: nn.Module) -> LowRankConfig | None:
+    """The method noted in a model's config, None where there is none."""
+    noted = getattr(getattr(model, "config", None), "lowrank", None)
+    if not noted:
+        return None
+    return LowRankConfig.from_dict({k: v for k, v in noted.items() if k not in ("form", "structure")})
+
+
+def structure_hash(model: nn.Module) -> str | None:
+    """Hash of everything that a method drew once and never trains (sparse supports); None where there is nothing."""
+    digest, found = hashlib.sha256(), False
+    for name, module in model.named_modules():
+        if isinstance(module, ReparameterizedLinear):
+            for key, tensor in sorted(module.fixed_structure().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+                found = True
+    return digest.hexdigest() if found else None
+
+
+def identity(model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
+    """What two runs must share for one to go on from the other's checkpoint."""
+    values = {**config.to_dict(), "structure": structure_hash(model)}
+    if hasattr(config, "r"):
+        targets = find_targets(model, config.target_modules)
+        values["r"] = sorted(set(resolve_ranks(model, config, targets).values()))
+    return values
+
+
+def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
+    """The sizes that `prepare` showed, from the prepared model alone."""
+    targets = find_targets(model, config.target_modules)
+    return summarize(model, config, targets, resolve_ranks(model, config, targets))
+
+
+def _stock_optimizer(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise ValueError(f"optim='{args.optim}' makes its own parameter groups: use an optimizer such as adamw_torch")
+    return optimizer_cls, kwargs
+
+
+def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
+    """Refuse a state dict of another form where `load_state_dict(strict=False)`, Trainer's way, would half-load it."""
+    expected = {t.name: set(t.module.state_dict()) for t in targets}
+
+    def refuse_other_forms(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, keys in expected.items():
+            start = f"{prefix}{name}."
+            found = {key[len(start) :] for key in state_dict if key.startswith(start)}
+            if found and found != keys:
+                raise ValueError(
+                    f"the checkpoint holds {', '.join(sorted(found))} for layer {name}, which here has "
+                    f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
+                    "it with hf_lowrank.from_pretrained"
+                )
+        for name, layer in module.named_modules():
+            for key, tensor in layer.fixed_structure().items() if isinstance(layer, ReparameterizedLinear) else ():
+                saved = state_dict.get(f"{prefix}{name}.{key}", tensor)
+                if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
+                    raise ValueError(
+                        f"{key} of layer {name} differs from the checkpoint's, which was drawn with another seed or "
+                        "sparsity: resume with the seed and settings of the run that saved it"
+                    )
+
+    model.register_load_state_dict_pre_hook(refuse_other_forms)

@@ -1,0 +1,145 @@
+"""Which layers of a model a method changes and a metric looks at.
+
+The targets are the linear layers (`Linear`, transformers' `Conv1D`, or what a method put in their place) inside the
+model's repeated blocks. Nothing here knows an architecture by its name.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.methods.base import ReparameterizedLinear
+
+__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target layer with weight W: (m, n) = (rows, cols).
+
+    Attributes:
+        name: full module path.
+        module: the layer.
+        rows, cols: m (out_features) and n (in_features).
+        layer: index of the block it is in, None outside of the blocks.
+        kind: its path inside the block (`self_attn.q_proj`), the same in every block.
+    """
+
+    name: str
+    module: nn.Module
+    rows: int
+    cols: int
+    layer: int | None
+    kind: str
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight parameter, for a layer that has one."""
+        return f"{self.name}.weight"
+
+    def dense_weight(self) -> Tensor:
+        """W: (m, n), detached; transposed where the layer stores it so."""
+        if isinstance(self.module, ReparameterizedLinear):
+            return self.module.dense_weight()
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """(m, n) of a linear layer; None for any other module."""
+    if isinstance(module, nn.Linear | ReparameterizedLinear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        n, m = module.weight.shape
+        return m, n
+    return None
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Paths of the outermost module lists that hold linear layers: the repeated blocks."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and any(_shape(m) for m in module.modules()):
+            found.append(name)
+    return found
+
+
+def linear_layers(model: nn.Module) -> list[Target]:
+    """Every linear layer of the model, in the order of its modules."""
+    blocks = _blocks(model)
+    layers = []
+    for name, module in model.named_modules():
+        shape = _shape(module)
+        if shape is None:
+            continue
+        layer, kind = None, name
+        for block in blocks:
+            if name.startswith(block + "."):
+                index, _, kind = name[len(block) + 1 :].partition(".")
+                layer, kind = int(index), kind or type(module).__name__
+        layers.append(Target(name, module, *shape, layer, kind))
+    return layers
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def find_targets(model: nn.Module, target_modules: list[str] | str | None = None) -> list[Target]:
+    """The target layers of a model.
+
+    Args:
+        model: any module; for the default it must have repeated blocks.
+        target_modules: names or suffixes, a regular expression for the full path, `"all-linear"` (all but the
+            output embeddings), or None for every linear layer inside the repeated blocks.
+
+    Raises:
+        ValueError: nothing matches, or one of the names matches nothing; the message lists the linear layers.
+    """
+    layers = linear_layers(model)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if target_modules is None:
+        targets = [layer for layer in layers if layer.layer is not None]
+        wanted = "the repeated blocks"
+    elif target_modules == "all-linear":
+        targets = [layer for layer in layers if layer.module is not head]
+        wanted = "'all-linear'"
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is no regular expression: {error}") from error
+        targets = [layer for layer in layers if pattern.fullmatch(layer.name)]
+        wanted = f"target_modules={target_modules!r}"
+    else:
+        unmatched = [name for name in target_modules if not any(_matches(layer.name, [name]) for layer in layers)]
+        targets = [] if unmatched else [layer for layer in layers if _matches(layer.name, target_modules)]
+        wanted = f"target_modules={unmatched or target_modules!r}"
+    if not targets:
+        there = ", ".join(dict.fromkeys(layer.kind for layer in layers)) or "none"
+        raise ValueError(f"no layer matches {wanted}; the model's linear layers are: {there}")
+    return targets
+
+
+def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
+    """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
+    for target in find_targets(model, target_modules):
+        weight = target.dense_weight()
+        if isinstance(weight, torch.distributed.tensor.DTensor):
+            weight = weight.full_tensor()
+        yield target, weight
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """The model's hidden size as its config tells it, None when it does not."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "hidden_size", None)

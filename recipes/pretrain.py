@@ -1,0 +1,133 @@
+"""Pre-train a causal language model with a low-rank method, watch its spectra, publish the run.
+
+    accelerate launch recipes/pretrain.py                                   # embedded default: no download, CPU
+    accelerate launch recipes/pretrain.py --method sltrain --sparsity 0.05
+    accelerate launch recipes/pretrain.py recipes/configs/60m/galore.yaml --output_dir runs/galore
+
+A YAML file may come first; flags override it. `--help` lists all flags of the chosen `--method`.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.utils import logging as transformers_logging
+
+import hf_lowrank as lr
+from hf_lowrank.arguments import Recipe, fail, parse_recipe
+from hf_lowrank.data import Data, load_data
+from hf_lowrank.models import build_model, model_config, needed_vocabulary
+
+CONFIGS = Path(__file__).parent / "configs"
+# what a run leaves in its folder, and all that --overwrite removes
+RUN_FILES = ("checkpoint-*", "publish", "spectral_snapshots", "*.safetensors", "config.json", "training_args.bin")
+
+
+def use_cores(args: TrainingArguments, threads: int | None) -> None:
+    """On a CPU, give this process its share of the cores: `accelerate launch` leaves each process a single thread."""
+    if args.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+        torch.set_num_threads(threads or max(1, cores // local))
+
+
+def split_batch(args: TrainingArguments, total: int | None) -> None:
+    """Set the batch per device and the gradient accumulation so that one step sees `total` sequences."""
+    if total is None:
+        return
+    world = args.world_size
+    if total % world:
+        raise ValueError(f"--total_batch_size {total} cannot be shared among {world} processes: give a multiple")
+    args.per_device_train_batch_size = min(args.per_device_train_batch_size, total // world)
+    per_step = args.per_device_train_batch_size * world
+    if total % per_step:
+        raise ValueError(
+            f"--total_batch_size {total} is no multiple of {per_step} (--per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} on {world} processes): change one of them"
+        )
+    args.gradient_accumulation_steps = total // per_step
+
+
+def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
+    """The checkpoint to go on from, or None; refuses a folder that holds a run unless told what to do with it."""
+    folder = Path(str(args.output_dir))
+    resume = args.resume_from_checkpoint
+    if resume and overwrite:
+        raise ValueError("--overwrite and --resume_from_checkpoint exclude each other: drop one")
+    if resume and resume.lower() not in ("last", "true"):
+        lr.check_checkpoint(resume)
+        return resume
+    if resume:
+        return lr.last_checkpoint(folder)
+    held = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    if held and not overwrite:
+        raise ValueError(
+            f"{folder} already holds a run ({held[0].name}): pass --resume_from_checkpoint last to go on with it, "
+            "--overwrite to start anew, or another --output_dir"
+        )
+    if args.process_index == 0:
+        for path in held:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
+    """Everything that can go wrong before training: data, model, method, output folder."""
+    args = recipe.training
+    size = recipe.recipe.model_size or "tiny"
+    args.output_dir = args.output_dir or f"runs/{size}-{recipe.method.method}"
+    use_cores(args, recipe.recipe.cpu_threads)
+    split_batch(args, recipe.recipe.total_batch_size)
+    checkpoint = starting_point(args, recipe.recipe.overwrite)
+    data: Data = load_data(recipe.data)
+    config = model_config(
+        recipe.recipe.model_config or size,
+        needed_vocabulary(data.tokenizer),
+        recipe.data.sequence_length,
+        data.tokenizer.eos_token_id,
+    )
+    model, trainer_kwargs = lr.prepare(build_model(config, args.seed), recipe.method, args)
+    if checkpoint is not None:
+        lr.check_resume(checkpoint, model)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+        **trainer_kwargs,
+    )
+    info = lr.RunInfo(
+        name=args.run_name or Path(args.output_dir).name,
+        data=data.description,
+        model_size=None if recipe.recipe.model_config else size,
+        command=["accelerate", "launch", "recipes/pretrain.py", *recipe.command],
+        license=recipe.recipe.license,
+    )
+    metrics = [lr.SpectralCallback(recipe.recipe.metrics_every)] if "spectral" in recipe.recipe.metrics else []
+    lr.attach(trainer, *metrics, run=info)
+    return trainer, checkpoint
+
+
+def main() -> None:
+    """Parse, set up, train; an error before training is one line and exit code 2."""
+    transformers_logging.set_verbosity_warning()
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    try:
+        recipe = parse_recipe(sys.argv[1:], CONFIGS)
+        if main_process and recipe.source is not None:
+            print(f"settings from {recipe.source}")
+        trainer, checkpoint = set_up(recipe)
+    except (ValueError, OSError) as error:
+        fail(error, main_process)
+    if main_process and checkpoint is not None:
+        print(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The report's schema: what it takes, what it refuses and how it says so."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_lowrank.report import (
+    SCHEMA_VERSION,
+    ReportError,
+    metric_entry,
+    read_report,
+    schema,
+    validate_report,
+    write_report,
+)
+
+FULL = Path(__file__).with_name("full_report.json")
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return json.loads(FULL.read_text())
+
+
+def change(report: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    target: Any = report
+    for part in parents:
+        target = target[part]
+    if value is KeyError:
+        del target[last]
+    else:
+        target[last] = value
+
+
+def test_schema_is_itself_valid() -> None:
+    validator = schema._validator()
+    validator.check_schema(validator.schema)
+    assert validator.schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+def test_full_report_is_valid(report: dict[str, Any]) -> None:
+    validate_report(report)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data", None),
+        ("run/tokens_seen", None),
+        ("run/hardware", "one laptop"),
+        ("run/hardware", None),
+        ("run/command", None),
+        ("run/optimizer/betas", (0.9, 0.999)),
+        ("run/optimizer/foreach", True),
+        ("run/wandb_id", "extra facts are welcome"),
+        ("data/source", KeyError),
+        ("data/packing", "truncate and pad"),
+        ("metrics", []),
+        ("metrics/0/step", None),
+        ("evaluations/0/limit", 0.1),
+        ("evaluations/0/task_version", "2.0"),
+    ],
+)
+def test_accepts(report: dict[str, Any], path: str, value: Any) -> None:
+    change(report, path, value)
+    validate_report(report)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("run", KeyError, "run is missing"),
+        ("extra", 1, "extra is not a known field"),
+        ("schema_version", "1", "schema_version: \"?'1'\"? is not 1"),
+        ("run/method", KeyError, "run.method is missing"),
+        ("run/tokens_seen", KeyError, "run.tokens_seen is missing"),
+        ("run/tokens_seen", 1.5, "run.tokens_seen: 1.5 is not of type integer or null"),
+        ("run/steps", "many", "run.steps: 'many' is not of type integer"),
+        ("run/steps", -1, "run.steps: -1 is less than 0"),
+        ("run/steps", True, "run.steps: True is not of type integer"),
+        ("run/name", "  ", "run.name: '  ' is empty"),
+        ("run/model/parameters", None, "run.model.parameters: None"),
+        ("run/optimizer_state_bytes/measured", KeyError, "run.optimizer_state_bytes.measured is missing"),
+        ("run/peak_memory_bytes", 12, "run.peak_memory_bytes: 12"),
+        ("run/command/1", 3, r"run.command\[1\]: 3 is not of type string"),
+        ("run/method_config", [], r"run.method_config: \[\]"),
+        ("run/learning_rate", math.nan, "run.learning_rate: nan is not a finite number"),
+        ("run/method_config/scale", math.inf, "run.method_config.scale: inf is not a finite number"),
+        ("run/method_config/path", Path("x"), "run.method_config.path: .* which JSON does not have"),
+        ("run/method_config", {1: 2}, "run.method_config: the key 1 is not a string"),
+        ("data/name", KeyError, "data.name is missing"),
+        ("data/source", "web", 'data.source: \'web\' is not "hub" or "local" or "embedded" or null'),
+        ("data/sequence_length", 0, "data.sequence_length: 0 is less than 1"),
+        ("metrics/1/value", "0.8", r"metrics\[1\].value: '0.8' is not of type number or null"),
+        ("metrics/1/value", np.float32(0.8), r"metrics\[1\].value: .* is a float32, which JSON does not have"),
+        ("metrics/1/stderr", -0.1, r"metrics\[1\].stderr: -0.1 is less than 0"),
+        ("metrics/1/space", "sparse", r"metrics\[1\].space: 'sparse' is not \"native\""),
+        ("metrics/1/unit", "nats", r"metrics\[1\].unit is not a known field; known: name, value"),
+        ("metrics/1/settings", KeyError, r"metrics\[1\].settings is missing"),
+        ("evaluations/0/task", 3, r"evaluations\[0\].task: 3"),
+        ("evaluations/0/version", 3, r"evaluations\[0\].version is not a known field"),
+    ],
+)
+def test_refuses_by_name_in_one_line(report: dict[str, Any], path: str, value: Any, named: str) -> None:
+    change(report, path, value)
+    with pytest.raises(ReportError, match=f"^here.json: {named}") as error:
+        validate_report(report, where="here.json")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+def test_long_values_are_cut(report: dict[str, Any]) -> None:
+    report["run"]["steps"] = "x\n" * 10_000
+    with pytest.raises(ReportError, match=r"run\.steps: 'x.*\.\.\. is not of type integer$"):
+        validate_report(report)
+
+
+@pytest.mark.parametrize("report", [[], None, "x", 3])
+def test_refuses_what_is_no_object(report: Any) -> None:
+    with pytest.raises(ReportError, match=r"the report: .* is not of type object"):
+        validate_report(report)
+
+
+def test_refuses_newer_version_whatever_else_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION + 1, "new": True}))
+    with pytest.raises(ReportError, match=rf"schema_version {SCHEMA_VERSION + 1} .* {SCHEMA_VERSION}, .*--upgrade"):
+        read_report(path)
+
+
+def test_round_trip(report: dict[str, Any], tmp_path: Path) -> None:
+    publish = tmp_path / "run" / "publish"
+    path = write_report(report, publish / "report.json")
+    assert read_report(path) == read_report(publish) == read_report(tmp_path / "run") == report
+    first = path.read_bytes()
+    write_report(dict(reversed(report.items())), path)
+    assert path.read_bytes() == first, "the order of keys must not matter"
+    assert path.stat().st_mode & 0o077 == (tmp_path / "run").stat().st_mode & 0o066, "others read it as they may"
+
+
+def test_tuples_are_written_as_arrays(report: dict[str, Any], tmp_path: Path) -> None:
+    report["run"]["optimizer"]["betas"] = (0.9, 0.999)
+    write_report(report, tmp_path / "report.json")
+    assert read_report(tmp_path)["run"]["optimizer"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize("failing", ["invalid", "crash"])
+def test_failed_write_leaves_the_old_file(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = write_report(report, tmp_path / "report.json")
+    old = path.read_bytes()
+    changed = copy.deepcopy(report)
+    changed["run"]["name"] = "other"
+    if failing == "invalid":
+        changed["run"]["steps"] = None
+    else:
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises((ReportError, OSError)):
+        write_report(changed, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b'{"schema_version": 1', b"[" * 100_000, b'{"schema_version": 1e400}'],
+    ids=["empty", "cut", "not utf-8", "cut later", "deep", "infinite"],
+)
+def test_corrupt_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ReportError, match=r"report\.json"):
+        read_report(tmp_path)
+
+
+def test_nan_in_a_file_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    report["metrics"][0]["value"] = math.nan
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ReportError, match=r"metrics\[0\]\.value: nan is not a finite number"):
+        read_report(tmp_path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="publish"):
+        read_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        read_report(tmp_path / "nowhere")
+
+
+def test_metric_entry(report: dict[str, Any]) -> None:
+    entry = metric_entry("a/b/c", np.float32(0.5), stderr=np.float64(0.1), step=np.int64(3), space="dense")
+    bad = metric_entry("a/b/c", math.inf, stderr=math.nan, step=3, settings={"k": 5})
+    kept = metric_entry("a/b/c", math.nan, step=None, settings={"note": "diverged"})
+    assert entry == {"name": "a/b/c", "value": 0.5, "stderr": 0.1, "step": 3, "settings": {}, "space": "dense"}
+    assert (bad["value"], bad["stderr"], bad["settings"]) == (None, None, {"k": 5, "note": "not finite: inf"})
+    assert kept["settings"] == {"note": "diverged"}
+    report["metrics"] = [entry, bad, kept]
+    validate_report(report)
+
+
+def test_import_is_light() -> None:
+    # a bare package stands in for hf_lowrank, whose own import loads transformers and with it pandas
+    code = """
+import sys, types
+package = types.ModuleType("hf_lowrank")
+package.__path__ = [sys.argv[1]]
+sys.modules["hf_lowrank"] = package
+import hf_lowrank.report
+sys.exit(f"imported: {loaded}" if (loaded := {"matplotlib", "pandas", "torch"} & set(sys.modules)) else 0)
+"""
+    root = Path(schema.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(root)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
