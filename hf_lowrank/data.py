@@ -1,0 +1,401 @@
+"""Corpora, tokenizer and packing: from a name or a path to rows that a Trainer takes.
+
+A *document* is one text (a file, a JSONL record, a Hub example), a *share* the training or the validation part of
+them, a *row* the `sequence_length` token ids that the model sees. All between documents and rows is `datasets`' own
+machinery: caching, streaming, sharding over workers and processes, and resuming a stream work as its users know them.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+__all__ = ["Data", "DataArguments", "DataError", "load_data", "tokenizer_hash"]
+
+_END_OF_TEXT = "<|endoftext|>"
+# The merges of a few thousand entries are settled long before; more text would only cost minutes at every start.
+_TOKENIZER_CHARACTERS = 20_000_000
+# What does not fill a row at the end of such a lot is dropped: less than one row in 10 000 documents, in exchange for
+# bounded memory and for the same rows whether the data set is streamed or not.
+_PACKED_TOGETHER = 10_000
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
+_NOT_STDLIB_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_TEXT = Features({"text": Value("large_string")})  # offsets of 64 bits, for more than 2 GB
+_IDS = List(Value("int32"))
+_Documents: TypeAlias = Dataset | IterableDataset
+# The splits, and the beginning of a description: name, config, revision_or_hash.
+_Corpus: TypeAlias = tuple[Mapping[str, _Documents], dict[str, str | None]]
+
+
+class DataError(ValueError):
+    """The data a user asked for cannot be had; the message is one line with the thing, the value and the way out."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataArguments:
+    """What to train on and how it is cut into rows, for `HfArgumentParser`; the defaults need no download.
+
+    Raises `DataError` for a value that cannot work, and for two that exclude each other.
+    """
+
+    dataset_name: str | None = _option(None, "Hub data set, or a local folder laid out like one.")
+    dataset_config_name: str | None = _option(None, "Configuration of dataset_name.")
+    dataset_path: str | None = _option(None, "Text, JSON(L) or parquet file, save_to_disk or text-file folder.")
+    dataset_glob: str | None = _option(None, "Files to take from the folder, at any depth (default: *.txt).")
+    text_column: str = _option("text", "Column that holds the text.")
+    streaming: bool = _option(True, "Stream dataset_name instead of downloading it.")
+    tokenizer_name: str | None = _option(None, "Hub name or folder (default: trained on the training share).")
+    vocab_size: int = _option(4096, "Vocabulary of the tokenizer that is trained here.")
+    sequence_length: int = _option(256, "Tokens in a row.")
+    packing: bool = _option(True, "Join documents and cut rows without gaps; false: one a row, cut or padded.")
+    validation_fraction: float = _option(0.02, "Share of the documents held out if there is no validation split.")
+    max_eval_sequences: int | None = _option(None, "Keep only the first so many validation rows (default: all).")
+    split_seed: int = _option(0, "Seed of the split into training and validation.")
+
+    def __post_init__(self) -> None:
+        name, path = self.dataset_name, self.dataset_path
+        if name and path:
+            raise DataError(f"dataset_name {name!r} and dataset_path {path!r} exclude each other: drop one")
+        if self.dataset_config_name and not name:
+            raise DataError(f"dataset_config_name {self.dataset_config_name!r} needs dataset_name: give both or none")
+        if self.dataset_glob is not None and not path:
+            raise DataError(f"dataset_glob {self.dataset_glob!r} needs the folder it is for: give dataset_path")
+        if not 0 < self.validation_fraction <= 0.5:
+            raise DataError(f"validation_fraction {self.validation_fraction} is outside (0, 0.5]: take 0.02, say")
+        lowest = {"sequence_length": 2, "vocab_size": 512, "max_eval_sequences": 1, "split_seed": 0}
+        for option, least in lowest.items():
+            if (value := getattr(self, option)) is not None and value < least:
+                raise DataError(f"{option} {value} is too small: take {least} or more")
+
+
+@dataclass
+class Data:
+    """Rows for a Trainer with `transformers.default_data_collator`, and the fingerprint of all that made them.
+
+    The columns are `input_ids` and `labels`, and without packing `attention_mask`, each `sequence_length` long.
+    `description` is ready for JSON; `load_data` lists its keys.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    description: dict[str, Any]
+
+
+def load_data(arguments: DataArguments) -> Data:
+    """Read the corpus, hold out validation documents, get the tokenizer and make the rows.
+
+    Where the source has no validation split, `validation_fraction` of the documents is drawn by `split_seed`; of a
+    stream, whose length is unknown, the first 1000 documents are taken. Verbatim copies of held-out documents are not
+    trained on either. A stream keeps its stored order. Every call and every process gets the same rows.
+
+    `description` has the keys name, config, revision_or_hash, tokenizer_name, tokenizer_hash, sequence_length,
+    packing, train_sequences (None for a stream), validation_sequences, validation_tokens (without padding) and
+    split_seed. It is published, so local sources are named without their folder. Their hash is over the files' bytes
+    (about a second per GB); for a Hub data set it is the commit.
+
+    Raises `DataError` if source or tokenizer cannot be read, or do not give one row for each share.
+    """
+    splits, source = _open_corpus(arguments)
+    train, validation = _shares(splits, f"data set '{source['name']}'", arguments)
+    tokenizer = _tokenizer(train, arguments)
+    train_rows = _rows(train, tokenizer, arguments, "training")
+    rows = _rows(validation, tokenizer, arguments, "validation")
+    rows = rows.take(min(len(rows), arguments.max_eval_sequences or len(rows)))
+    tokenizer_name = arguments.tokenizer_name or f"byte-level-bpe-{arguments.vocab_size}"
+    packed_tokens = len(rows) * arguments.sequence_length
+    description = {
+        **source,
+        "source": _kind(arguments),
+        "tokenizer_name": Path(tokenizer_name).resolve().name if Path(tokenizer_name).exists() else tokenizer_name,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "sequence_length": arguments.sequence_length,
+        "packing": arguments.packing,
+        "train_sequences": len(train_rows) if isinstance(train_rows, Dataset) else None,
+        "validation_sequences": len(rows),
+        "validation_tokens": packed_tokens if arguments.packing else sum(map(sum, rows["attention_mask"])),
+        "split_seed": arguments.split_seed,
+    }
+    return Data(train_rows, rows, tokenizer, description)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of the backend's JSON or a slow tokenizer's sorted vocabulary; the same after save and load."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["truncation"] = content["padding"] = None  # left behind by whatever call came last
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(arguments: DataArguments) -> str:
+    """Where the name can be looked up: `hub`, `local` or `embedded`."""
+    if arguments.dataset_name and not Path(arguments.dataset_name).is_dir():
+        return "hub"
+    return "local" if arguments.dataset_name or arguments.dataset_path else "embedded"
+
+
+def _open_corpus(arguments: DataArguments) -> _Corpus:
+    if arguments.dataset_name:
+        return _open_hub(arguments.dataset_name, arguments)
+    if not arguments.dataset_path:
+        return _open_stdlib()
+    path = Path(arguments.dataset_path).expanduser()
+    if not path.exists():
+        raise DataError(f"dataset_path '{path}' does not exist (from {Path.cwd()}): correct it, or drop it")
+    if path.is_file() and arguments.dataset_glob is not None:
+        raise DataError(f"dataset_glob {arguments.dataset_glob!r} is for folders, '{path}' is a file: drop it")
+    if path.is_file():
+        return _open_file(path, arguments.validation_fraction)
+    saved = any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "dataset_info.json"))
+    if saved and arguments.dataset_glob is None:
+        return _open_saved(path)
+    pattern = arguments.dataset_glob or "*.txt"
+    with _explained(f"dataset_glob {pattern!r} is no pattern for file names", "give '*.txt', say"):
+        files = [file for file in path.rglob(pattern) if file.is_file()]
+    if not files:
+        way_out = "give another, or the folder as dataset_name if laid out like a Hub data set"
+        raise DataError(f"dataset_path '{path}' has no file that matches dataset_glob {pattern!r}: {way_out}")
+    return _read_texts(path.resolve().name, None, path, files)
+
+
+def _open_stdlib() -> _Corpus:
+    """The embedded default: standard-library sources without tests, and without what is generated per machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        # Pruned while walking: site-packages alone can hold a hundred times more files than the library.
+        subfolders[:] = [n for n in subfolders if n not in _NOT_STDLIB_SOURCES and not n.startswith("config-")]
+        files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+    return _read_texts("python-stdlib", platform.python_version(), root, files)
+
+
+def _read_texts(name: str, config: str | None, root: Path, files: list[Path]) -> _Corpus:
+    files.sort(key=lambda file: file.relative_to(root).as_posix())
+    texts = []
+    for file in files:
+        with suppress(UnicodeDecodeError):
+            texts.append(file.read_text(encoding="utf-8"))
+    source = {"name": name, "config": config, "revision_or_hash": _files_hash(root, files)}
+    return {"train": Dataset.from_dict({"text": texts}, _TEXT)}, source
+
+
+def _open_file(path: Path, validation_fraction: float) -> _Corpus:
+    kind = Path(path.stem).suffix if path.suffix in (".gz", ".bz2", ".xz", ".zst") else path.suffix
+    if path.suffix in _TEXT_SUFFIXES:
+        with _explained(f"dataset_path '{path}' is not UTF-8 text", "convert it"):
+            pieces = list(_pieces(path.read_text(encoding="utf-8"), validation_fraction))
+        train = Dataset.from_dict({"text": pieces}, _TEXT)
+    elif reader := _READERS.get(kind):
+        if path.stat().st_size == 0:
+            raise DataError(f"dataset_path '{path}' is empty: give a file with documents")
+        with _explained(f"dataset_path '{path}' cannot be read as {reader}", "repair or convert it"):
+            train = datasets.load_dataset(reader, data_files=str(path), split="train")
+    else:
+        way_out = f"give {', '.join([*_READERS, *_TEXT_SUFFIXES])}, or its folder with dataset_glob '*{path.suffix}'"
+        raise DataError(f"dataset_path '{path}' has the unknown file type '{path.suffix}': {way_out}")
+    return {"train": train}, {"name": path.name, "config": None, "revision_or_hash": _files_hash(path, [path])}
+
+
+def _pieces(text: str, validation_fraction: float) -> Iterator[str]:
+    """Cut one text file into documents at blank lines (at line ends if it has none), about 8 kB each.
+
+    Lines or paragraphs of prose are too short: a row would be a jumble of beginnings. Such pieces have the context a
+    row needs, and held out at random they resemble the whole file and not only its end. A small file is cut finer,
+    until `validation_fraction` of it makes a piece.
+    """
+    size = min(8192, int(len(text) * validation_fraction))
+    gap = r"\n\s*\n" if re.search(r"\n\s*\n", text.strip()) else r"\n"
+    start = 0
+    for match in re.finditer(gap, text):
+        if match.end() - start >= size:
+            yield text[start : match.end()]
+            start = match.end()
+    yield text[start:]
+
+
+def _open_saved(path: Path) -> _Corpus:
+    with _explained(f"dataset_path '{path}' is not a whole saved Dataset or DatasetDict", "save it again"):
+        saved = datasets.load_from_disk(str(path))
+        parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        files = {split: [file["filename"] for file in part.cache_files] for split, part in parts.items()}
+        # Read again through a builder: `map` writes its cache beside the files that a Dataset was loaded from, and a
+        # user's saved folder may be read-only.
+        splits = datasets.load_dataset("arrow", data_files=files)
+    if "validation" not in splits and "test" in splits:
+        splits["validation"] = splits["test"]
+    content_hash = _files_hash(path, sorted(Path(file) for file in chain.from_iterable(files.values())))
+    return splits, {"name": path.resolve().name, "config": None, "revision_or_hash": content_hash}
+
+
+def _open_hub(name: str, arguments: DataArguments) -> _Corpus:
+    with _explained(f"dataset_name {name!r} cannot be loaded", "check it and the network, or use dataset_path"):
+        builder = datasets.load_dataset_builder(name, arguments.dataset_config_name)
+        if arguments.streaming:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+    source = {"name": name, "config": arguments.dataset_config_name, "revision_or_hash": None}
+    if (folder := Path(name).resolve()).is_dir():
+        files = sorted(Path(file) for file in chain.from_iterable((builder.config.data_files or {}).values()))
+        source |= {"name": folder.name, "revision_or_hash": _files_hash(folder, files)}
+    elif re.fullmatch("[0-9a-f]{40}", builder.hash or ""):
+        source["revision_or_hash"] = builder.hash  # the commit; offline, from the names of the cache's folders
+    return splits, source
+
+
+def _shares(splits: Mapping[str, _Documents], name: str, arguments: DataArguments) -> tuple[_Documents, Dataset]:
+    """Training and validation documents, none of them blank, with the text column alone."""
+    column = arguments.text_column
+    if "train" not in splits:
+        raise DataError(f"{name} has no split 'train' but {list(splits)}: rename one or take another data set")
+    train = _with_text(splits["train"], name, column)
+    # At least a fixed number, so that what is trained on does not depend on how much is evaluated.
+    taken = max(1000, arguments.max_eval_sequences or 0)
+    if "validation" in splits:
+        given = _with_text(splits["validation"], name, column)
+        return train, given if isinstance(given, Dataset) else Dataset.from_list(_take(given, taken, name))
+    if isinstance(train, IterableDataset):
+        way_out = "set streaming to false to hold out validation_fraction of them"
+        validation = Dataset.from_list(_take(train, taken, name))
+    elif len(train) > 1:
+        way_out = "give a corpus of different documents"
+        held_out = max(1, round(arguments.validation_fraction * len(train)))
+        train, validation = train.train_test_split(held_out, seed=arguments.split_seed).values()
+    else:
+        raise DataError(f"{name} has one document and none is left for validation: give two or more")
+    # By content and not by `skip`, which workers and processes each apply to a part of a stream, and which keeps
+    # copies. An ordered dict of digests, since the fingerprint of a cached step must not depend on a set's order.
+    digests = dict.fromkeys(sorted(hashlib.sha256(text.encode()).digest() for text in validation[column]))
+    train = train.filter(lambda t: hashlib.sha256(t.encode()).digest() not in digests, input_columns=[column])
+    if not _take(train, 1, name):
+        raise DataError(f"{name} has no training documents left, all are held out or copies of those: {way_out}")
+    return train, validation
+
+
+def _with_text(documents: _Documents, name: str, column: str) -> _Documents:
+    first = _take(documents, 1, name)
+    if not first:
+        raise DataError(f"{name} is empty: give one with documents")
+    if column not in first[0]:
+        raise DataError(f"{name} has no column {column!r} but {sorted(first[0])}: set text_column to one of them")
+    if not isinstance(first[0][column], str | None):
+        raise DataError(f"column {column!r} of {name} holds no text: set text_column to one that does")
+    documents = documents.select_columns([column])
+    documents = documents.filter(lambda text: bool(text and text.strip()), input_columns=[column])
+    if not _take(documents, 1, name):
+        raise DataError(f"{name} is empty, all its documents are blank: give one with text")
+    return documents
+
+
+def _take(documents: _Documents, count: int, name: str) -> list[dict[str, Any]]:
+    with _explained(f"{name} cannot be read", "repair it, or try again if it is remote"):
+        return list(documents.take(count))  # not before is a stream opened and parsed
+
+
+def _tokenizer(train: _Documents, arguments: DataArguments) -> PreTrainedTokenizerBase:
+    """The one named, or a byte-level BPE of up to `vocab_size` entries from the training documents."""
+    if name := arguments.tokenizer_name:
+        with _explained(f"tokenizer_name {name!r} cannot be loaded", "check it and the network, or drop it"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise DataError(f"tokenizer {name!r} has no end-of-text token: set eos_token and save it, or take another")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
+
+    def texts() -> Iterator[str]:
+        left = _TOKENIZER_CHARACTERS
+        for document in train:
+            yield document[arguments.text_column][:left]
+            left -= len(document[arguments.text_column])
+            if left <= 0:
+                return
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=arguments.vocab_size, special_tokens=[_END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],  # decoders take no token_type_ids
+        **dict.fromkeys(["bos_token", "eos_token", "pad_token"], _END_OF_TEXT),
+    )
+
+
+def _rows(documents: _Documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, share: str) -> Any:
+    # Functions inside a function, here as above: `datasets` fingerprints these by their code, but module-level ones
+    # by name, so that a new version of this package would be given the old version's cached rows.
+    column, length = arguments.text_column, arguments.sequence_length
+
+    def pad(batch: dict[str, Any]) -> dict[str, Any]:
+        rows = tokenizer(batch[column], truncation=True, padding="max_length", max_length=length, padding_side="right")
+        ids, mask = rows["input_ids"], rows["attention_mask"]
+        return {"input_ids": ids, "labels": np.where(mask, ids, -100).tolist(), "attention_mask": mask}
+
+    def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [[*document, tokenizer.eos_token_id] for document in ids["input_ids"]]}
+
+    def pack(batch: dict[str, Any]) -> dict[str, Any]:
+        tokens = np.fromiter(chain.from_iterable(batch["input_ids"]), dtype=np.int32)
+        blocks = tokens[: len(tokens) // length * length].reshape(-1, length).tolist()
+        return {"input_ids": blocks, "labels": blocks}
+
+    if not arguments.packing:
+        features = Features(dict.fromkeys(["input_ids", "labels", "attention_mask"], _IDS))
+        return documents.map(pad, batched=True, remove_columns=[column], features=features)
+    tokens = documents.map(tokenize, batched=True, remove_columns=[column], features=Features({"input_ids": _IDS}))
+    available = 0
+    for document in tokens:
+        available += len(document["input_ids"])
+        if available >= length:
+            features = Features({"input_ids": _IDS, "labels": _IDS})
+            return tokens.map(pack, batched=True, batch_size=_PACKED_TOGETHER, features=features)
+    raise DataError(f"the {share} share has {available} tokens, sequence_length is {length}: shorten it or add text")
+
+
+def _files_hash(root: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
+        digest.update(os.fsencode(Path(os.path.relpath(file, root)).as_posix()) + b"\0" + content)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _explained(trouble: str, way_out: str) -> Iterator[None]:
+    """Turn any error of a library into one line; `Exception`, since datasets, httpx and pyarrow have their own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` wraps it in errors that say nothing
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise DataError(f"{trouble} ({reason}): {way_out}") from error
