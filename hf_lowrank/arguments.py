@@ -6,6 +6,7 @@ else that `HfArgumentParser` knows stays as it is: types, help texts, lists.
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,35 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
 from hf_lowrank.methods.base import nearest
+from hf_lowrank.models import SIZES
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
 
 METRICS = ("spectral",)
-# of each pair the user means the one on the command line, whatever the YAML file says
-ALTERNATIVES = (("dataset_name", "dataset_path"), ("model_size", "model_config"))
-SECRETS = ("hub_token", "push_to_hub_token")
+# keys of the YAML file that a flag displaces beside its own, since they would contradict it or silently win over it
+DISPLACED = {
+    "dataset_name": ("dataset_path", "dataset_glob", "dataset_config_name"),
+    "dataset_path": ("dataset_name", "dataset_config_name"),
+    "model_size": ("model_config",),
+    "model_config": ("model_size",),
+    "num_train_epochs": ("max_steps",),
+    "gradient_accumulation_steps": ("total_batch_size",),
+    "lr_scheduler_type": ("lr_scheduler_kwargs",),
+}
+# least values of TrainingArguments' own that it does not check itself
+LEAST = {
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+# secrets, and what says where a run lies but not what it is: left out of the command that goes into the report
+NOT_REPORTED = ("hub_token", "push_to_hub_token", "output_dir", "resume_from_checkpoint", "overwrite")
 
 
 @dataclass
@@ -65,6 +88,11 @@ class RecipeArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: give 1 or more")
+        if self.model_size is not None and self.model_size not in SIZES:
+            raise ValueError(
+                f"--model_size {self.model_size}{nearest(self.model_size, list(SIZES))}: the sizes are "
+                f"{', '.join(SIZES)}; --model_config takes any other"
+            )
         if self.model_size and self.model_config:
             raise ValueError("--model_size and --model_config exclude each other: drop one")
 
@@ -76,7 +104,7 @@ class Recipe:
     Attributes:
         recipe, data, method, training: the four parts.
         source: the YAML file that the defaults came from, None without one.
-        command: the arguments as typed, without secrets.
+        command: the arguments as typed, without secrets and places.
     """
 
     recipe: RecipeArguments
@@ -114,9 +142,9 @@ def _method_config(config_cls: type[LowRankConfig], flags: Any) -> LowRankConfig
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; give a YAML file of recipe settings, or flags alone")
+        raise ValueError(f"'{path}': there is no such file; give a YAML file of recipe settings, or flags alone")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -126,9 +154,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _default_of(value: Any) -> Any:
-    # argparse converts and checks a default only when it is a string
-    return str(value) if isinstance(value, bool | int | float) else value
+def _default_of(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as a default, which argparse converts and checks only when it is a string.
+
+    Raises:
+        ValueError: a list or mapping where one value is wanted, or nothing where there is a default.
+    """
+    if value is None and action.default is None:
+        return None
+    if isinstance(value, dict) and action.dest in TrainingArguments._VALID_DICT_FIELDS:
+        return value
+    words = value if isinstance(value, list) and action.nargs == "+" else [value]
+    if not all(isinstance(word, str | bool | int | float) for word in words):
+        raise ValueError(f"{action.dest}: {value!r} is {'no value' if value is None else 'no single value'}")
+    return [str(word) for word in words] if action.nargs == "+" else str(value)
 
 
 def _flag_names(argv: Sequence[str]) -> set[str]:
@@ -136,20 +175,20 @@ def _flag_names(argv: Sequence[str]) -> set[str]:
 
 
 def _first_pass(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser([], add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     parser.add_argument("--model_size", "--model-size")
     return parser.parse_known_args(argv)[0]
 
 
-def _without_secrets(argv: Sequence[str]) -> list[str]:
+def _reported(argv: Sequence[str]) -> list[str]:
+    """The command line without the flags of NOT_REPORTED and their values."""
     kept, skip = [], False
     for word in argv:
-        name, _, value = word.lstrip("-").partition("=")
-        secret = word.startswith("--") and name.replace("-", "_") in SECRETS
-        if not skip and not secret:
+        if word.startswith("--"):
+            skip = word[2:].partition("=")[0].replace("-", "_") in NOT_REPORTED
+        if not skip:
             kept.append(word)
-        skip = secret and not value
     return kept
 
 
@@ -164,7 +203,7 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         ValueError: unknown method, flag or key (the nearest name is suggested), a value of the wrong type or out of
             range, a file that is missing or not YAML; one line.
     """
-    command, argv = _without_secrets(argv), list(argv)
+    command, argv = _reported(argv), list(argv)
     first = _first_pass(argv)
     if argv and not argv[0].startswith("-"):
         source: Path | None = Path(argv.pop(0))
@@ -175,26 +214,47 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         source = source if source.is_file() else None
         values = {} if source is None else _read_yaml(source)
     typed = _flag_names(argv)
-    for pair in ALTERNATIVES:
-        for mine, other in (pair, pair[::-1]):
-            if mine in typed and other not in typed:
-                values.pop(other, None)
+    for key in {key for flag in typed for key in DISPLACED.get(flag, ())} - typed:
+        values.pop(key, None)
     config_cls = get_method(str(first.method or values.get("method", RecipeArguments.method)))
     parts: list[Any] = [RecipeArguments, DataArguments, _method_flags(config_cls), TrainingArguments]
     parser = _Parser(parts, allow_abbrev=False)
-    known = [action.dest for action in parser._actions]
-    for key in values:
+    # the last of two actions is the `--no_...` form
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    size = first.model_size or values.get("model_size") or "tiny"
+    parser.set_defaults(output_dir=f"runs/{size}-{config_cls.method}")
+    for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{source}: unknown key '{key}'{nearest(key, known)}{_other_method(key, config_cls)}")
-    parser.set_defaults(**{key: _default_of(value) for key, value in values.items()})
+            more = nearest(key, list(known)) + _other_method(key, config_cls)
+            raise ValueError(f"{source}: unknown key '{key}'{more}")
+        try:
+            parser.set_defaults(**{key: _default_of(known[key], value)})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     for word in rest:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         if word.startswith("-"):
-            raise ValueError(f"unknown flag '{word}'{nearest(name, known)}{_other_method(name, config_cls)}")
+            raise ValueError(f"unknown flag '{word}'{nearest(name, list(known))}{_other_method(name, config_cls)}")
         raise ValueError(f"'{word}' belongs to no flag: a YAML file comes first, values follow their flag")
     recipe, data, flags, training = parsed
+    _check_training(training)
     return Recipe(recipe, data, _method_config(config_cls, flags), training, source, command)
+
+
+def _check_training(args: TrainingArguments) -> None:
+    """`ValueError` for numbers with which training would fail later, or not be what they say."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(f"--{name} {value}: give a number of {least} or more")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a number below 1")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise ValueError(f"--max_steps {args.max_steps}: give 1 or more, or -1 to go by --num_train_epochs")
+    if args.max_steps == -1 and not args.num_train_epochs > 0:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs}: give a number above 0, or --max_steps")
 
 
 def _other_method(name: str, config_cls: type[LowRankConfig]) -> str:

@@ -7,19 +7,21 @@ error; everything that is loaded here is checked name by name.
 import json
 import logging
 import re
-import struct
+import shutil
 import zipfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.methods.base import CONFIG_NAME, ReparameterizedLinear
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
 
 __all__ = [
@@ -68,8 +70,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def check_checkpoint(checkpoint: str | Path) -> None:
     """`CheckpointError` when a run cannot go on from this folder exactly; the message says what is missing or cut."""
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder: give one named checkpoint-<step>")
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if not folder.is_dir() or named is None:
+        raise CheckpointError(f"{folder} is no checkpoint: give a folder named checkpoint-<step>")
+    if (folder / "config.json").is_file():
+        _read_json(folder / "config.json")
     _check_weights(folder)
     sharded = any(p.is_dir() and p.name.startswith("optimizer") for p in folder.iterdir())
     for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
@@ -80,7 +85,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     for path in random_states:
         _check_zip(path)
     state = _read_json(folder / "trainer_state.json")
-    if state.get("global_step") != int(folder.name.rpartition("-")[2] or -1):
+    if state.get("global_step") != int(named[1]):
         raise CheckpointError(f"{folder} is damaged: trainer_state.json is of step {state.get('global_step')}")
 
 
@@ -104,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path.parent} is cut short: {path.name} is no valid JSON ({error})") from None
 
 
@@ -117,9 +122,12 @@ def _check_zip(path: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    # transformers takes the single file where both lie there: saving anew leaves an old index behind
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         index = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
-        names = sorted(set(index.get("weight_map", {}).values()))
+        names = sorted({str(name) for name in dict(index.get("weight_map") or {}).values()})
+        if not names:
+            raise CheckpointError(f"{folder} is damaged: {SAFE_WEIGHTS_INDEX_NAME} names no file")
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{folder}: {SAFE_WEIGHTS_INDEX_NAME} names files outside of its folder")
         return [folder / name for name in names]
@@ -132,17 +140,11 @@ def _check_weights(folder: Path) -> None:
     for path in _weight_files(folder):
         if not path.is_file():
             raise CheckpointError(f"{folder} is incomplete: {path.name} is missing")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            try:
-                header = json.loads(file.read(length)) if length < size else None
-            except ValueError:
-                header = None
-        ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-        if header is None or size < 8 + length + max(ends, default=0):
-            raise CheckpointError(f"{folder} is cut short: {path.name} ends too early")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder} is cut short: {path.name} ends too early ({error})") from None
 
 
 def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
@@ -169,10 +171,11 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
     noted = getattr(config, "lowrank", None) or {}
     model_cls = getattr(transformers, (config.architectures or [""])[0], None)
     model: PreTrainedModel
-    if model_cls is None:
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        model = model_cls._from_config(config, dtype=config.dtype)
+    with _random_state_kept():
+        if isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel):
+            model = model_cls._from_config(config, dtype=config.dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     method = method_of(model)
     if method is not None and method.replaces_layers:
         if noted.get("form") == "native":
@@ -189,6 +192,11 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         model.config.lowrank = noted
     model.eval()
     return to_dense(model) if dense else model
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    """For a model whose initial values are overwritten: drawing them in mid-training would change what is trained."""
+    return torch.random.fork_rng(devices=[])
 
 
 def _load_strictly(model: PreTrainedModel, state: dict[str, Tensor], where: Path) -> None:
@@ -228,7 +236,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(config, "lowrank", None):
         replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
         config.lowrank = {**config.lowrank, "form": "dense" if replaced else config.lowrank["form"]}
-    dense = type(model)._from_config(config, dtype=model.dtype)
+    with _random_state_kept():
+        dense = type(model)._from_config(config, dtype=model.dtype)
     _load_strictly(dense, dense_state_dict(model), Path(model.name_or_path or "the model"))
     dense.to(model.device)
     dense.train(model.training)
@@ -245,6 +254,9 @@ def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None
     """
     replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
     (to_dense(model) if replaced else model).save_pretrained(publish)
+    # another method's run may have written to this folder before
+    shutil.rmtree(publish / NATIVE_FOLDER, ignore_errors=True)
+    (publish / CONFIG_NAME).unlink(missing_ok=True)
     if replaced:
         model.save_pretrained(publish / NATIVE_FOLDER)
     if tokenizer is not None:

@@ -59,10 +59,10 @@ def model_config(
             eos_token_id=eos_token_id,
             pad_token_id=None,
         )
-    if not Path(size_or_path).exists() and "/" not in size_or_path:
+    if not Path(size_or_path).exists() and (size_or_path.count("/") != 1 or size_or_path.startswith((".", "/"))):
         raise ValueError(
-            f"unknown model size '{size_or_path}'{nearest(size_or_path, list(SIZES))}; "
-            f"the sizes are {', '.join(SIZES)}"
+            f"unknown model '{size_or_path}'{nearest(size_or_path, list(SIZES))}: there is no such folder or file, and "
+            f"it is no Hub repo, user/name, nor one of the sizes {', '.join(SIZES)}"
         )
     try:
         config = AutoConfig.from_pretrained(size_or_path)

@@ -32,10 +32,16 @@ def prepare(
 
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
-            weights, or `args.optim` names an optimizer that takes no parameter groups.
+            weights, `args.optim` names an optimizer that takes no parameter groups, or DeepSpeed would shard what a
+            method projects.
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
+    if args.deepspeed and config.group_options(1):
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: ZeRO hands the optimizer flat shards, which {config.label} cannot "
+            "project; train with DDP (recipes/accelerate/ddp.yaml), whose optimizer state is small already"
+        )
     apply_method(model, config, seed=args.seed, reinit=reinit)
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.report.tables import format_bytes
@@ -82,10 +83,13 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         size = own[0].element_size()
         bias = getattr(target.module, "bias", None)
         extra = bias.numel() if isinstance(bias, torch.Tensor) else 0
-        state_bytes += size * (config.state_elements(target.rows, target.cols, rank or 0) + 2 * extra)
-        dense_bytes += size * 2 * (target.rows * target.cols + extra)
+        # the weight, or what stands for it, comes before the bias; what is frozen has no state
+        weight_trains, bias_trains = own[0].requires_grad, extra > 0 and own[-1].requires_grad
+        bias_state = 2 * extra * bias_trains
+        state_bytes += size * (config.state_elements(target.rows, target.cols, rank or 0) * weight_trains + bias_state)
+        dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)
         dense_count += target.rows * target.cols + extra
-        dense_tensors += 1 + (extra > 0) - len(own)
+        dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
         count = modules.get(target.kind, (0, 0, 0, None))[0]
         modules[target.kind] = (count + 1, target.rows, target.cols, rank)
     dense_parameters = sum(p.numel() for key, p in parameters.items() if key not in inside) + dense_count
@@ -106,6 +110,6 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
-                local = value.to_local() if isinstance(value, torch.distributed.tensor.DTensor) else value
+                local = value.to_local() if isinstance(value, DTensor) else value
                 total += local.numel() * local.element_size()
     return total

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
@@ -132,7 +132,7 @@ def dense_weights(model: nn.Module, target_modules: list[str] | str | None = Non
     """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
     for target in find_targets(model, target_modules):
         weight = target.dense_weight()
-        if isinstance(weight, torch.distributed.tensor.DTensor):
+        if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         yield target, weight
 

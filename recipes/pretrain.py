@@ -62,27 +62,35 @@ def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
         return resume
     if resume:
         return lr.last_checkpoint(folder)
-    held = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    held = run_files(folder)
     if held and not overwrite:
         raise ValueError(
             f"{folder} already holds a run ({held[0].name}): pass --resume_from_checkpoint last to go on with it, "
             "--overwrite to start anew, or another --output_dir"
         )
-    if args.process_index == 0:
-        for path in held:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return None
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What an earlier run left in its folder."""
+    return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+
+
+def remove_run(args: TrainingArguments) -> None:
+    """Remove an earlier run, which `--overwrite` asks for, once nothing can go wrong with the new one any more."""
+    for path in run_files(Path(str(args.output_dir))) if args.process_index == 0 else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
     """Everything that can go wrong before training: data, model, method, output folder."""
     args = recipe.training
     size = recipe.recipe.model_size or "tiny"
-    args.output_dir = args.output_dir or f"runs/{size}-{recipe.method.method}"
     use_cores(args, recipe.recipe.cpu_threads)
     split_batch(args, recipe.recipe.total_batch_size)
     checkpoint = starting_point(args, recipe.recipe.overwrite)
-    data: Data = load_data(recipe.data)
+    with args.main_process_first(desc="loading the data"):
+        data: Data = load_data(recipe.data)
     config = model_config(
         recipe.recipe.model_config or size,
         needed_vocabulary(data.tokenizer),
@@ -122,7 +130,9 @@ def main() -> None:
         if main_process and recipe.source is not None:
             print(f"settings from {recipe.source}")
         trainer, checkpoint = set_up(recipe)
-    except (ValueError, OSError) as error:
+        if recipe.recipe.overwrite:
+            remove_run(recipe.training)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error, main_process)
     if main_process and checkpoint is not None:
         print(f"going on from {checkpoint}")

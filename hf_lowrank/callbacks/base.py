@@ -19,6 +19,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.report.files import replacing
+from hf_lowrank.report.schema import metric_entry
 
 __all__ = ["Measurement", "MetricCallback", "Record", "metrics_folder", "read_records"]
 
@@ -154,19 +155,25 @@ class MetricCallback(TrainerCallback):
         """Keep what an earlier part of this run measured up to `step`; a new run starts with empty files."""
         table, listed = self.folder / f"{self.name}.parquet", self.folder / f"{self.name}.json"
         if step > 0 and table.is_file() and listed.is_file():
-            rows = pd.read_parquet(table)
-            self.rows = rows[rows["step"] <= step].to_dict("records")
-            self.records = [Record(**r) for r in json.loads(listed.read_text()) if r["step"] <= step]
-            self._measured_at = max((r.step for r in self.records), default=None)
-        else:
-            table.unlink(missing_ok=True)
-            listed.unlink(missing_ok=True)
+            try:
+                rows = pd.read_parquet(table)
+                records = [Record(**r) for r in json.loads(listed.read_text())]
+                self.rows = rows[rows["step"] <= step].to_dict("records")
+            # damaged by a disk, a copy or an editor: it costs the earlier numbers, not the run
+            except Exception as error:
+                logger.warning("%s: earlier measurements cannot be read and are dropped: %s", self.name, error)
+            else:
+                self.records = [r for r in records if r.step <= step]
+                self._measured_at = max((r.step for r in self.records), default=None)
+                return
+        table.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / f"{self.name}.parquet") as path:
             pd.DataFrame(self.rows).to_parquet(path, index=False)
-        records = [asdict(record) for record in self.records]
+        records = [metric_entry(**asdict(record)) for record in self.records]
         with replacing(self.folder / f"{self.name}.json") as path:
             path.write_text(json.dumps(records, indent=1) + "\n")
 

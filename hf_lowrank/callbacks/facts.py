@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hf_lowrank.methods import FullRankConfig
+from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.prepare import method_of, summary_of
-from hf_lowrank.summary import optimizer_state_bytes
+from hf_lowrank.summary import Summary, optimizer_state_bytes, summarize
 
 __all__ = ["RunInfo", "peak_memory", "run_facts"]
 
@@ -80,6 +80,14 @@ def _hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def _sizes(model: Any, method: LowRankConfig) -> Summary:
+    try:
+        return summary_of(model, method)
+    except ValueError:
+        # somebody else's model need not have repeated blocks: nothing in it is a target then
+        return summarize(model, method, [], {})
+
+
 def _model_facts(model: Any, info: RunInfo, trained: int, total: int) -> dict[str, Any]:
     config = getattr(model, "config", None)
     values = {} if config is None else config.to_dict()
@@ -99,10 +107,12 @@ def _optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     first = groups[0] if groups else {}
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    eps = first.get("eps")
     return {
         "name": None if inner is None else type(inner).__name__,
         "betas": list(first["betas"]) if "betas" in first else None,
-        "eps": first.get("eps"),
+        # Adafactor has two of them
+        "eps": eps if isinstance(eps, int | float) else None,
         "weight_decay": max((group.get("weight_decay", 0.0) for group in groups), default=None),
         "max_grad_norm": trainer.args.max_grad_norm,
     }
@@ -119,7 +129,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     method = method_of(model) or FullRankConfig()
-    summary = summary_of(model, method)
+    summary = _sizes(model, method)
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(next(model.parameters()).dtype)
     accumulation, world = args.gradient_accumulation_steps, args.world_size
     measured = None

@@ -28,7 +28,7 @@ from hf_lowrank.checkpoints import export
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity, sequence_losses
-from hf_lowrank.report import ReportError, draw_figures, read_report, write_report
+from hf_lowrank.report import ReportError, draw_figures, metric_entry, read_report, write_report
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
 
@@ -36,7 +36,23 @@ __all__ = ["ReportCallback"]
 
 logger = logging.getLogger(__name__)
 
+VALIDATION = "validation.json"
 LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+
+
+def _predicts_next_token(model: torch.nn.Module) -> bool:
+    """False for an encoder, a classifier and the like, whose loss is none of the next token."""
+    can_generate = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and can_generate() and not encoder_decoder
+
+
+def _is_beyond(records: Path, step: int) -> bool:
+    try:
+        return any(record["step"] > step for record in json.loads(records.read_text()))
+    except ValueError:
+        # unreadable: as good as none
+        return True
 
 
 class ReportCallback(TrainerCallback):
@@ -73,6 +89,8 @@ class ReportCallback(TrainerCallback):
                 callback.trainer = self.trainer
         self._started = time.monotonic()
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
+        if state.is_world_process_zero:
+            self._forget_after(state.global_step)
 
     def _seconds_before(self) -> float:
         try:
@@ -80,18 +98,37 @@ class ReportCallback(TrainerCallback):
         except (ReportError, FileNotFoundError):
             return 0.0
 
+    def _forget_after(self, step: int) -> None:
+        """Remove what an earlier run left in this folder, and a validation from beyond the checkpoint."""
+        # metric callbacks look after their own files
+        theirs = {c.name for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
+        for path in metrics_folder(str(self.trainer.args.output_dir)).glob("*.*"):
+            if path.stem not in theirs and (step == 0 or (path.name == VALIDATION and _is_beyond(path, step))):
+                path.unlink()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.write_report()
+        try:
+            self.write_report()
+            if self.push_strategy not in (None, "end"):
+                self.write_all()
+        # the report is written again at the end, and there it does raise
+        except Exception as error:
+            logger.warning("the report of step %d could not be written: %s", state.global_step, error)
+            return
         if self.push_strategy not in (None, "end"):
-            self.write_all()
             self.try_push(f"step {state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        records = self._validation_records()
+        try:
+            records = self._validation_records()
+        # like any metric, this one must never end somebody's run
+        except Exception as error:
+            logger.warning("validation loss and perplexity could not be measured: %s", error)
+            records = []
         if not state.is_world_process_zero:
             return
         if records:
@@ -108,6 +145,8 @@ class ReportCallback(TrainerCallback):
             return []
         model = trainer.model
         assert model is not None
+        if not _predicts_next_token(trainer.accelerator.unwrap_model(model)):
+            return []
         training = model.training
         model.eval()
         losses, tokens = [], []
@@ -127,10 +166,14 @@ class ReportCallback(TrainerCallback):
             "stderr": "over sequences",
         }
         named = {"validation_loss": loss, "perplexity": perplexity(loss)}
-        return [Record(n, e.value, e.stderr, state.global_step, settings, None) for n, e in named.items()]
+        entries = (
+            metric_entry(name, found.value, stderr=found.stderr, step=state.global_step, settings=settings)
+            for name, found in named.items()
+        )
+        return [Record(**entry) for entry in entries]
 
     def _write_records(self, records: list[Record]) -> None:
-        with replacing(self.publish / "metrics" / "validation.json") as path:
+        with replacing(self.publish / "metrics" / VALIDATION) as path:
             path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
 
     def write_report(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.optim.projector import (
     PROJ_TYPES,
@@ -127,6 +128,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
+            if "r" in group and isinstance(p, DTensor):
+                raise ValueError(
+                    f"a projected parameter of shape {tuple(p.shape)} is sharded, and a shard's gradient has other "
+                    "singular vectors than the whole: train with DDP (recipes/accelerate/ddp.yaml) instead of FSDP"
+                )
             state["step"] = torch.tensor(0.0)
             shape = tuple(p.shape)
             if "r" in group:
