@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,7 +94,12 @@ def main() -> None:
 
     from hf_lowrank.arguments import fail
 
+    # its bases: OSError and the class of the HTTP library, which depends on the version of huggingface_hub
+    failures: tuple[Any, ...] = (ValueError, OSError, *HfHubHTTPError.__bases__)
     try:
         app()
-    except (ValueError, OSError, HfHubHTTPError) as error:
+    except failures as error:
         fail(error)
+    # a file that could not be uploaded: huggingface_hub names it, and the cause says why
+    except RuntimeError as error:
+        fail(error if error.__cause__ is None else RuntimeError(f"{error} {error.__cause__}"))

@@ -61,8 +61,8 @@ def model_config(
         )
     if not Path(size_or_path).exists() and (size_or_path.count("/") != 1 or size_or_path.startswith((".", "/"))):
         raise ValueError(
-            f"unknown model '{size_or_path}'{nearest(size_or_path, list(SIZES))}: there is no such folder or file, and "
-            f"it is no Hub repo, user/name, nor one of the sizes {', '.join(SIZES)}"
+            f"unknown model '{size_or_path}'{nearest(size_or_path, list(SIZES))}: no such folder or file is here, "
+            f"and it is no Hub repo, user/name, nor one of the sizes {', '.join(SIZES)}"
         )
     try:
         config = AutoConfig.from_pretrained(size_or_path)

@@ -1,6 +1,7 @@
 """`prepare`: put a method on a model, and give Trainer what it needs to train it."""
 
 import hashlib
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from hf_lowrank.summary import Summary, summarize
 from hf_lowrank.targets import Target, find_targets, hidden_size
 
 __all__ = ["apply_method", "identity", "method_of", "prepare", "resolve_ranks", "summary_of"]
+
+logger = logging.getLogger(__name__)
+
+PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def prepare(
@@ -42,15 +47,16 @@ def prepare(
             f"deepspeed={args.deepspeed!r}: ZeRO hands the optimizer flat shards, which {config.label} cannot "
             "project; train with DDP (recipes/accelerate/ddp.yaml), whose optimizer state is small already"
         )
+    # before the model is changed: this may refuse args.optim
+    optimizer_cls, kwargs = _optimizer(config, args)
     apply_method(model, config, seed=args.seed, reinit=reinit)
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)
     _guard_loading(model, targets)
     if args.should_log:
         Console().print(summarize(model, config, targets, ranks).table())
-    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
+    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks and _trains(t)}
     plan = Plan(model, {name: group for name, group in options.items() if group}, identity(model, config))
-    optimizer_cls, kwargs = config.optimizer(args) or _stock_optimizer(args)
     return model, {"optimizer_cls_and_kwargs": (with_plan(optimizer_cls), {**kwargs, "plan": plan})}
 
 
@@ -79,6 +85,12 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
             raise ValueError(
                 f"{config.label} replaces the layers of a pretrained model and cannot keep their weights: pass "
                 "reinit=True to train them from scratch, or make the model from its config"
+            )
+        frozen = [target.name for target in targets if not _trains(target)]
+        if frozen:
+            raise ValueError(
+                f"layer {frozen[0]} is frozen ({len(frozen)} in all) and {config.label} trains what it replaces: "
+                "unfreeze it, or leave it out with target_modules"
             )
         for target in targets:
             digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
@@ -149,10 +161,24 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
     return summarize(model, config, targets, resolve_ranks(model, config, targets))
 
 
-def _stock_optimizer(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+def _trains(target: Target) -> bool:
+    return all(p.requires_grad for name, p in target.module.named_parameters() if name != "bias")
+
+
+def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The method's own optimizer, or the one that `args.optim` names."""
+    own = config.optimizer(args)
+    if own is not None:
+        if args.optim not in PLAIN_ADAMW:
+            logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
+        return own
+    way_out = f"optim='{args.optim}' makes its own parameter groups: use an optimizer such as adamw_torch"
+    try:
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError as error:
+        raise ValueError(f"{way_out} ({error})") from error
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
-        raise ValueError(f"optim='{args.optim}' makes its own parameter groups: use an optimizer such as adamw_torch")
+        raise ValueError(way_out)
     return optimizer_cls, kwargs
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_lowrank as lr
 from hf_lowrank.arguments import Recipe, fail, parse_recipe
+from hf_lowrank.checkpoints import list_checkpoints
 from hf_lowrank.data import Data, load_data
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
 
@@ -61,7 +62,11 @@ def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
         lr.check_checkpoint(resume)
         return resume
     if resume:
-        return lr.last_checkpoint(folder)
+        checkpoint = lr.last_checkpoint(folder)
+        if checkpoint is None and (cut_short := list_checkpoints(folder)):
+            # raises, and says what is wrong with the newest: starting anew would overwrite it
+            lr.check_checkpoint(cut_short[-1])
+        return checkpoint
     held = run_files(folder)
     if held and not overwrite:
         raise ValueError(

@@ -129,7 +129,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     method = method_of(model) or FullRankConfig()
-    summary = _sizes(model, method)
+    summary, optimizer = _sizes(model, method), _optimizer_facts(trainer)
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(next(model.parameters()).dtype)
     accumulation, world = args.gradient_accumulation_steps, args.world_size
     measured = None
@@ -141,7 +141,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
         "method_config": method.to_dict(),
         "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
         "optimizer_state_bytes": {
-            "predicted": summary.state_bytes,
+            "predicted": summary.state_bytes if "AdamW" in str(optimizer["name"]) else None,
             "measured": measured,
             "adamw": summary.adamw_state_bytes,
         },
@@ -157,7 +157,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
             "warmup_steps": args.get_warmup_steps(state.max_steps),
             **(args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}),
         },
-        "optimizer": _optimizer_facts(trainer),
+        "optimizer": optimizer,
         "batch": {
             "per_device": args.per_device_train_batch_size,
             "gradient_accumulation": accumulation,

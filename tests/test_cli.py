@@ -1,0 +1,277 @@
+"""`hf-lowrank` from its command line: what it does, and one line and exit code 2 where it cannot."""
+
+import json
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny_runs import METHODS, arguments, make_trainer
+
+import hf_lowrank as lr
+import hf_lowrank.callbacks.report
+from hf_lowrank.cli import main
+from hf_lowrank.report import read_report
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run; its figures are left out, since drawing takes seconds."""
+    folder = tmp_path_factory.mktemp("runs") / "my-run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+        trainer = make_trainer(METHODS["sltrain"], arguments(folder, max_steps=2, save_strategy="steps", save_steps=2))
+        lr.attach(trainer, lr.SpectralCallback(every=2))
+        trainer.train()
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run that a test may change."""
+    shutil.copytree(trained, tmp_path / "my-run")
+    return tmp_path / "my-run"
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Calls `hf-lowrank` with arguments: exit code, standard output and error."""
+
+    def call(*argv):
+        capsys.readouterr()
+        # rich folds tables to the terminal, and a test has none
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["hf-lowrank", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code or 0, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def refusal(cli):
+    """Calls `hf-lowrank` with what it must refuse, and returns the one line it says."""
+
+    def call(*argv):
+        done = cli(*argv)
+        assert done.code == 2, done.err
+        assert done.out == ""
+        assert done.err.startswith("error: ")
+        assert done.err.count("\n") == 1
+        return done.err
+
+    return call
+
+
+def published(folder):
+    publish = folder / "publish"
+    return {path.relative_to(publish).as_posix(): path.read_bytes() for path in publish.rglob("*") if path.is_file()}
+
+
+def held_by(repo, revision="main"):
+    return {path: content for path, content in repo.files(revision).items() if path != ".gitattributes"}
+
+
+# ---- push ----
+
+
+def test_push_publishes_a_run_and_prints_where(cli, hub, run):
+    done = cli("push", run, "--repo-id", "user/my-run")
+    repo = hub.repo("user/my-run")
+    assert (done.code, done.out) == (0, f"{hub.endpoint}/user/my-run/commit/{repo.head.oid}\n")
+    assert held_by(repo) == published(run)
+    assert '"user/my-run"' in held_by(repo)["README.md"].decode()
+    assert {name: commit.oid for name, commit in repo.tags.items()} == {"step-2": repo.head.oid}
+    assert not repo.private
+
+
+def test_pushing_again_makes_no_commit(cli, hub, run):
+    first = cli("push", run, "--repo-id", "user/my-run")
+    again = cli("push", run / "publish", "--repo-id", "user/my-run")
+    assert (again.code, again.out) == (0, first.out)
+    assert hub.count("POST .*/commit/") == 1
+
+
+def test_push_takes_branch_tag_visibility_and_token(cli, hub, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    options = ["--revision", "trial", "--tag", "v1", "--private", "--token", hub.token]
+    assert cli("push", run, "--repo-id", "org/my-run", *options).code == 0
+    repo = hub.repo("org/my-run")
+    assert held_by(repo, "trial") == published(run)
+    assert held_by(repo) == {}
+    assert repo.private
+    assert set(repo.tags) == {"v1"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["missing", "--repo-id", "user/x"], "no run at missing"),
+        ([".", "--repo-id", "user/x"], "has no publish/ folder"),
+        (["RUN", "--repo-id", "user/x/y"], "user/x/y"),
+        (["RUN", "--repo-id", "user/bad name"], "user/bad name"),
+        (["RUN", "--repo-id", "user/x", "--tag", "a b"], "tag 'a b'"),
+        (["RUN", "--repo-id", "user/x", "--revision", "a..b"], "revision 'a..b'"),
+    ],
+)
+def test_a_push_that_cannot_be_meant_sends_nothing(argv, message, refusal, hub, run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    before = published(run)
+    assert message in refusal("push", *(run if word == "RUN" else word for word in argv))
+    assert hub.requests == []
+    assert published(run) == before
+
+
+def test_a_damaged_report_is_not_pushed(refusal, hub, run):
+    report = run / "publish" / "report.json"
+    report.write_text(report.read_text()[:100])
+    assert str(report) in refusal("push", run, "--repo-id", "user/x")
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("match", "status"),
+    [("POST /api/repos/create", 503), ("POST .*/commit/", 500), ("PUT /lfs/", 403), ("POST .*/tag/", 403)],
+)
+def test_a_hub_that_fails_is_one_line(match, status, refusal, cli, hub, run):
+    hub.fail(match, status=status, times=100)
+    assert str(status) in refusal("push", run, "--repo-id", "user/x")
+    hub.faults.clear()
+    assert cli("push", run, "--repo-id", "user/x").code == 0
+    assert held_by(hub.repo("user/x")) == published(run)
+
+
+def test_a_hub_out_of_reach_is_one_line(refusal, hub, run, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "refused" in refusal("push", run, "--repo-id", "user/x")
+
+
+def test_a_wrong_token_is_one_line_that_does_not_show_it(refusal, hub, run):
+    line = refusal("push", run, "--repo-id", "user/x", "--token", "hf_wrong")
+    assert "401" in line
+    assert "hf_wrong" not in line
+
+
+def test_another_users_repo_is_one_line(refusal, hub, run):
+    assert "403" in refusal("push", run, "--repo-id", "somebody/x")
+
+
+# ---- load ----
+
+
+@pytest.mark.parametrize("source", ["user/my-run", "user/my-run@step-2", "RUN"])
+def test_load_prints_the_summary_of_a_run(source, cli, hub, run):
+    cli("push", run, "--repo-id", "user/my-run")
+    done = cli("load", run if source == "RUN" else source)
+    assert (done.code, done.err) == (0, "")
+    for part in ("my-run", "sltrain", "spectral/weight/stable_rank", "LlamaForCausalLM", "every weight accounted for"):
+        assert part in done.out
+    report = read_report(run / "publish")
+    value = next(entry["value"] for entry in report["metrics"] if entry["name"] == "perplexity")
+    assert re.search(rf"perplexity\W+{int(value)}\.\d+ ± ", done.out)
+
+
+def test_load_takes_a_revision(cli, hub, run):
+    cli("push", run, "--repo-id", "user/my-run", "--tag", "v1")
+    done = cli("load", "user/my-run", "--revision", "v1")
+    assert done.code == 0
+    assert hub.repo("user/my-run").tags["v1"].oid in done.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["./missing"], "no folder at missing"),
+        (["user/missing"], "user/missing at revision 'main': no such repository"),
+        (["not a name"], "'not a name' is neither a local folder nor a Hub repository"),
+        (["user/my-run", "--revision", "v9"], "user/my-run at revision 'v9' does not exist: it has main, step-2"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(argv, message, refusal, cli, hub, run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    cli("push", run, "--repo-id", "user/my-run")
+    assert message in refusal("load", *argv)
+
+
+def test_load_finds_weights_that_are_cut_short(refusal, run):
+    for path in (run / "publish" / "native" / "model.safetensors", run / "publish" / "model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert f"{path.parent} is cut short: model.safetensors" in refusal("load", run)
+        path.write_bytes(content)
+
+
+def test_load_finds_a_changed_sparse_support(refusal, run):
+    path = run / "publish" / "native" / "model.safetensors"
+    state = load_file(path)
+    name = next(key for key in state if key.endswith("sparse_support"))
+    state[name] = torch.arange(len(state[name]), dtype=state[name].dtype)
+    save_file(state, path, metadata={"format": "pt"})
+    assert "the sparse support does not match" in refusal("load", run)
+
+
+# ---- card ----
+
+
+@pytest.mark.parametrize("inside", ["", "publish"])
+def test_card_writes_the_card_again(inside, cli, run):
+    path = run / "publish" / "README.md"
+    expected = path.read_text()
+    path.unlink()
+    done = cli("card", run / inside)
+    assert (done.code, done.out.replace("\n", "")) == (0, str(path))
+    assert path.read_text() == expected
+    assert cli("card", run, "--repo-id", "org/other").code == 0
+    assert '"org/other"' in path.read_text()
+
+
+def test_a_card_without_a_report_or_with_a_bad_name_is_one_line(refusal, run, tmp_path):
+    assert "missing" in refusal("card", tmp_path / "missing")
+    assert "report.json" in refusal("card", run / "checkpoint-2")
+    before = published(run)
+    assert "repo_id 'bad name'" in refusal("card", run, "--repo-id", "bad name")
+    assert published(run) == before
+
+
+# ---- config ----
+
+
+@pytest.mark.parametrize("method", ["fullrank", "galore", "sltrain"])
+def test_config_prints_the_defaults_as_json(method, cli):
+    done = cli("config", method)
+    assert done.code == 0
+    values = json.loads(done.out)
+    assert values == lr.LowRankConfig.from_dict(values).to_dict()
+    assert values["method"] == method
+
+
+def test_an_unknown_method_is_one_line_with_the_nearest_name(refusal):
+    assert refusal("config", "galor") == (
+        "error: unknown method 'galor' (did you mean 'galore'?); the methods are fullrank, galore, sltrain\n"
+    )
+
+
+# ---- the command itself ----
+
+
+def test_help_lists_the_commands(cli):
+    done = cli("--help")
+    assert done.code == 0
+    assert all(command in done.out for command in ("push", "load", "card", "config"))
+
+
+@pytest.mark.parametrize("argv", [["psh"], ["push"], ["push", "run"], ["config"], ["load", "a", "b"], ["card", "--x"]])
+def test_wrong_usage_ends_with_code_2(argv, cli):
+    done = cli(*argv)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Traceback" not in done.err
