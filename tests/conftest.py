@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -36,6 +37,7 @@ os.environ |= {
 }
 # torch's own default is a thread a core, over which several test processes on one machine fight
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import pytest  # noqa: E402
@@ -77,3 +79,9 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     from huggingface_hub import constants
 
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage at every `train()`; what is imported by now need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
