@@ -68,7 +68,7 @@ class DataArguments:
     sequence_length: int = _option(256, "Tokens in a row.")
     packing: bool = _option(True, "Join documents and cut rows without gaps; false: one a row, cut or padded.")
     validation_fraction: float = _option(0.02, "Share of the documents held out if there is no validation split.")
-    max_eval_sequences: int | None = _option(None, "Keep only the first so many validation rows (default: all).")
+    max_eval_sequences: int | None = _option(None, "Keep only so many validation rows, evenly spread (default: all).")
     split_seed: int = _option(0, "Seed of the split into training and validation.")
 
     def __post_init__(self) -> None:
@@ -120,7 +120,9 @@ def load_data(arguments: DataArguments) -> Data:
     tokenizer = _tokenizer(train, arguments)
     train_rows = _rows(train, tokenizer, arguments, "training")
     rows = _rows(validation, tokenizer, arguments, "validation")
-    rows = rows.take(min(len(rows), arguments.max_eval_sequences or len(rows)))
+    # spread over all held-out documents: the first rows are those of the first few
+    kept = min(len(rows), arguments.max_eval_sequences or len(rows))
+    rows = rows.select(np.linspace(0, len(rows) - 1, kept).round().astype(int))
     tokenizer_name = arguments.tokenizer_name or f"byte-level-bpe-{arguments.vocab_size}"
     packed_tokens = len(rows) * arguments.sequence_length
     description = {

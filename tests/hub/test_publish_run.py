@@ -40,11 +40,11 @@ def _quick_figures():
         yield
 
 
-def trainer_for(config, folder, model=None, **changes):
+def trainer_for(config, folder, model=None, callbacks=(), **changes):
     """An attached Trainer that saves and pushes twice in four steps, unless told otherwise."""
     saving = dict(save_strategy="steps", save_steps=2, max_steps=4, push_to_hub=True)
     trainer = make_trainer(config, arguments(folder, **{**saving, **changes}), model=model)
-    lr.attach(trainer, lr.SpectralCallback(every=4))
+    lr.attach(trainer, *callbacks)
     return trainer
 
 
@@ -110,7 +110,8 @@ def shared(_serving_hub, tmp_path_factory):
             patch.setattr(constants, name, str(hub.home / "hub"))
         for case, (config, make) in CASES.items():
             folder, repo = root / case, f"user/{case}"
-            trainer = trainer_for(config, folder, make(), hub_model_id=repo, hub_strategy="every_save")
+            spectra = [lr.SpectralCallback(every=4)]
+            trainer = trainer_for(config, folder, make(), spectra, hub_model_id=repo, hub_strategy="every_save")
             trainer.train()
             cases[case] = SimpleNamespace(
                 folder=folder,
