@@ -39,6 +39,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NATIVE_FOLDER = "native"
+# what decides the shapes of a checkpoint's weights, by the names that configs give it
+SIZE_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "n_embd", "n_layer", "n_head", "n_inner",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -89,14 +94,19 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         raise CheckpointError(f"{folder} is damaged: trainer_state.json is of step {state.get('global_step')}")
 
 
-def check_resume(checkpoint: str | Path, model: torch.nn.Module) -> None:
-    """`CheckpointError` when a checkpoint was made with another method or settings than a prepared model has."""
-    saved = _read_json(Path(checkpoint) / "config.json").get("lowrank") or {"method": "fullrank"}
-    mine = json.loads(json.dumps(getattr(model.config, "lowrank", None) or {"method": "fullrank"}))
-    if saved["method"] == mine["method"] == "fullrank":
-        return
-    keys = ["method"] if saved["method"] != mine["method"] else sorted(saved.keys() | mine.keys())
+def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
+    """`CheckpointError` when a checkpoint was made with another method, settings or model size than a prepared model."""
+    config = _read_json(Path(checkpoint) / "config.json")
+    own = json.loads(json.dumps(model.config.to_dict(), default=str))
+    saved, mine = ({"method": "fullrank", **(c.get("lowrank") or {})} for c in (config, own))
+    if saved["method"] != mine["method"]:
+        keys = ["method"]
+    else:
+        # a plain Trainer's checkpoint notes no method, and goes on as full-rank
+        keys = [] if mine["method"] == "fullrank" else sorted(saved.keys() | mine.keys())
     changed = [f"{k} is {saved.get(k)!r} there, {mine.get(k)!r} here" for k in keys if saved.get(k) != mine.get(k)]
+    sizes = [k for k in SIZE_KEYS if k in config and k in own and config[k] != own[k]]
+    changed += [f"{k} is {config[k]!r} there, {own[k]!r} here" for k in sizes]
     if changed:
         raise CheckpointError(
             f"{checkpoint} belongs to another run ({'; '.join(changed)}): resume with the settings it was made with, "

@@ -165,6 +165,15 @@ def test_a_checkpoint_of_another_run_is_refused(case, checkpoints, tmp_path):
         lr.check_resume(checkpoints / saved / "checkpoint-2", trainer.model)
 
 
+def test_a_checkpoint_of_another_model_size_is_refused(checkpoints, tmp_path):
+    trainer = make_trainer(METHODS["galore"], arguments(tmp_path), model=llama(num_hidden_layers=3))
+    with pytest.raises(lr.CheckpointError, match="num_hidden_layers is 2 there, 3 here"):
+        lr.check_resume(checkpoints / "galore" / "checkpoint-2", trainer.model)
+    lr.check_resume(
+        checkpoints / "galore" / "checkpoint-2", make_trainer(METHODS["galore"], arguments(tmp_path)).model
+    )
+
+
 def test_a_support_drawn_with_another_seed_is_refused(checkpoints, tmp_path):
     trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, max_steps=4, seed=2))
     with pytest.raises(ValueError, match="sparse_support"):
