@@ -95,7 +95,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
-    """`CheckpointError` when a checkpoint was made with another method, settings or model size than a prepared model."""
+    """`CheckpointError` when a checkpoint was made with another method, settings or sizes than a prepared model."""
     config = _read_json(Path(checkpoint) / "config.json")
     own = json.loads(json.dumps(model.config.to_dict(), default=str))
     saved, mine = ({"method": "fullrank", **(c.get("lowrank") or {})} for c in (config, own))
