@@ -3,8 +3,7 @@
     python recipes/examples/metrics_for_any_trainer.py --output_dir runs/gpt2 --max_steps 20 --report_to tensorboard
 
 The only lines that hf_lowrank asks for are marked. The text is the sources of Python's standard library, so nothing is
-downloaded; a GPT-2 of full size (`--size gpt2`) takes about 10 s a step on two CPU cores, `--size tiny` (default) a
-quarter of a second.
+downloaded. `--size gpt2` is a GPT-2 of full size, for a GPU or for patience; `--size tiny` (default) is for a CPU.
 """
 
 import argparse

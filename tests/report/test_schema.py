@@ -47,7 +47,9 @@ def test_schema_is_itself_valid() -> None:
 
 
 def test_full_report_is_valid(report: dict[str, Any]) -> None:
+    before = copy.deepcopy(report)
     validate_report(report)
+    assert report == before, "validation changes nothing"
 
 
 @pytest.mark.parametrize(
