@@ -6,16 +6,31 @@ from hf_lowrank.callbacks.facts import RunInfo
 from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
 from hf_lowrank.hub.load import from_pretrained, load_report
 from hf_lowrank.hub.push import push
-from hf_lowrank.methods import FullRankConfig, GaLoreConfig, LowRankConfig, SLTrainConfig
+from hf_lowrank.methods import (
+    ApolloConfig,
+    CoLAConfig,
+    FiraConfig,
+    FullRankConfig,
+    GaLoreConfig,
+    LoRAConfig,
+    LowRankConfig,
+    ReLoRAConfig,
+    SLTrainConfig,
+)
 from hf_lowrank.prepare import prepare
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApolloConfig",
     "CheckpointError",
+    "CoLAConfig",
+    "FiraConfig",
     "FullRankConfig",
     "GaLoreConfig",
+    "LoRAConfig",
     "LowRankConfig",
+    "ReLoRAConfig",
     "RunInfo",
     "SLTrainConfig",
     "SpectralCallback",

@@ -54,9 +54,10 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
+        model = report.whole_model()
         if not trainer.is_world_process_zero():
             return None
-        report.write_all()
+        report.write_all(model)
         return report.push(commit_message, revision, private, token)
 
     trainer.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]

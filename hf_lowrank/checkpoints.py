@@ -18,10 +18,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_lowrank.methods.base import CONFIG_NAME, ReparameterizedLinear
+from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "check_resume",
     "dense_state_dict",
     "export",
+    "gather_model",
     "last_checkpoint",
     "list_checkpoints",
     "load_model",
@@ -103,7 +107,8 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
         keys = ["method"]
     else:
         # a plain Trainer's checkpoint notes no method, and goes on as full-rank
-        keys = [] if mine["method"] == "fullrank" else sorted(saved.keys() | mine.keys())
+        runtime = METHODS[mine["method"]].runtime_fields
+        keys = [] if mine["method"] == "fullrank" else sorted((saved.keys() | mine.keys()) - set(runtime))
     changed = [f"{k} is {saved.get(k)!r} there, {mine.get(k)!r} here" for k in keys if saved.get(k) != mine.get(k)]
     sizes = [k for k in SIZE_KEYS if k in config and k in own and config[k] != own[k]]
     changed += [f"{k} is {config[k]!r} there, {own[k]!r} here" for k in sizes]
@@ -169,7 +174,7 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
 
     Raises:
         CheckpointError: files are missing or cut, names or shapes do not fit the method that config.json names, or
-            the trainable form is asked for and is not there.
+            the form that is asked for, trainable or dense, is not there.
     """
     folder = Path(folder)
     if not dense and (folder / NATIVE_FOLDER / "config.json").is_file():
@@ -177,7 +182,7 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json: give a checkpoint or a published folder")
     _check_weights(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder)
     noted = getattr(config, "lowrank", None) or {}
     model_cls = getattr(transformers, (config.architectures or [""])[0], None)
     model: PreTrainedModel
@@ -185,8 +190,10 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         if isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel):
             model = model_cls._from_config(config, dtype=config.dtype)
         else:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     method = method_of(model)
+    if dense and method is not None and not method.has_dense_form:
+        raise _no_dense_form(folder, method.label)
     if method is not None and method.replaces_layers:
         if noted.get("form") == "native":
             apply_method(model, method, seed=0)
@@ -202,6 +209,30 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         model.config.lowrank = noted
     model.eval()
     return to_dense(model) if dense else model
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder's model; where code was published with it, that of the model the code builds on."""
+    values = _read_json(folder / "config.json")
+    noted = values.get("lowrank") or {}
+    if "published" not in noted:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    published = noted.pop("published")
+    values.pop("auto_map", None)
+    try:
+        values |= {key: published[key] for key in ("model_type", "architectures")}
+        config_class = CONFIG_MAPPING[values["model_type"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: config.json does not say what its code builds on") from error
+    return config_class.from_dict(values, name_or_path=str(folder))
+
+
+def _no_dense_form(where: Any, label: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} has no dense form, since no linear layer computes what {label}'s layers do: take it as trained, "
+        "with hf_lowrank.from_pretrained and no dense=True, or published with AutoModelForCausalLM and "
+        "trust_remote_code=True"
+    )
 
 
 def _random_state_kept() -> AbstractContextManager[None]:
@@ -241,7 +272,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """A new plain transformers model that computes the same function; `model` stays as it is.
 
     Every linear layer is the dense matrix it stands for (for SLTrain (alpha / r) B A + S), rounded to its dtype.
+
+    Raises:
+        CheckpointError: no dense model computes the same function, because of CoLA's activation between its factors.
     """
+    if not _has_dense_form(model):
+        method = method_of(model)
+        raise _no_dense_form("the model", "its method" if method is None else method.label)
     config = type(model.config).from_dict(model.config.to_dict())
     if getattr(config, "lowrank", None):
         replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
@@ -254,23 +291,72 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
+def gather_model(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel | None:
+    """The whole model on the CPU where FSDP2 has sharded its weights; the model itself where they are whole.
+
+    Every process must call this; one that passes `keep=False` takes part and gets None.
+    """
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model if keep else None
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            state[name] = whole.detach().cpu()
+    if not keep:
+        return None
+    # fully_shard has put a class of its own in the model's place
+    model_cls = next(
+        c for c in type(model).__mro__ if not issubclass(c, FSDPModule) and issubclass(c, PreTrainedModel)
+    )
+    method = method_of(model)
+    with _random_state_kept():
+        whole_model: PreTrainedModel = model_cls._from_config(
+            type(model.config).from_dict(model.config.to_dict()), dtype=model.dtype
+        )
+        if method is not None and method.replaces_layers:
+            apply_method(whole_model, method, seed=0)
+            whole_model.config.lowrank = model.config.lowrank
+    _load_strictly(whole_model, state, Path(model.name_or_path or "the model"))
+    whole_model.train(model.training)
+    return whole_model
+
+
+def _has_dense_form(model: torch.nn.Module) -> bool:
+    return all(module.has_dense_form for module in model.modules() if isinstance(module, ReparameterizedLinear))
+
+
 def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None:
     """Write what others load: dense weights for plain transformers, `native/` where the trained form differs.
+
+    A model without a dense form is written as trained, with the code that plain transformers needs for it.
 
     Args:
         model: the model as trained.
         publish: folder to write to; made when missing.
         tokenizer: saved beside the weights when given.
     """
+    method = method_of(model)
     replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
-    (to_dense(model) if replaced else model).save_pretrained(publish)
+    dense = _has_dense_form(model)
+    (to_dense(model) if replaced and dense else model).save_pretrained(publish)
     # another method's run may have written to this folder before
     shutil.rmtree(publish / NATIVE_FOLDER, ignore_errors=True)
-    (publish / CONFIG_NAME).unlink(missing_ok=True)
-    if replaced:
+    for name in (CONFIG_NAME, *(f"modeling_{other}.py" for other in METHODS)):
+        (publish / name).unlink(missing_ok=True)
+    if replaced and dense:
         model.save_pretrained(publish / NATIVE_FOLDER)
     if tokenizer is not None:
         tokenizer.save_pretrained(publish)
-    method = method_of(model)
     if method is not None:
         method.save_pretrained(publish)
+        if not dense:
+            _publish_code(method, model, publish)
+
+
+def _publish_code(method: LowRankConfig, model: PreTrainedModel, publish: Path) -> None:
+    try:
+        method.publish_code(model, publish)
+    # somebody's own model class: its weights are whole, and load here
+    except ValueError as error:
+        logger.warning("%s is for hf_lowrank.from_pretrained alone: %s", publish, error)

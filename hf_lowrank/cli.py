@@ -48,12 +48,16 @@ def load(
 
     from hf_lowrank.checkpoints import load_model
     from hf_lowrank.hub.fetch import fetch
+    from hf_lowrank.prepare import method_of
     from hf_lowrank.report import fact_rows, headline_rows, read_report
 
     folder = fetch(repo, revision=revision, token=token)
     report = read_report(folder)
     model = load_model(folder)
-    load_model(folder, dense=True)
+    method = method_of(model)
+    forms = "as trained and dense" if method is None or method.has_dense_form else "as trained"
+    if forms != "as trained":
+        load_model(folder, dense=True)
     console = Console()
     facts = Table(title=report["run"]["name"], title_justify="left", show_header=False)
     for fact in fact_rows(report):
@@ -65,7 +69,7 @@ def load(
     for row in headline_rows(report):
         metrics.add_row(row.id or "", row.name, row.text, row.space or "", str(row.step))
     console.print(metrics)
-    typer.echo(f"{type(model).__name__} in {folder}: as trained and dense, every weight accounted for")
+    typer.echo(f"{type(model).__name__} in {folder}: {forms}, every weight accounted for")
 
 
 @app.command()

@@ -33,7 +33,8 @@ def prepare(
         reinit: allow a method that cannot keep weights to replace the layers of a pretrained model.
 
     Returns:
-        The same model, and the keyword arguments `Trainer` needs beside it. Sizes are printed on the main process.
+        The same model, and the keyword arguments `Trainer` needs beside it: the optimizer, and for ReLoRA `callbacks`
+        (add your own with `trainer.add_callback`). Sizes are printed on the main process.
 
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
@@ -45,11 +46,13 @@ def prepare(
     if args.deepspeed and config.group_options(1):
         raise ValueError(
             f"deepspeed={args.deepspeed!r}: ZeRO hands the optimizer flat shards, which {config.label} cannot "
-            "project; train with DDP (recipes/accelerate/ddp.yaml), whose optimizer state is small already"
+            "project; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
         )
-    # before the model is changed: this may refuse args.optim
+    # before the model is changed: these may refuse the arguments
+    config.check_arguments(args)
     optimizer_cls, kwargs = _optimizer(config, args)
     apply_method(model, config, seed=args.seed, reinit=reinit)
+    config.before_training(model, args)
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)
     _guard_loading(model, targets)
@@ -57,14 +60,15 @@ def prepare(
         Console().print(summarize(model, config, targets, ranks).table())
     options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks and _trains(t)}
     plan = Plan(model, {name: group for name, group in options.items() if group}, identity(model, config))
-    return model, {"optimizer_cls_and_kwargs": (with_plan(optimizer_cls), {**kwargs, "plan": plan})}
+    trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": (with_plan(optimizer_cls), {**kwargs, "plan": plan})}
+    callbacks = config.callbacks(args)
+    return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
 
 
 def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: bool = False) -> None:
     """Change the model's layers as the method asks, and note the method in the model's config.
 
-    Each layer draws from a generator of its own, seeded by `seed` and its name. A model that carries the same method
-    already (loaded as trained) stays as it is.
+    A model that carries the same method already (loaded as trained) stays as it is.
 
     Raises:
         ValueError: as for `prepare`.
@@ -73,29 +77,32 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
     ranks = resolve_ranks(model, config, targets)
     present = [t for t in targets if isinstance(t.module, ReparameterizedLinear)]
     if present:
-        if not config.replaces_layers or len(present) < len(targets) or method_of(model) != config:
+        noted = method_of(model)
+        same = noted is not None and noted.identity() == config.identity()
+        if not config.replaces_layers or len(present) < len(targets) or not same:
             raise ValueError(
                 f"the model's layers are {type(present[0].module).__name__} already, so {config.label} with these "
                 "settings cannot be put on it: give the config it was made with, or start from its to_dense form"
             )
+        model_config = getattr(model, "config", None)
+        if model_config is not None:
+            now = {name: getattr(config, name) for name in config.runtime_fields}
+            model_config.lowrank = {**model_config.lowrank, **now}
         return
     if config.replaces_layers:
         pretrained = any(getattr(p, "_is_hf_initialized", False) for t in targets for p in t.module.parameters())
-        if pretrained and not reinit:
+        if pretrained and not reinit and not config.keeps_weights:
             raise ValueError(
                 f"{config.label} replaces the layers of a pretrained model and cannot keep their weights: pass "
                 "reinit=True to train them from scratch, or make the model from its config"
             )
         frozen = [target.name for target in targets if not _trains(target)]
-        if frozen:
+        if frozen and not config.keeps_weights:
             raise ValueError(
                 f"layer {frozen[0]} is frozen ({len(frozen)} in all) and {config.label} trains what it replaces: "
                 "unfreeze it, or leave it out with target_modules"
             )
-        for target in targets:
-            digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-            model.set_submodule(target.name, config.replace_layer(target.module, ranks[target.name], generator))
+        config.replace_layers(model, {t.name: ranks[t.name] for t in targets}, seed)
     model_config = getattr(model, "config", None)
     if model_config is not None:
         model_config.lowrank = {**config.to_dict(), "form": "native", "structure": structure_hash(model)}
@@ -148,7 +155,7 @@ def structure_hash(model: nn.Module) -> str | None:
 
 def identity(model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
     """What two runs must share for one to go on from the other's checkpoint."""
-    values = {**config.to_dict(), "structure": structure_hash(model)}
+    values = {**config.identity(), "structure": structure_hash(model)}
     if hasattr(config, "r"):
         targets = find_targets(model, config.target_modules)
         values["r"] = sorted(set(resolve_ranks(model, config, targets).values()))
@@ -162,7 +169,7 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
 
 
 def _trains(target: Target) -> bool:
-    return all(p.requires_grad for name, p in target.module.named_parameters() if name != "bias")
+    return all(p.requires_grad for name, p in target.module.named_parameters() if name.rpartition(".")[2] != "bias")
 
 
 def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -83,8 +83,9 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         size = own[0].element_size()
         bias = getattr(target.module, "bias", None)
         extra = bias.numel() if isinstance(bias, torch.Tensor) else 0
-        # the weight, or what stands for it, comes before the bias; what is frozen has no state
-        weight_trains, bias_trains = own[0].requires_grad, extra > 0 and own[-1].requires_grad
+        # what is frozen has no state: a frozen weight beside adapters that train is still a weight that trains
+        weight_trains = any(p.requires_grad for p in own if p is not bias)
+        bias_trains = isinstance(bias, torch.Tensor) and bias.requires_grad
         bias_state = 2 * extra * bias_trains
         state_bytes += size * (config.state_elements(target.rows, target.cols, rank or 0) * weight_trains + bias_state)
         dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)

@@ -4,9 +4,10 @@ The targets are the linear layers (`Linear`, transformers' `Conv1D`, or what a m
 model's repeated blocks. Nothing here knows an architecture by its name.
 """
 
+import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
 
-__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers"]
+__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "whole_layer"]
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,14 @@ def _blocks(model: nn.Module) -> list[str]:
 def linear_layers(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in the order of its modules."""
     blocks = _blocks(model)
-    layers = []
+    layers: list[Target] = []
+    replaced: str | None = None
     for name, module in model.named_modules():
         shape = _shape(module)
-        if shape is None:
+        # a method's layer may hold linear layers of its own
+        if shape is None or (replaced is not None and name.startswith(replaced)):
             continue
+        replaced = f"{name}." if isinstance(module, ReparameterizedLinear) else None
         layer, kind = None, name
         for block in blocks:
             if name.startswith(block + "."):
@@ -131,10 +135,21 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
     """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
     for target in find_targets(model, target_modules):
-        weight = target.dense_weight()
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-        yield target, weight
+        yield target, replace(target, module=whole_layer(target.module)).dense_weight()
+
+
+def whole_layer(module: nn.Module) -> nn.Module:
+    """The layer with whole parameters where they are sharded, for which every process must call this; else itself."""
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
+        return module
+    gathered = copy.copy(module)
+    parameters = {
+        name: p if p is None else nn.Parameter(p.full_tensor() if isinstance(p, DTensor) else p, requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    children = {name: c if c is None else whole_layer(c) for name, c in module._modules.items()}
+    gathered.__dict__.update(_parameters=parameters, _modules=children)
+    return gathered
 
 
 def hidden_size(model: nn.Module) -> int | None:

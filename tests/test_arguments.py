@@ -10,6 +10,8 @@ from hf_lowrank.methods import METHODS
 from hf_lowrank.models import SIZES, model_config
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+# files beside those named after their method
+VARIANTS = {"apollo_mini": "apollo"}
 
 
 def parse(*argv, configs=CONFIGS):
@@ -221,17 +223,17 @@ def test_metrics_may_be_one_word_or_a_list(text, expected, yaml_file):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--method", "galor"], ["unknown method 'galor'", "did you mean 'galore'?", "fullrank, galore, sltrain"]),
-        (["--method", "xyz"], ["unknown method 'xyz'", "fullrank, galore, sltrain"]),
+        (["--method", "galor"], ["unknown method 'galor'", "did you mean 'galore'?", ", ".join(sorted(METHODS))]),
+        (["--method", "xyz"], ["unknown method 'xyz'", ", ".join(sorted(METHODS))]),
         (["--method"], ["--method", "expected one argument"]),
         (["--learning_rat", "1"], ["unknown flag '--learning_rat'", "did you mean 'learning_rate'?"]),
         (["--tokeniser_name=x"], ["unknown flag '--tokeniser_name=x'", "did you mean 'tokenizer_name'?"]),
         (["--sparsity", "0.1"], ["unknown flag '--sparsity'", "it is a setting of sltrain, not of galore"]),
         (
             ["--method", "sltrain", "--update_proj_gap", "5"],
-            ["unknown flag '--update_proj_gap'", "it is a setting of galore, not of sltrain"],
+            ["unknown flag '--update_proj_gap'", "it is a setting of apollo, fira, galore, not of sltrain"],
         ),
-        (["--method", "fullrank", "--r", "5"], ["unknown flag '--r'", "galore, sltrain, not of fullrank"]),
+        (["--method", "fullrank", "--r", "5"], ["unknown flag '--r'", "relora, sltrain, not of fullrank"]),
         (["--model_size", "61m"], ["--model_size 61m", "did you mean '60m'?", "tiny, 60m, 130m, 350m, 1b"]),
         (["--metrics", "spectrl"], ["--metrics spectrl", "did you mean 'spectral'?"]),
         (["--max_steps", "5", "more"], ["'more' belongs to no flag"]),
@@ -347,7 +349,7 @@ def test_a_missing_yaml_file_and_a_folder_are_refused(name, tmp_path):
 def test_another_methods_yaml_file_with_a_method_flag_is_refused():
     # the file's numbers were chosen for its own method
     message = refusal(CONFIGS / "60m" / "galore.yaml", "--method", "sltrain")
-    assert "a setting of galore, not of sltrain" in message
+    assert "a setting of apollo, galore, not of sltrain" in message
 
 
 def test_fail_writes_one_line_and_exits_with_2(capsys):
@@ -414,6 +416,25 @@ STUDY_SETTINGS = {
     ("130m", "galore"): (1e-2, {"r": 256, "scale": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
     ("350m", "galore"): (1e-2, {"r": 256, "scale": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
     ("1b", "galore"): (1e-2, {"r": 512, "scale": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
+    ("60m", "fira"): (1e-2, {"r": 128, "alpha": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
+    ("130m", "fira"): (1e-2, {"r": 256, "alpha": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
+    ("350m", "fira"): (1e-2, {"r": 256, "alpha": 0.25, "update_proj_gap": 200, "proj_type": "std"}),
+    ("60m", "relora"): (
+        1e-3,
+        {"r": 128, "alpha": 32, "dropout": 0.1, "reset_every": 1000, "restart_warmup_steps": 100},
+    ),
+    ("130m", "relora"): (
+        1e-3,
+        {"r": 256, "alpha": 32, "dropout": 0.1, "reset_every": 5000, "restart_warmup_steps": 100},
+    ),
+    ("350m", "relora"): (
+        5e-4,
+        {"r": 256, "alpha": 32, "dropout": 0.1, "reset_every": 5000, "restart_warmup_steps": 200},
+    ),
+    ("60m", "cola"): (6e-3, {"r": 128, "only_lr_act": False, "activation": "silu", "recompute": False}),
+    ("130m", "cola"): (3e-3, {"r": 256, "only_lr_act": False, "activation": "silu", "recompute": False}),
+    ("350m", "cola"): (3e-3, {"r": 256, "only_lr_act": True, "activation": "silu", "recompute": False}),
+    ("1b", "cola"): (2e-3, {"r": 512, "only_lr_act": True, "activation": "silu", "recompute": False}),
     ("60m", "sltrain"): (2e-3, {"r": 128, "alpha": 32.0, "sparsity": 0.03}),
     ("130m", "sltrain"): (3e-3, {"r": 256, "alpha": 16.0, "sparsity": 0.03}),
     ("350m", "sltrain"): (2e-3, {"r": 256, "alpha": 16.0, "sparsity": 0.03}),
@@ -437,7 +458,8 @@ def test_a_yaml_file_has_the_studys_numbers(size, method):
         assert args.save_steps == save_steps
     assert recipe.recipe.total_batch_size == 512
     assert 512 % args.per_device_train_batch_size == 0
-    assert (args.weight_decay, args.max_grad_norm) == (0.0, 0.0)
+    clipping = {"cola": 0.5, "relora": 0.0 if size == "350m" else 1.0}.get(method, 0.0)
+    assert (args.weight_decay, args.max_grad_norm) == (0.01 if method == "cola" else 0.0, clipping)
     assert args.optim in ("adamw_torch", "adamw_torch_fused")  # Trainer takes the second where torch has it
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
     assert args.lr_scheduler_type == "cosine_with_min_lr"
@@ -458,16 +480,16 @@ def test_a_model_has_the_studys_shape(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_yaml_file_in_every_size(size, method):
-    path = CONFIGS / size / f"{method}.yaml"
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+def test_every_method_has_a_yaml_file_in_every_size(size, name):
+    path = CONFIGS / size / f"{name}.yaml"
     assert path.is_file(), f"{path} is missing: CONTRIBUTING.md says what a new method needs"
     recipe = parse(path, "--use_cpu")
-    assert (recipe.method.method, recipe.recipe.model_size) == (method, size)
+    assert (recipe.method.method, recipe.recipe.model_size) == (VARIANTS.get(name, name), size)
     config = model_config(size, vocabulary=512, sequence_length=recipe.data.sequence_length, eos_token_id=0)
     assert getattr(recipe.method, "r", 1) <= min(config.hidden_size, config.intermediate_size)
 
 
 def test_there_is_no_yaml_file_that_nothing_reads():
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.is_file()}
-    assert found == {f"{size}/{method}.yaml" for size in SIZES for method in METHODS}
+    assert found == {f"{size}/{name}.yaml" for size in SIZES for name in (*METHODS, *VARIANTS)}

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,6 +405,128 @@ def test_a_folder_of_another_method_is_published_anew(tmp_path):
     export(plain, tmp_path)
     assert same(weights(load_model(tmp_path)), weights(plain))
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+# No dense form
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    # saved anew by plain transformers it stays loadable
+    model.save_pretrained(folder + "-again")
+    with torch.no_grad():
+        print(json.dumps([type(model).__name__, refusal, model(ids).logits.tolist()]))
+assert "hf_lowrank" not in sys.modules
+"""
+
+COLA = {
+    "llama": (llama, lr.CoLAConfig(r=4)),
+    "llama-only-lr-act": (llama, lr.CoLAConfig(r=4, only_lr_act=True, activation="gelu")),
+    "llama-some-targets": (llama, lr.CoLAConfig(r=3, target_modules=["up_proj", "layers.1.self_attn.v_proj"])),
+    "gpt2": (gpt2, lr.CoLAConfig(r=4, recompute=True)),
+    "gpt2-only-lr-act": (gpt2, lr.CoLAConfig(only_lr_act=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Exported CoLA models: name -> (model, folder, what a process without hf_lowrank makes of the folder)."""
+    home = tmp_path_factory.mktemp("published")
+    models = {name: trained(config, make()).eval() for name, (make, config) in COLA.items()}
+    for name, model in models.items():
+        export(model, home / name)
+    command = [sys.executable, "-c", LOAD, json.dumps(ids().tolist()), *(str(home / name) for name in models)]
+    env = {**os.environ, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=home, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    lines = [line[line.index('["CoLA') :] for line in done.stdout.splitlines() if '["CoLA' in line]
+    found = (json.loads(line) for line in lines)
+    return {name: (models[name], home / name, result) for name, result in zip(models, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", COLA)
+def test_what_has_no_dense_form_is_published_with_code_for_plain_transformers(name, published):
+    model, folder, (cls, refusal, found) = published[name]
+    assert cls == f"CoLA{type(model).__name__}"
+    assert (torch.tensor(found) - logits(model)).abs().max() < 1e-6
+    # never half-loaded: without trust_remote_code it is refused
+    assert "contains custom code" in refusal
+    files = {path.name for path in folder.iterdir()}
+    assert {"modeling_cola.py", "model.safetensors", "config.json", "lowrank_config.json"} <= files
+    assert "native" not in files
+
+
+@pytest.mark.parametrize("name", COLA)
+def test_published_cola_loads_as_trained_and_runs_no_code(name, published, tmp_path):
+    model, folder, _ = published[name]
+    for source in (folder, Path(f"{folder}-again")):
+        copy = shutil.copytree(source, tmp_path / source.name)
+        (copy / "modeling_cola.py").write_text("raise SystemExit('the code ran')")
+        loaded = load_model(copy)
+        assert type(loaded) is type(model)
+        assert same(weights(loaded), weights(model))
+        assert torch.equal(logits(loaded), logits(model))
+        assert loaded.config.lowrank == model.config.lowrank
+    assert loaded.config.model_type == model.config.model_type
+    # and it can be trained on
+    lr.prepare(loaded, COLA[name][1], arguments(tmp_path))
+
+
+def test_no_dense_form_is_said_in_one_line(published):
+    model, folder, _ = published["llama"]
+    for refused in (lambda: lr.to_dense(model), lambda: lr.from_pretrained(folder, dense=True)):
+        with pytest.raises(lr.CheckpointError, match="has no dense form, .*: take it as trained") as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
+def test_another_method_leaves_no_code_behind(published, tmp_path):
+    folder = shutil.copytree(published["llama"][1], tmp_path / "publish")
+    export(trained(METHODS["sltrain"], llama()), folder)
+    assert not (folder / "modeling_cola.py").exists()
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "no_such"}, {"model_type": None}, None])
+def test_a_config_that_does_not_name_the_plain_model(change, published, tmp_path):
+    folder = shutil.copytree(published["llama"][1], tmp_path / "publish")
+    values = json.loads((folder / "config.json").read_text())
+    values["lowrank"]["published"] = change and {**values["lowrank"]["published"], **change}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(lr.CheckpointError, match="is damaged: config.json does not say what its code builds on"):
+        load_model(folder)
+
+
+def test_a_class_that_transformers_does_not_have_is_published_without_code(tmp_path, caplog):
+    class Own(type(llama())):
+        pass
+
+    model = trained(lr.CoLAConfig(r=4), llama())
+    model.__class__ = Own
+    with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        export(model, tmp_path)
+    assert "Own is no class of transformers" in caplog.text
+    assert not (tmp_path / "modeling_cola.py").exists()
+    assert same(weights(load_model(tmp_path)), weights(model))
+
+
+@pytest.mark.parametrize("name", ["Llama\nimport os", "os.system", "", "Trainer", "NoSuchModel"])
+def test_only_a_class_of_transformers_is_written_into_the_code(name, tmp_path):
+    model = trained(lr.CoLAConfig(r=4), llama())
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": [name]}, default=str))
+    with pytest.raises(ValueError, match="is no class of transformers"):
+        METHODS["cola"].publish_code(model, tmp_path)
+    assert not (tmp_path / "modeling_cola.py").exists()
 
 
 # Resuming

@@ -15,6 +15,7 @@ from tiny_runs import METHODS, arguments, make_trainer
 import hf_lowrank as lr
 import hf_lowrank.callbacks.report
 from hf_lowrank.cli import main
+from hf_lowrank.methods import METHODS as REGISTERED
 from hf_lowrank.report import read_report
 
 
@@ -180,6 +181,19 @@ def test_load_prints_the_summary_of_a_run(source, cli, hub, run):
     assert re.search(rf"perplexity\W+{int(value)}\.\d+ ± ", done.out)
 
 
+def test_load_of_a_run_that_has_no_dense_form(cli, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+    trainer = make_trainer(METHODS["cola"], arguments(tmp_path / "my-cola", max_steps=1))
+    lr.attach(trainer)
+    trainer.train()
+    assert cli("push", tmp_path / "my-cola", "--repo-id", "user/my-cola").code == 0
+    assert "modeling_cola.py" in hub.repo("user/my-cola").files()
+    done = cli("load", "user/my-cola")
+    assert (done.code, done.err) == (0, "")
+    assert "as trained, every weight accounted for" in done.out
+    assert "trust_remote_code=True" in (tmp_path / "my-cola" / "publish" / "README.md").read_text()
+
+
 def test_load_takes_a_revision(cli, hub, run):
     cli("push", run, "--repo-id", "user/my-run", "--tag", "v1")
     done = cli("load", "user/my-run", "--revision", "v1")
@@ -256,7 +270,7 @@ def test_config_prints_the_defaults_as_json(method, cli):
 
 def test_an_unknown_method_is_one_line_with_the_nearest_name(refusal):
     assert refusal("config", "galor") == (
-        "error: unknown method 'galor' (did you mean 'galore'?); the methods are fullrank, galore, sltrain\n"
+        f"error: unknown method 'galor' (did you mean 'galore'?); the methods are {', '.join(sorted(REGISTERED))}\n"
     )
 
 

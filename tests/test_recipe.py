@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lowrank as lr
 import hf_lowrank.callbacks.report
+from hf_lowrank.methods import METHODS as ALL_METHODS
 from hf_lowrank.report import read_report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain.py"
@@ -221,7 +222,7 @@ def test_what_is_refused_while_parsing_says_nothing_else(recipe, tmp_path, monke
     done = call(recipe, ["--method", "galor"])
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        "error: unknown method 'galor' (did you mean 'galore'?); the methods are fullrank, galore, sltrain\n"
+        f"error: unknown method 'galor' (did you mean 'galore'?); the methods are {', '.join(sorted(ALL_METHODS))}\n"
     )
 
 

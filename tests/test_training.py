@@ -35,6 +35,8 @@ CAPABILITIES = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "compiled model": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
+# what cannot go together, with the words of the error that says so
+CONTRADICTIONS = {("cola-m", "gradient checkpointing"): "both recompute the blocks: drop gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -46,6 +48,10 @@ def test_a_capability_does_not_change_what_is_trained(method, capability, tmp_pa
         return final_weights(METHODS[method], arguments(tmp_path, **changes), model=model)
 
     plain = run()
+    if (method, capability) in CONTRADICTIONS:
+        with pytest.raises(ValueError, match=CONTRADICTIONS[method, capability]):
+            run(**CAPABILITIES[capability])
+        return
     changed = {key.removeprefix("_orig_mod."): tensor for key, tensor in run(**CAPABILITIES[capability]).items()}
     # one summation order against another, amplified by Adam where a gradient is near zero
     assert_close(plain, changed, rtol=2e-3)
@@ -70,7 +76,9 @@ def test_clipping_reaches_the_optimizer(method, tmp_path):
     after = final_weights(METHODS[method], arguments(tmp_path, max_grad_norm=1e-12, weight_decay=0.0))
     # gradients of 1e-12 vanish beside eps, so nothing moves by more than lr * 1e-12 / eps a step
     for key, tensor in after.items():
-        assert (tensor.double() - before[key].double()).abs().max() < 1e-3
+        # a restart draws A anew
+        if not (method == "relora" and "lora_A" in key):
+            assert (tensor.double() - before[key].double()).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,7 +137,8 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path):
     mine, theirs = again.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
     for index, state in theirs.items():
         for key, value in state.items():
-            assert torch.equal(mine[index][key], value), (index, key)
+            # a seed is a number
+            assert torch.equal(torch.as_tensor(mine[index][key]), torch.as_tensor(value)), (index, key)
     assert losses_by_step(tmp_path / "again", 8) == losses_by_step(tmp_path / "whole", 8)
     loaded = torch.load(tmp_path / "again" / "checkpoint-8" / "optimizer.pt", weights_only=True)
     assert len(loaded["state"]) == len(theirs)

@@ -36,7 +36,7 @@ class Record:
         stderr: its standard error; None where it is exact for the given weights.
         step: optimizer step it was measured at.
         settings: everything the number depends on beside the weights.
-        space: `dense` or `native`.
+        space: `dense`, `linearised` (no dense matrix exists) or `native`.
     """
 
     name: str

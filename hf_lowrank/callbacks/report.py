@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_lowrank.callbacks.base import MetricCallback, Record, metrics_folder, read_records
 from hf_lowrank.callbacks.facts import RunInfo, run_facts
-from hf_lowrank.checkpoints import export
+from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity, sequence_losses
@@ -107,17 +107,19 @@ class ReportCallback(TrainerCallback):
                 path.unlink()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pushes = self.push_strategy not in (None, "end")
+        model = self.whole_model() if pushes else None
         if not state.is_world_process_zero:
             return
         try:
             self.write_report()
-            if self.push_strategy not in (None, "end"):
-                self.write_all()
+            if pushes:
+                self.write_all(model)
         # the report is written again at the end, and there it does raise
         except Exception as error:
             logger.warning("the report of step %d could not be written: %s", state.global_step, error)
             return
-        if self.push_strategy not in (None, "end"):
+        if pushes:
             self.try_push(f"step {state.global_step}")
 
     def on_train_end(
@@ -129,11 +131,12 @@ class ReportCallback(TrainerCallback):
         except Exception as error:
             logger.warning("validation loss and perplexity could not be measured: %s", error)
             records = []
+        model = self.whole_model()
         if not state.is_world_process_zero:
             return
         if records:
             self._write_records(records)
-        self.write_all()
+        self.write_all(model)
         Console().print(self._measured())
         if self.push_strategy is not None:
             self.try_push("end of training")
@@ -193,10 +196,16 @@ class ReportCallback(TrainerCallback):
         }
         write_report(report, self.publish / "report.json")
 
-    def write_all(self, repo_id: str | None = None) -> None:
-        """Write everything that is published: report, weights, figures, card."""
-        self.write_report()
+    def whole_model(self) -> torch.nn.Module | None:
+        """The model on the main process, None on the others; all call this, since its weights may be sharded."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            return gather_model(model, keep=self.trainer.is_world_process_zero())
+        return model
+
+    def write_all(self, model: torch.nn.Module | None, repo_id: str | None = None) -> None:
+        """Write everything that is published: report, weights of the whole model, figures, card."""
+        self.write_report()
         if isinstance(model, PreTrainedModel):
             export(model, self.publish, self.trainer.processing_class)
         else:

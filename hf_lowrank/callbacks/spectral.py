@@ -53,10 +53,16 @@ class _Snapshots:
             save_file(tensors, path, metadata={"step": str(step)})
 
 
+def _space(target: Target) -> str:
+    """`linearised` for a layer that no matrix stands for: it is measured as the product of its factors."""
+    return "dense" if getattr(target.module, "has_dense_form", True) else "linearised"
+
+
 class SpectralCallback(MetricCallback):
     """Singular-value metrics of every target matrix, and of its change since the last measurement and since the start.
 
-    Dense space: a reparameterised layer is measured as the matrix it multiplies with. The weights of the first and
+    Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
+    as the product of its factors, in the space `linearised`. The weights of the first and
     the last measurement are kept in `<output_dir>/spectral_snapshots/`; where they are not at hand, as after a resume
     on another machine, the rows about updates are left out. Nothing random is drawn and no parameter is touched.
 
@@ -95,14 +101,17 @@ class SpectralCallback(MetricCallback):
             if not writes:
                 continue
             row, vectors = self._row(target, weight, previous, initial)
-            rows.append({"step": step, "space": "dense", **row})
+            rows.append({"step": step, "space": _space(target), **row})
             kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
             kept.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         if writes:
             previous.save(kept, step)
             if step == 0:
                 initial.save(kept, step)
-        return Measurement(self._average(rows, step), rows)
+        # the dense ones last: where a model has both, the log shows theirs
+        spaces = sorted({row["space"] for row in rows}, reverse=True)
+        averages = [self._average([row for row in rows if row["space"] == space], step, space) for space in spaces]
+        return Measurement([record for records in averages for record in records], rows)
 
     def _measured_before(self, step: int) -> int | None:
         return max((record.step for record in self.records if record.step < step), default=None)
@@ -155,7 +164,7 @@ class SpectralCallback(MetricCallback):
         row.update({f"spectral/{subject}/{key}": float(metrics[key]) for key in UPDATE_METRICS})
         return update
 
-    def _average(self, rows: list[dict[str, Any]], step: int) -> list[Record]:
+    def _average(self, rows: list[dict[str, Any]], step: int, space: str) -> list[Record]:
         """Plain means over the matrices; relative_norm is that of all matrices together, as H11 is defined."""
         names = dict.fromkeys(key for row in rows for key in row if key.startswith("spectral/"))
         records = []
@@ -171,12 +180,12 @@ class SpectralCallback(MetricCallback):
             if subject.startswith("update"):
                 settings["since"] = self._initial_step if subject == "update_from_init" else self._previous_step
             if metric == "relative_norm":
-                records.append(Record(f"spectral/{subject}/relative_norm_mean", mean, None, step, settings, "dense"))
+                records.append(Record(f"spectral/{subject}/relative_norm_mean", mean, None, step, settings, space))
                 squares = [
                     sum(row.get(f"spectral/{subject}/{key}", 0.0) ** 2 for row in rows)
                     for key in ("norm", "norm_before")
                 ]
                 mean = finite(math.sqrt(squares[0] / squares[1])) if squares[1] > 0 else None
                 settings = {**settings, "average": "all matrices together"}
-            records.append(Record(name, mean, None, step, settings, "dense"))
+            records.append(Record(name, mean, None, step, settings, space))
         return records

@@ -16,8 +16,14 @@ from huggingface_hub.utils import validate_repo_id
 
 __all__ = ["ALLOWED", "FetchError", "fetch"]
 
-ALLOWED = ("*.safetensors", "*.json", "README.md", "*.txt", "*.model", "*.jinja", "*.parquet", "*.png")
-"""What is downloaded by default: weights, configs, the card, tokenizer files, metrics and figures."""
+ALLOWED = (
+    *("*.safetensors", "*.json", "README.md", "*.txt", "*.model", "*.jinja", "*.parquet", "*.png"),
+    "modeling_cola.py",
+)
+"""What is downloaded by default: weights, configs, the card, tokenizer files, metrics and figures.
+
+Of code only CoLA's modelling file at the root, so that what is fetched can be published again: nothing here runs it.
+"""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 """Never downloaded, whatever `allow_patterns` says: loading them can run code."""

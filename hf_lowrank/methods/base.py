@@ -9,6 +9,7 @@ Shapes: a target weight is W: (m, n) = (out_features, in_features); r is the ran
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -20,10 +21,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import PushToHubMixin
 
-__all__ = ["CONFIG_NAME", "METHODS", "LowRankConfig", "ReparameterizedLinear", "get_method", "nearest", "register"]
+__all__ = [
+    "CONFIG_NAME", "METHODS", "LowRankConfig", "ReparameterizedLinear", "get_method", "nearest", "register",
+    "seeded_generator",
+]  # fmt: skip
 
 CONFIG_NAME = "lowrank_config.json"
 
@@ -52,14 +56,24 @@ def get_method(name: str) -> type["LowRankConfig"]:
     return METHODS[name]
 
 
+def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
+    """A generator of its own for each layer and purpose, the same whatever was drawn before and on every process."""
+    digest = hashlib.sha256(":".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
 class ReparameterizedLinear(nn.Module, ABC):
     """A layer that stands in a linear layer's place and keeps something other than W: (m, n).
 
     Attributes:
+        has_dense_form: whether a matrix computes the same function; where none does, `dense_weight` is the product
+            of the factors (the layer linearised), and `dense_state` an error.
         in_features, out_features: n and m.
         fan_in_fan_out: True where the layer it replaced stores W transposed (`Conv1D`), so that the dense form of
             the model gets its weight the way plain transformers expects it.
     """
+
+    has_dense_form: ClassVar[bool] = True
 
     in_features: int
     out_features: int
@@ -71,6 +85,8 @@ class ReparameterizedLinear(nn.Module, ABC):
 
     def dense_state(self) -> dict[str, Tensor]:
         """State of the linear layer that computes the same function, under that layer's own names."""
+        if not self.has_dense_form:
+            raise ValueError(f"{type(self).__name__} has no dense form: it is no linear function of its input")
         weight = self.dense_weight()
         state = {"weight": weight.T.contiguous() if self.fan_in_fan_out else weight}
         bias = getattr(self, "bias", None)
@@ -95,8 +111,14 @@ class LowRankConfig(PushToHubMixin):
     label: ClassVar[str]
     # arXiv number of the method's paper; None for the baseline
     paper: ClassVar[str | None] = None
-    # whether the method puts its own layers in the targets' place, and so cannot keep pretrained weights
+    # whether the method puts its own layers in the targets' place
     replaces_layers: ClassVar[bool] = False
+    # whether those layers go on from the weights of the layers they replace
+    keeps_weights: ClassVar[bool] = False
+    # whether plain linear layers can compute what the method's layers compute
+    has_dense_form: ClassVar[bool] = True
+    # fields that say how a run is computed and not what: another part of the same run may change them
+    runtime_fields: ClassVar[tuple[str, ...]] = ()
 
     target_modules: list[str] | str | None = field(
         default=None,
@@ -120,9 +142,27 @@ class LowRankConfig(PushToHubMixin):
 
     # Hooks: what a method does to a model
 
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """`ValueError` where the Trainer's arguments contradict the method; called before the model is changed."""
+
+    def replace_layers(self, model: nn.Module, ranks: dict[str, int], seed: int) -> None:
+        """Put the method's layers in the place of the targets, given by name with their ranks.
+
+        Each layer draws from a generator of its own, so that a layer's values do not depend on the others.
+        """
+        for name, r in ranks.items():
+            model.set_submodule(name, self.replace_layer(model.get_submodule(name), r, seeded_generator(seed, name)))
+
     def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> ReparameterizedLinear:
         """The layer that takes the place of `linear` (`Linear` or `Conv1D`); only where `replaces_layers`."""
         raise NotImplementedError(f"{self.label} leaves the layers as they are")
+
+    def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Set what a model needs for training alone, once its layers are the method's."""
+
+    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+        """Callbacks the method needs in the Trainer."""
+        return []
 
     def group_options(self, r: int) -> dict[str, Any]:
         """Keys that mark an optimizer group of targets of rank r; empty where the targets are nothing special."""
@@ -136,7 +176,18 @@ class LowRankConfig(PushToHubMixin):
         """Numbers the optimizer keeps for one target (m, n) of rank r, step counters aside."""
         return 2 * m * n
 
+    def publish_code(self, model: nn.Module, folder: Path) -> None:
+        """Add the code that plain transformers needs for a folder of weights as trained; where there is no dense form.
+
+        Raises:
+            ValueError: no such code can be written for the model.
+        """
+
     # Saving and loading
+
+    def identity(self) -> dict[str, Any]:
+        """What all parts of one run share: `to_dict` without the `runtime_fields`."""
+        return {key: value for key, value in self.to_dict().items() if key not in self.runtime_fields}
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name and its fields, ready for JSON."""

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig, register
 from hf_lowrank.optim import GaLoreAdamW
-from hf_lowrank.optim.galore import check_options
+from hf_lowrank.optim.projected import check_options
 from hf_lowrank.optim.projector import moment_shape, projector_shapes
 
 __all__ = ["GaLoreConfig"]
@@ -41,7 +41,7 @@ class GaLoreConfig(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self.group_options(self.r or 1))
+        check_options(self.group_options(self.r or 1), "scale")
 
     def group_options(self, r: int) -> dict[str, Any]:
         return {

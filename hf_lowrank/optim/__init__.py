@@ -1,5 +1,7 @@
-"""Optimizers that keep their state in a projection of the gradient, and what they share."""
+"""Projected optimizers; each works on its own, without `hf_lowrank.prepare`."""
 
+from hf_lowrank.optim.apollo import ApolloAdamW
+from hf_lowrank.optim.fira import FiraAdamW
 from hf_lowrank.optim.galore import GaLoreAdamW
 
-__all__ = ["GaLoreAdamW"]
+__all__ = ["ApolloAdamW", "FiraAdamW", "GaLoreAdamW"]

@@ -62,6 +62,17 @@ class Plan:
         mark = json.dumps(self.identity, sort_keys=True)
         return [{**group, IDENTITY_KEY: mark} for group in regrouped]
 
+    def names_of(self, groups: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
+        """(group, place in it) -> parameter name."""
+        model = self._model()
+        names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        return {
+            (index, place): names[id(p)]
+            for index, group in enumerate(groups)
+            for place, p in enumerate(group["params"])
+            if id(p) in names
+        }
+
     def check_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """`ValueError` when a state to be loaded was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
@@ -89,6 +100,8 @@ def with_plan(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Op
     class Planned(optimizer_cls):  # type: ignore[misc, valid-type]
         def __init__(self, params: Any, *args: Any, plan: Plan, **kwargs: Any) -> None:
             super().__init__(plan.regroup(params), *args, **kwargs)
+            # an optimizer of ours says in its messages which parameter it means
+            self.names = plan.names_of(self.param_groups)
             self.register_load_state_dict_pre_hook(plan.check_state)
 
     Planned.__name__ = Planned.__qualname__ = optimizer_cls.__name__

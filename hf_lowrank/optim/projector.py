@@ -62,8 +62,8 @@ def refresh_projector(G: Tensor, r: int, where: str, method: str, previous: list
         r: rank, at most min(m, n).
         where: `left`, `right` or `full`.
         method: `svd` gives the singular vectors as `torch.linalg.svd` does; `gram` the same vectors from the
-            eigenvectors of the smaller Gram matrix, in float32: directions whose singular value is below about
-            3e-4 of the largest are noise; `subspace` a few power iterations that start from the previous projector.
+            eigenvectors of the smaller Gram matrix: for a float32 gradient, directions whose singular value is below
+            about 3e-4 of the largest are noise; `subspace` a few power iterations from the previous projector.
             The last two keep the signs of the previous projector's vectors where they can, since the moments stay.
         previous: the projector to be replaced, or None at the first refresh (`subspace` is then `gram`).
 
@@ -71,7 +71,8 @@ def refresh_projector(G: Tensor, r: int, where: str, method: str, previous: list
         The projector's matrices, in G's dtype.
     """
     # scaling by the largest entry keeps the Gram matrix of a tiny gradient away from underflow
-    scaled = G.float() / G.abs().max().float().clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = G.to(torch.promote_types(G.dtype, torch.float32))
+    scaled = scaled / scaled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     if method == "svd":
         left, right = _svd(scaled, r)
     elif method == "subspace" and previous is not None:
@@ -111,12 +112,12 @@ def _gram(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def _subspace_iterations(G: Tensor, where: str, previous: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Block power iterations on G Gᵀ (or Gᵀ G) from the previous basis; Rayleigh-Ritz is not needed for a subspace."""
     if where == "right":
-        right = previous[0].T.float()
+        right = previous[0].T.to(G.dtype)
         for _ in range(SUBSPACE_ITERATIONS):
             left = _orthonormal(torch.mm(G, right))
             right = _orthonormal(torch.mm(G.T, left))
         return left, right
-    left = previous[0].float()
+    left = previous[0].to(G.dtype)
     for _ in range(SUBSPACE_ITERATIONS):
         right = _orthonormal(torch.mm(G.T, left))
         left = _orthonormal(torch.mm(G, right))
@@ -126,7 +127,7 @@ def _subspace_iterations(G: Tensor, where: str, previous: list[Tensor]) -> tuple
 def _sketch(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Subspace from Gaussian vectors and QR alone: nothing here iterates to convergence, so nothing can hang."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(r, G.shape[1], generator=generator).to(G.device)
+    start = torch.randn(r, G.shape[1], generator=generator).to(G)
     return _subspace_iterations(G, "right", [_orthonormal(start.T).T])
 
 

@@ -551,3 +551,30 @@ def test_a_finished_run_resumed_at_its_end_stays_as_it_is(whole, tmp_path):
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
     pd.testing.assert_frame_equal(rows(folder), rows(whole))
     assert records(folder) == records(whole)
+
+
+def test_what_no_matrix_stands_for_is_marked_linearised(tmp_path):
+    config = lr.CoLAConfig(r=4, target_modules=["mlp.up_proj", "mlp.down_proj"])
+    trainer = make_trainer(config, arguments(tmp_path, max_steps=2))
+    lr.attach(trainer, lr.SpectralCallback(every=2))
+    trainer.train()
+    table = rows(tmp_path)
+    low_rank = table["module"].isin(["mlp.up_proj", "mlp.down_proj"])
+    assert set(table["space"][low_rank]) == {"linearised"}
+    assert set(table["space"][~low_rank]) == {"dense"}
+    # the row of a product is that of B A
+    layer = trainer.model.model.layers[1].mlp.up_proj
+    row = table[(table["name"] == "model.layers.1.mlp.up_proj") & (table["step"] == 2)].iloc[0]
+    expected = spectral_metrics((layer.B @ layer.A).detach())
+    assert row["spectral/weight/stable_rank"] == pytest.approx(expected.stable_rank, rel=1e-5)
+    # means do not mix the two, and the log shows the dense one
+    found = [r for r in records(tmp_path) if r["name"] == "spectral/weight/stable_rank" and r["step"] == 2]
+    assert {r["space"]: r["settings"]["total"] for r in found} == {"linearised": 4, "dense": 10}
+    for record in found:
+        subset = table[(table["space"] == record["space"]) & (table["step"] == 2)]
+        assert record["value"] == pytest.approx(subset["spectral/weight/stable_rank"].mean())
+    logged = [e for e in trainer.state.log_history if "spectral/weight/stable_rank" in e][-1]
+    dense = next(r["value"] for r in found if r["space"] == "dense")
+    assert logged["spectral/weight/stable_rank"] == dense
+    report = lr.load_report(tmp_path)
+    assert "linearised" in {metric["space"] for metric in report["metrics"]}

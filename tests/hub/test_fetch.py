@@ -23,6 +23,7 @@ FILES = {
     "tokenizer.model": b"\0pieces",
     "merges.txt": b"a b",
     "chat_template.jinja": b"{{ messages }}",
+    "modeling_cola.py": b"# for trust_remote_code",
 }
 
 
@@ -75,10 +76,12 @@ def test_a_file_and_a_name_that_is_nothing_are_refused(tmp_path: Path) -> None:
 
 def test_downloads_all_but_pickles_and_unknown_kinds(hub: LoopbackHub) -> None:
     others = {"pytorch_model.bin": b"\0", "optimizer.pt": b"\0", "x/y.pkl": b"\0", "run.sh": b"#!/bin/sh"}
+    others |= dict.fromkeys(("modeling_own.py", "x/modeling_cola.py", "a_modeling_cola.py", "x.py"), b"import os")
     hub.plant(REPO, FILES | others)
     assert files_in(fetch(REPO)) == FILES
     assert fetch(REPO).is_relative_to(hub.home)
     assert hub.count(r"\.(bin|pt|pkl|sh)$") == 0
+    assert hub.count(r"\.py$") == hub.count(r"/modeling_cola\.py$") > 0
 
 
 def test_patterns_narrow_the_download_but_never_admit_pickles(hub: LoopbackHub) -> None:

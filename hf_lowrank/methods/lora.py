@@ -1,0 +1,158 @@
+"""LoRA (arXiv 2106.09685) through PEFT's layers: W stays as it was, (alpha / r) B A beside it is trained.
+
+Shapes: W: (m, n), A: (r, n), B: (m, r), x: (..., n), y: (..., m).
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import peft
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, register, seeded_generator
+from hf_lowrank.optim.sharding import RowShards, local
+
+__all__ = ["LoRAConfig", "LoRALinear", "add_product", "own_rows"]
+
+ADAPTER = "default"
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """base + scaling * left right, summed in fp32 or better and rounded once to the dtype of `base`."""
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    with torch.autocast(base.device.type, enabled=False):
+        return torch.addmm(base.to(dtype), left.to(dtype), right.to(dtype), alpha=scaling).to(base.dtype)
+
+
+def own_rows(whole: Tensor, like: Tensor, name: str) -> Tensor:
+    """The rows of `whole` that this process holds of `like`, the parameter `name` or its optimizer state."""
+    shards = RowShards.of(like, name)
+    return whole if shards is None else shards.local_rows(whole)
+
+
+class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer, y = W x + b + (alpha / r) B A dropout(x), as one of this package's layers.
+
+    W is frozen, b trains if it did before. The state dict has PEFT's names: `base_layer.weight`,
+    `lora_A.default.weight`, `lora_B.default.weight`.
+
+    Attributes:
+        name: path of the layer in the model it was put into; what is drawn for the layer depends on it.
+    """
+
+    name: str
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        # PEFT takes it from its config, which is one for all layers
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    @property
+    def A(self) -> Tensor:
+        """The parameter A: (r, n)."""
+        return self.lora_A[ADAPTER].get_parameter("weight")
+
+    @property
+    def B(self) -> Tensor:
+        """The parameter B: (m, r)."""
+        return self.lora_B[ADAPTER].get_parameter("weight")
+
+    @property
+    def factor(self) -> float:
+        """alpha / r."""
+        return float(self.scaling[ADAPTER])
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        return add_product(weight, self.B, self.A, self.factor)
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """A Kaiming-uniform (a = sqrt 5), B zero; the values do not depend on device, dtype or number of processes."""
+        # with fan-in n that is uniform in these bounds
+        bound = 1 / math.sqrt(self.in_features)
+        A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        local(self.A).copy_(own_rows(A, self.A, f"{self.name}.A"))
+        local(self.B).zero_()
+
+
+@register
+@dataclass
+class LoRAConfig(LowRankConfig):
+    """LoRA on every target with PEFT's layers; embeddings, norms, head and biases train as they are.
+
+    A starts Kaiming-uniform and B at zero (Section 4.1; PEFT's and the official code's choice where the paper draws A
+    from a Gaussian), so the model starts as the function it was. What was frozen before stays frozen.
+    """
+
+    method: ClassVar[str] = "lora"
+    label: ClassVar[str] = "LoRA"
+    paper: ClassVar[str | None] = "2106.09685"
+    replaces_layers: ClassVar[bool] = True
+    keeps_weights: ClassVar[bool] = True
+
+    r: int | None = field(default=None, metadata={"help": "Rank of the adapters; default hidden_size / 4."})
+    alpha: float = field(default=32, metadata={"help": "The adapters' product is scaled by alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input while training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha!r}: the scaling's numerator is positive, 32 for example")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: the share that is dropped lies in [0, 1), 0.1 for example")
+
+    def replace_layers(self, model: nn.Module, ranks: dict[str, int], seed: int) -> None:
+        _check_weights(model, list(ranks))
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        common = Counter(ranks.values()).most_common(1)[0][0]
+        config = peft.LoraConfig(
+            r=common,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            # PEFT takes names in a list for suffixes as well; both patterns here match whole names
+            target_modules="|".join(map(re.escape, ranks)),
+            rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != common},
+        )
+        config._register_custom_module({nn.Linear: LoRALinear, Conv1D: LoRALinear})
+        # PEFT draws values of its own, which are not used
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            peft.inject_adapter_in_model(config, model, ADAPTER)
+        # PEFT's note on the model; it would say that checkpoints are adapters
+        model.__dict__.pop("peft_config", None)
+        for p, trains in trained:
+            p.requires_grad_(trains)
+        for name in ranks:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LoRALinear), name
+            layer.name = name
+            layer.weight.requires_grad_(False)
+            layer.train(layer.base_layer.training)
+            layer.draw(seeded_generator(seed, name))
+
+    def state_elements(self, m: int, n: int, r: int) -> int:
+        return 2 * r * (m + n)
+
+
+def _check_weights(model: nn.Module, names: list[str]) -> None:
+    """`ValueError` for weights that cannot be a base: quantised ones, and those that another module uses as well."""
+    users: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(p), set()).add(name.rpartition(".")[0])
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            raise ValueError(f"the weight of layer {name} is {weight.dtype}: load the model without quantisation")
+        if others := users[id(weight)] - {name}:
+            raise ValueError(
+                f"layer {name} shares its weight with {min(others)}, which an adapter would leave behind: leave the "
+                "layer out with target_modules, or untie the two"
+            )

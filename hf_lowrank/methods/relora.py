@@ -1,0 +1,287 @@
+"""ReLoRA (arXiv 2307.05695): LoRA whose adapters are folded into W every so often and start anew.
+
+Shapes: W: (m, n), A: (r, n), B: (m, r).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_lowrank.methods.base import register, seeded_generator
+from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
+from hf_lowrank.optim.sharding import local
+
+__all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
+
+logger = logging.getLogger(__name__)
+
+PRUNING = ("random", "magnitude", "reset")
+# what AdamW keeps of a parameter beside its step
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+# schedules that are no function of the step alone
+ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def _plain(value: Any) -> str:
+    """An argument as it is written on the command line, for transformers makes enums of some."""
+    return str(getattr(value, "value", value))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
+    """W += (alpha / r) B A, then A drawn anew and B zero, in place (Section 3 of the paper).
+
+    In bf16 the sum is rounded once, so the function changes by that rounding.
+
+    Args:
+        layer: whole, or sharded by rows; then every process calls this for the same layers in the same order.
+        generator: source of the new A.
+
+    Returns:
+        The squared Frobenius norm of what was added to W, before rounding.
+    """
+    A, B = _whole(layer.A), _whole(layer.B)
+    stored, weight = layer.weight, local(layer.weight)
+    left, right = (A.T, B.T) if layer.fan_in_fan_out else (B, A)
+    weight.copy_(add_product(weight, own_rows(left, stored, f"{layer.name}.weight"), right, layer.factor))
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    A, B = A.to(dtype), B.to(dtype)
+    # ||B A||^2 is the trace of (B^T B)(A A^T), which needs no matrix of W's size
+    squared = layer.factor**2 * ((B.T @ B) * (A @ A.T)).sum()
+    layer.draw(generator)
+    return squared
+
+
+@torch.no_grad()
+def prune(state: dict[str, Any], kind: str, ratio: float, generator: torch.Generator) -> int:
+    """Zero entries of a parameter's first and second Adam moment, the same ones in both; the step counter stays.
+
+    The official code draws a mask for each moment. An entry that keeps its first moment and loses the second would
+    then be updated by its old momentum over a denominator of about eps: hundreds of times too far.
+
+    Args:
+        state: holds `exp_avg` and `exp_avg_sq`; sharded by rows, every process calls this in the same order.
+        kind: `random` (round(ratio * entries) of them, uniformly), `magnitude` (as many, the smallest |exp_avg|) or
+            `reset` (all).
+        ratio: share to zero; `reset` does not look at it.
+        generator: source of the choice.
+
+    Returns:
+        Number of entries zeroed in each of the two, over all processes.
+    """
+    first = state["exp_avg"]
+    count = first.numel() if kind == "reset" else round(ratio * first.numel())
+    if kind == "magnitude":
+        # stable, so that ties fall alike on every process
+        chosen = torch.argsort(_whole(first).abs().flatten(), stable=True)[:count].cpu()
+    else:
+        chosen = torch.randperm(first.numel(), generator=generator)[:count]
+    mask = torch.zeros(first.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    for key in MOMENTS:
+        moment = local(state[key])
+        moment.masked_fill_(own_rows(mask.view(first.shape), state[key], key).to(moment.device), 0)
+    return count
+
+
+def with_restarts(base: Callable[[int], float], reset_every: int, warmup: int) -> Callable[[int], float]:
+    """A schedule's factor with a linear warm-up after each restart.
+
+    From step k * reset_every on, the factor climbs from 0 to where `base` stands `warmup` steps later. The official
+    code's `cosine_restarts` climbs to another point of the cosine and jumps from there, and has no such warm-up as
+    long as the first one lasts.
+    """
+
+    # a plain function: LambdaLR would save the attributes of any other callable
+    def factor(step: int) -> float:
+        since = step % reset_every
+        if step < reset_every or since >= warmup:
+            return base(step)
+        return base(step - since + warmup) * since / warmup
+
+    factor.restarts = True  # type: ignore[attr-defined]
+    return factor
+
+
+class ReLoRACallback(TrainerCallback):
+    """Folds the adapters, prunes their moments and puts the restarts into the learning-rate schedule.
+
+    It keeps nothing from step to step: what happens at a restart follows from the seed, the layers' names and the
+    step, so that a resumed run does what the run never stopped would have done.
+
+    Args:
+        config: the method's settings.
+    """
+
+    def __init__(self, config: "ReLoRAConfig") -> None:
+        self.config = config
+        self._moments_checked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer has made or restored optimizer and schedule by now.
+
+        Raises:
+            ValueError: the model has no adapters, FSDP 1 has flattened them, or the schedule is no `LambdaLR`.
+        """
+        self._moments_checked = False
+        if not adapters(kwargs["model"]):
+            raise ValueError("the model has no LoRA layers: give the Trainer the model that prepare returned")
+        if any(isinstance(module, FullyShardedDataParallel) for module in kwargs["model"].modules()):
+            raise ValueError("FSDP 1 flattens the weights that ReLoRA merges: use FSDP 2 (fsdp_version 2) or DDP")
+        scheduler = kwargs["lr_scheduler"]
+        while isinstance(scheduler, AcceleratedScheduler):
+            scheduler = scheduler.scheduler
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type='{_plain(args.lr_scheduler_type)}' or the Trainer's optimizers= gives a "
+                f"{type(scheduler).__name__}, which takes no restarts: ReLoRA needs a LambdaLR, "
+                "lr_scheduler_type='cosine_with_min_lr' for example"
+            )
+        every, warmup = self.config.reset_every, self.config.restart_warmup_steps
+        # a schedule given to the Trainer serves every call of train()
+        scheduler.lr_lambdas = [
+            base if hasattr(base, "restarts") else with_restarts(base, every, warmup) for base in scheduler.lr_lambdas
+        ]
+        if state.max_steps <= every and state.is_world_process_zero:
+            logger.warning("reset_every=%d: no restart within the %d steps of training", every, state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        due = state.global_step % self.config.reset_every == 0
+        # the optimizer has a state after one step, and should be refused then, not after reset_every
+        if state.global_step == 0 or (self._moments_checked and not due):
+            return
+        _reshard(kwargs["model"])
+        layers, optimizer = adapters(kwargs["model"]), kwargs["optimizer"]
+        moments = {name: _moments(p, name, optimizer) for name, p in _parameters(layers)}
+        self._moments_checked = True
+        if due:
+            self._restart(layers, moments, args.seed, state)
+
+    def _restart(self, layers: list[LoRALinear], moments: dict[str, Any], seed: int, state: TrainerState) -> None:
+        config, index = self.config, state.global_step // self.config.reset_every
+        entries = sum(p.numel() for _, p in _parameters(layers))
+        squared = [fold(layer, seeded_generator(seed, layer.name, index)) for layer in layers]
+        pruned = 0
+        for name, held in moments.items():
+            if held:
+                pruned += prune(held, config.pruning, config.pruning_ratio, seeded_generator(seed, name, index))
+        values = {
+            "relora/restarts": index,
+            "relora/pruned_share": pruned / entries,
+            "relora/merged_norm": torch.stack(squared).sum().sqrt().item(),
+        }
+        state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+        if state.is_world_process_zero:
+            logger.info(
+                "ReLoRA restart %d after step %d: merged updates of norm %.4g, zeroed %.2f %% of the moments",
+                index, state.global_step, values["relora/merged_norm"], 100 * values["relora/pruned_share"],
+            )  # fmt: skip
+
+
+def adapters(model: nn.Module) -> list[LoRALinear]:
+    """The LoRA layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def _parameters(layers: list[LoRALinear]) -> list[tuple[str, Tensor]]:
+    """Names that no wrapper changes, and the adapters' parameters."""
+    return [(f"{layer.name}.{side}", getattr(layer, side)) for layer in layers for side in ("A", "B")]
+
+
+def _moments(p: Tensor, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an adapter's parameter; empty where the optimizer has made no step with it."""
+    held = optimizer.state.get(p, {})
+    if held and not all(key in held for key in MOMENTS):
+        raise ValueError(
+            f"the optimizer keeps {', '.join(map(str, held))} for {name} where ReLoRA prunes {' and '.join(MOMENTS)}: "
+            "use optim='adamw_torch'"
+        )
+    return held
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP 2 put the sharded parameters back, which an evaluation may have left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@register
+@dataclass
+class ReLoRAConfig(LoRAConfig):
+    """ReLoRA: every `reset_every` optimizer steps the adapters are merged into W and restarted.
+
+    This happens at the start of step k * reset_every + 1: a checkpoint of step k * reset_every holds the adapters.
+
+    Different from the official code: A is Kaiming-uniform from the start, where that code begins with A and B both
+    zero, so that no adapter learns before the first restart; and both moments lose the same entries (see `prune`).
+    """
+
+    method: ClassVar[str] = "relora"
+    label: ClassVar[str] = "ReLoRA"
+    paper: ClassVar[str | None] = "2307.05695"
+
+    reset_every: int = field(default=1000, metadata={"help": "Optimizer steps between two restarts."})
+    restart_warmup_steps: int = field(
+        default=100, metadata={"help": "Steps over which the learning rate climbs again after a restart."}
+    )
+    pruning: str = field(
+        default="random",
+        metadata={"help": "Adam moments zeroed at a restart: random entries, magnitude (the least), reset (all)."},
+    )
+    pruning_ratio: float = field(
+        default=0.99, metadata={"help": "Share of the moments' entries that random and magnitude zero."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("reset_every", 1), ("restart_warmup_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of optimizer steps, {least} or more")
+        if self.restart_warmup_steps >= self.reset_every:
+            raise ValueError(
+                f"restart_warmup_steps={self.restart_warmup_steps}: the warm-up after a restart must end before the "
+                f"next one, so give less than reset_every={self.reset_every}"
+            )
+        if self.pruning not in PRUNING:
+            raise ValueError(f"pruning={self.pruning!r}: choose one of {', '.join(PRUNING)}")
+        if not 0 <= self.pruning_ratio <= 1:
+            raise ValueError(f"pruning_ratio={self.pruning_ratio!r}: a share lies in [0, 1], the paper has 0.99")
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        if args.optim not in ADAMW:
+            raise ValueError(
+                f"optim='{_plain(args.optim)}': ReLoRA prunes AdamW's moments at a restart; use {' or '.join(ADAMW)}"
+            )
+        if args.lr_scheduler_type in ADAPTIVE_SCHEDULES:
+            raise ValueError(
+                f"lr_scheduler_type='{_plain(args.lr_scheduler_type)}' takes no restarts: ReLoRA needs a schedule "
+                "that is a function of the step, 'cosine_with_min_lr' for example"
+            )
+        if args.deepspeed:
+            raise ValueError(
+                f"deepspeed={args.deepspeed!r}: ZeRO keeps the moments in flat shards, which ReLoRA cannot prune; "
+                "train with DDP (recipes/accelerate/ddp.yaml) or FSDP 2"
+            )
+
+    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+        return [ReLoRACallback(self)]

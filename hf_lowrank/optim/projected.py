@@ -1,0 +1,453 @@
+"""What the projected optimizers share: groups, state, projector refreshes, sharded matrices, skipped gradients.
+
+A step takes each projected matrix through the same stations: refresh the projector when it is due, project the
+gradient, update Adam's moments in the projection, and hand N = M / (sqrt(V) + eps) to the method, which makes the
+weight's update of it. On a CPU matrices go one by one; on a GPU, and where rows are sharded, as many as fit into
+`CHUNK_ELEMENTS` go together, so that element-wise operations are fused over matrices and collectives overlap.
+
+Shapes: W, G: (m, n), by rows where they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adam import adam
+
+from hf_lowrank.optim.projector import (
+    PROJ_TYPES,
+    REFRESHES,
+    moment_shape,
+    project,
+    projector_shapes,
+    refresh_projector,
+    side,
+)
+from hf_lowrank.optim.sharding import RowShards, local
+
+__all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection", "check_options", "limit_growth", "step_size"]
+
+logger = logging.getLogger(__name__)
+
+PROJECTORS = ("projector", "projector_right")
+CHUNK_ELEMENTS = 2**26
+# how much the norm of a residual update may grow in one step (Fira, Section 4.3)
+GROWTH_LIMIT = 1.01
+
+
+def check_options(group: dict[str, Any], factor: str) -> None:
+    """`ValueError` that names the option where a projected group's options make no sense.
+
+    Args:
+        group: with all of the method's options.
+        factor: name of the option that scales the update.
+    """
+    if not isinstance(group["r"], int) or isinstance(group["r"], bool) or group["r"] < 1:
+        raise ValueError(f"r={group['r']!r}: the rank is a whole number of 1 or more")
+    if not isinstance(group["update_proj_gap"], int) or group["update_proj_gap"] < 1:
+        raise ValueError(f"update_proj_gap={group['update_proj_gap']!r}: give a whole number of steps, 1 or more")
+    if not 0 < group[factor] < math.inf:
+        raise ValueError(f"{factor}={group[factor]!r}: the factor on the update is a positive number")
+    for key, known in (("proj_type", PROJ_TYPES), ("refresh", REFRESHES)):
+        if group.get(key, known[0]) not in known:
+            raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(known)}")
+
+
+def step_size(lr: float, betas: tuple[float, float], t: int) -> float:
+    """lr * sqrt(1 - b2^t) / (1 - b1^t): the bias correction outside of eps, as in the official packages."""
+    return lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+
+
+def apply_back_projection(
+    W: Tensor, N: Tensor, projector: Sequence[Tensor], where: str, alpha: float, beta: float
+) -> None:
+    """W <- beta W + alpha back(N) in one fused product."""
+    if where == "right":
+        W.addmm_(N, projector[0], beta=beta, alpha=alpha)
+    elif where == "left":
+        W.addmm_(projector[0], N, beta=beta, alpha=alpha)
+    else:
+        W.addmm_(torch.mm(projector[0], N), projector[1], beta=beta, alpha=alpha)
+
+
+def limit_growth(norm: Tensor, previous: Tensor) -> Tensor:
+    """Factor that keeps `norm` within 1.01 x the `previous` limited one, which is overwritten (Fira, Section 4.3).
+
+    As in the official code the first step is not limited and 1e-8 is added to the previous norm. Unlike there, a zero
+    norm is no measure for the next one: after a step without a gradient the weight would stand still for the 1850
+    steps that 1e-8 takes to grow to 1.
+    """
+    factor = GROWTH_LIMIT / (norm / (previous.to(norm.dtype) + 1e-8)).clamp_min(GROWTH_LIMIT)
+    factor = torch.where(previous > 0, factor, 1.0)
+    # a norm that overflows takes its residual out of this step, and leaves the measure for the next one
+    finite = norm.isfinite()
+    previous.copy_(torch.where(finite & (norm > 0), norm * factor, previous.to(norm.dtype)))
+    return torch.where(finite, factor, 0.0)
+
+
+@dataclass
+class Matrix:
+    """One projected weight in one step; tensors are this process's rows where it is sharded.
+
+    Attributes:
+        name: for messages.
+        shape: (m, n) of the whole matrix.
+        W, G: weight and gradient.
+        M, V: moments in the projection; V's root is not taken.
+        projector: its one or two matrices, `left` ones by rows.
+        state: the optimizer's state of the parameter.
+        where: `left`, `right` or `full`.
+        t: the step that is being taken, from 1.
+        shards: how rows are spread, None where the matrix is whole.
+        R: the projected gradient, whole but for `right`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    W: Tensor
+    G: Tensor
+    M: Tensor
+    V: Tensor
+    projector: list[Tensor]
+    state: dict[str, Any]
+    where: str
+    t: int
+    shards: RowShards | None
+    R: Tensor = field(init=False)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether R's rows are spread like W's."""
+        return self.shards is not None and self.where == "right"
+
+
+class ProjectedAdamW(torch.optim.Optimizer):
+    """Base of the optimizers whose Adam moments live in a projection of the gradient, for the groups that carry `r`.
+
+    The other groups get the official packages' AdamW: eps is added before the bias correction and weight decay
+    follows the update, unlike in `torch.optim.AdamW`.
+
+    State of a projected weight: `step`, `exp_avg`, `exp_avg_sq` (the shape of R), `projector` and, for "full",
+    `projector_right`, beside what a method adds: tensors and numbers of fixed shapes, made at the first step or by
+    `init_state`. Where a weight is a DTensor with sharded rows, whatever has its rows is one too.
+
+    A gradient that is not finite changes nothing: its parameter is left out of that step, and this is logged.
+
+    Args:
+        params: parameters or groups, as for any `torch.optim.Optimizer`.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, of projected weights as well.
+
+    Raises:
+        ValueError: an option out of range; a projected parameter that is no matrix, or whose min(m, n) is below r.
+    """
+
+    # what a projected group gets where it lacks an option
+    options: ClassVar[dict[str, Any]]
+    # the option that scales the update
+    factor: ClassVar[str]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: none is negative, betas are below 1"
+            )
+        self._warned = False
+        # (group, place in it) -> name: FSDP2 puts other objects in the parameters' place
+        self.names: dict[tuple[int, int], str] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.register_load_state_dict_post_hook(_steps_to_cpu)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`; a group with `r` is checked and gets the options it lacks."""
+        if "r" in param_group:
+            param_group = {**self.options, **param_group}
+            check_options(param_group, self.factor)
+        super().add_param_group(param_group)
+        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        for place, p in enumerate(group["params"]) if "r" in group else ():
+            if p.ndim != 2 or min(p.shape) < group["r"]:
+                raise ValueError(
+                    f"r={group['r']} and {self._name(index, place)} of shape {tuple(p.shape)}: r is at most the "
+                    "shorter side of a matrix"
+                )
+
+    def _name(self, group: int, place: int) -> str:
+        return self.names.get((group, place), f"parameter {place} of group {group}")
+
+    # State
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state of every parameter that has none, without a step."""
+        for index, group in enumerate(self.param_groups):
+            for place, p in enumerate(group["params"]):
+                self._state_of(p, index, place)
+
+    def _state_of(self, p: Tensor, index: int, place: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        group = self.param_groups[index]
+        if state:
+            return state
+        state["step"] = torch.tensor(0.0)
+        if "r" not in group:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            return state
+        shards, where = RowShards.of(p, self._name(index, place)), side(p.shape, group["proj_type"])
+
+        def zeros(shape: tuple[int, int], by_rows: bool) -> Tensor:
+            return p.new_zeros(shape) if shards is None else shards.zeros(p, shape, by_rows)
+
+        shapes = projector_shapes(p.shape, group["r"], group["proj_type"])
+        for key, kept in zip(PROJECTORS, shapes, strict=False):
+            state[key] = zeros(kept, by_rows=where != "right" and key == "projector")
+        shape = moment_shape(p.shape, group["r"], group["proj_type"])
+        state["exp_avg"], state["exp_avg_sq"] = (zeros(shape, where == "right") for _ in range(2))
+        self.add_state(state, local(p), index, place)
+        return state
+
+    def add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
+        """What a method keeps for a projected weight beside its moments and projector."""
+
+    # A step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            if "r" not in group:
+                self._step_plain(index, group)
+                continue
+            for matrices in self._chunks(index, group):
+                self._step_projected(matrices, group)
+        return loss
+
+    def _chunks(self, index: int, group: dict[str, Any]) -> Iterator[list[Matrix]]:
+        """The group's matrices that have gradients, in portions that are stepped together."""
+        chunk: list[Matrix] = []
+        elements = 0
+        for place, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            matrix = self._matrix(p, index, place)
+            alone = matrix.shards is None and not matrix.W.is_cuda
+            if chunk and (alone or chunk[0].shards != matrix.shards or elements + p.numel() > CHUNK_ELEMENTS):
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(matrix)
+            elements += p.numel()
+        if chunk:
+            yield chunk
+
+    def _matrix(self, p: Tensor, index: int, place: int) -> Matrix:
+        state, name = self._state_of(p, index, place), self._name(index, place)
+        assert p.grad is not None
+        return Matrix(
+            name=name,
+            shape=(p.shape[0], p.shape[1]),
+            W=local(p),
+            G=local(p.grad),
+            M=local(state["exp_avg"]),
+            V=local(state["exp_avg_sq"]),
+            projector=[local(state[key]) for key in PROJECTORS if key in state],
+            state=state,
+            where=side(p.shape, self.param_groups[index]["proj_type"]),
+            t=int(state["step"]) + 1,
+            shards=RowShards.of(p, name),
+        )
+
+    def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
+        due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
+        if due:
+            kept = self._finite(due, [x.G for x in due])
+            self.refresh_projectors([x for x, good in zip(due, kept, strict=True) if good], group)
+            broken = {id(x) for x, good in zip(due, kept, strict=True) if not good}
+            matrices = [x for x in matrices if id(x) not in broken]
+        for x in matrices:
+            x.R = project(x.G, x.projector, x.where)
+        shared = [x for x in matrices if x.shards is not None and not x.by_rows]
+        if shared and shared[0].shards is not None:
+            shared[0].shards.all_reduce([x.R for x in shared])
+        # any entry of G that is not finite spreads into R, which is smaller to look through
+        kept = self._finite(matrices, [x.R for x in matrices])
+        matrices = [x for x, good in zip(matrices, kept, strict=True) if good]
+        if matrices:
+            for x in matrices:
+                x.state["step"] += 1
+            self.update(matrices, _adam_direction(matrices, group), group)
+
+    def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
+        """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
+        whole = [x for x in matrices if x.shards is None]
+        for x in whole:
+            previous = x.projector if x.t > 1 else None
+            fresh = refresh_projector(x.G, group["r"], x.where, group["refresh"], previous)
+            for kept, new in zip(x.projector, fresh, strict=True):
+                kept.copy_(new)
+        sharded = [x for x in matrices if x.shards is not None]
+        world = sharded[0].shards.world if sharded and sharded[0].shards is not None else 1
+        # one matrix a process at a time: each is whole on its owner alone
+        for start in range(0, len(sharded), world):
+            _refresh_sharded(sharded[start : start + world], group)
+
+    def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
+        """Change the weights, given N = M / (sqrt(V) + eps) in the projection; weight decay included."""
+        raise NotImplementedError
+
+    def _step_plain(self, index: int, group: dict[str, Any]) -> None:
+        """The official packages' AdamW by torch's fused one, whose eps stands behind the bias correction."""
+        places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
+        if not places:
+            return
+        params = [group["params"][place] for place in places]
+        states = [self._state_of(p, index, place) for p, place in zip(params, places, strict=True)]
+        finite = _agree(
+            _all_finite([local(p.grad) for p in params]), [getattr(p, "device_mesh", None) for p in params]
+        )
+        by_step: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
+        for p, state, place, good in zip(params, states, places, finite, strict=True):
+            if good:
+                state["step"] += 1
+                by_step.setdefault(int(state["step"]), []).append((p, state))
+            else:
+                self._skip(self._name(index, place))
+        for t, pairs in by_step.items():
+            _adamw(pairs, group, t)
+
+    # Gradients that are not finite
+
+    def _finite(self, matrices: list[Matrix], tensors: list[Tensor]) -> list[bool]:
+        finite = _agree(_all_finite(tensors), [None if x.shards is None else x.shards.mesh for x in matrices])
+        for x, good in zip(matrices, finite, strict=True):
+            if not good:
+                self._skip(x.name)
+        return finite
+
+    def _skip(self, name: str) -> None:
+        if not self._warned:
+            logger.warning(
+                "the gradient of %s is not finite: such parameters are left out of their step (said once)", name
+            )
+            self._warned = True
+
+
+def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
+    """Trainer loads a state to the GPU, where reading a step counter would wait for the device."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].cpu()
+
+
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether each tensor holds finite numbers only, as a tensor on their device."""
+    if not tensors:
+        return torch.ones(0, dtype=torch.int32)
+    # NaN goes through minimum and maximum; where there are no entries there is neither
+    ends = [torch.stack(torch.aminmax(x)) if x.numel() > 0 else x.new_zeros(2) for x in tensors]
+    return torch.stack(ends).isfinite().all(1).to(torch.int32)
+
+
+def _agree(finite: Tensor, meshes: list[Any]) -> list[bool]:
+    """A sharded parameter's gradient is finite when it is so on every process of its mesh."""
+    for mesh in dict.fromkeys(mesh for mesh in meshes if mesh is not None):
+        index = [i for i, other in enumerate(meshes) if other == mesh]
+        part = finite[index]
+        for dim in range(mesh.ndim):
+            dist.all_reduce(part, op=dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        finite[index] = part
+    return [bool(value) for value in finite.tolist()]
+
+
+def _adam_direction(matrices: list[Matrix], group: dict[str, Any]) -> list[Tensor]:
+    """Update the moments in place and return N = M / (sqrt(V) + eps)."""
+    b1, b2 = group["betas"]
+    R, M, V = [x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices]
+    torch._foreach_lerp_(M, R, 1 - b1)
+    torch._foreach_mul_(V, b2)
+    torch._foreach_addcmul_(V, R, R, value=1 - b2)
+    N = torch._foreach_sqrt(V)
+    torch._foreach_add_(N, group["eps"])
+    return list(torch._foreach_div(M, N))
+
+
+def _refresh_sharded(matrices: list[Matrix], group: dict[str, Any]) -> None:
+    """Refresh at most one matrix a process: gather it to its owner, decompose it there, broadcast the projector."""
+    gathered: list[tuple[Tensor | None, list[Tensor | None]]] = []
+    for owner, x in enumerate(matrices):
+        assert x.shards is not None
+        rows = x.shards.gather(x.G, x.shape[0], owner)
+        previous: list[Tensor | None] = []
+        if x.t > 1:
+            previous = [
+                x.shards.gather(P, x.shape[0], owner) if _by_rows(x, i) else P for i, P in enumerate(x.projector)
+            ]
+        gathered.append((rows, previous))
+    for owner, (x, (G, previous)) in enumerate(zip(matrices, gathered, strict=True)):
+        assert x.shards is not None
+        if G is not None:
+            known = [P for P in previous if P is not None]
+            gathered[owner] = (None, list(refresh_projector(G, group["r"], x.where, group["refresh"], known or None)))
+    for owner, x in enumerate(matrices):
+        assert x.shards is not None
+        for i, kept in enumerate(x.projector):
+            shape = (x.shape[0], group["r"]) if _by_rows(x, i) else tuple(kept.shape)
+            fresh = gathered[owner][1][i] if x.shards.rank == owner else kept.new_empty(shape)
+            assert fresh is not None
+            x.shards.broadcast(fresh, owner)
+            kept.copy_(x.shards.local_rows(fresh) if _by_rows(x, i) else fresh)
+
+
+def _by_rows(x: Matrix, i: int) -> bool:
+    """Whether the projector's i-th matrix has W's rows."""
+    return i == 0 and x.where != "right"
+
+
+def _adamw(pairs: list[tuple[Tensor, dict[str, Any]]], group: dict[str, Any], t: int) -> None:
+    """One AdamW step of parameters that are at the same step t."""
+    W, states = [local(p) for p, _ in pairs], [state for _, state in pairs]
+    # the fused kernel walks through memory: a gradient laid out otherwise is copied
+    G = [_laid_out_like(w, local(p.grad)) for w, (p, _) in zip(W, pairs, strict=True) if p.grad is not None]
+    b1, b2 = group["betas"]
+    fused = all(w.is_contiguous() and w.device.type in ("cpu", "cuda") for w in W)
+    adam(
+        W,
+        G,
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        [],
+        [torch.full((), t - 1.0, device=w.device if fused else "cpu") for w in W],
+        foreach=False,
+        fused=fused,
+        amsgrad=False,
+        maximize=False,
+        beta1=b1,
+        beta2=b2,
+        lr=group["lr"],
+        weight_decay=0.0,
+        # sqrt(V / (1 - b2^t)) + eps' is sqrt(V) + eps over the same root
+        eps=group["eps"] / math.sqrt(1 - b2**t),
+    )
+    if group["weight_decay"] > 0:
+        torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
+
+
+def _laid_out_like(w: Tensor, g: Tensor) -> Tensor:
+    return g if g.stride() == w.stride() else torch.empty_like(w).copy_(g)

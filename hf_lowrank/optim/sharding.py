@@ -1,0 +1,123 @@
+"""Matrices whose rows are spread over processes (FSDP2), and what a projected optimizer communicates about them.
+
+Rows are dealt out as `torch.chunk` does it: every process holds ceil(m / world) of them, the last ones fewer or none.
+Whatever is said here of one matrix is said on every process, in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+__all__ = ["RowShards", "local"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """How the rows of a matrix (m, n) are spread over processes.
+
+    Attributes:
+        mesh, placements: of the parameter's DTensor; one mesh dimension shards rows, the others replicate (HSDP).
+        dim: index of the mesh dimension that shards.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    dim: int
+
+    @classmethod
+    def of(cls, p: Tensor, name: str) -> "RowShards | None":
+        """The layout of a parameter, None where it is whole.
+
+        Raises:
+            ValueError: it is sharded otherwise than by rows (tensor parallelism, or a custom shard placement).
+        """
+        if not isinstance(p, DTensor):
+            return None
+        placements: tuple[Any, ...] = tuple(p.placements)
+        sharding = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+        if not sharding:
+            sharding = [len(placements) - 1]
+        elif len(sharding) > 1 or type(placements[sharding[0]]) is not Shard or placements[sharding[0]].dim != 0:
+            raise ValueError(
+                f"parameter {name} is placed as {placements}: a projected weight may be sharded by rows over one mesh "
+                "dimension (fully_shard's default), not by columns or tensor parallelism as well; leave it out with "
+                "target_modules"
+            )
+        return cls(p.device_mesh, placements, sharding[0])
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every process holds all rows."""
+        return isinstance(self.placements[self.dim], Replicate)
+
+    @property
+    def group(self) -> Any:
+        """The process group over which the rows are spread."""
+        return self.mesh.get_group(self.dim)
+
+    @property
+    def world(self) -> int:
+        """Number of processes that share the rows."""
+        return int(self.mesh.size(self.dim))
+
+    @property
+    def rank(self) -> int:
+        """This process's place among them."""
+        return int(self.mesh.get_local_rank(self.dim))
+
+    def _chunk(self, rows: int) -> int:
+        return -(-rows // self.world)
+
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """This process's rows of a whole tensor (m, ...)."""
+        if self.replicated:
+            return whole
+        chunk = self._chunk(len(whole))
+        return whole[min(self.rank * chunk, len(whole)) : (self.rank + 1) * chunk]
+
+    def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of this process's rows of a tensor of `shape`."""
+        if self.replicated:
+            return tuple(shape)
+        chunk = self._chunk(shape[0])
+        return min(max(shape[0] - self.rank * chunk, 0), chunk), *shape[1:]
+
+    def zeros(self, like: Tensor, shape: tuple[int, ...], by_rows: bool) -> DTensor:
+        """A DTensor of zeros of the global `shape`, spread by rows as the parameter is, or whole everywhere."""
+        placements = self.placements if by_rows else [Replicate()] * len(self.placements)
+        part = local(like).new_zeros(self.local_shape(shape) if by_rows else shape)
+        stride = tuple(torch.empty(shape, device="meta").stride())
+        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the processes, in place."""
+        if self.replicated:
+            return
+        work = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
+        for handle in work:
+            handle.wait()
+
+    def gather(self, part: Tensor, rows: int, owner: int) -> Tensor | None:
+        """The whole matrix (rows, ...) on the process with rank `owner`, None on the others."""
+        if self.replicated:
+            return part if self.rank == owner else None
+        # gather wants parts of equal sizes
+        padded = part.new_zeros(self._chunk(rows), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.world)] if self.rank == owner else None
+        dist.gather(padded, parts, dst=dist.get_global_rank(self.group, owner), group=self.group)
+        return None if parts is None else torch.cat(parts)[:rows]
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite `tensor` with the one on the process with rank `owner`."""
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner), group=self.group)

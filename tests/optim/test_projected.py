@@ -1,0 +1,176 @@
+"""What every projected optimizer owes: any shape and rank, gradients that misbehave, state, groups."""
+
+import io
+import logging
+
+import pytest
+import torch
+from optim_matrices import gradients, parameters, take_steps
+from torch import nn
+
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
+from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
+
+KINDS = {
+    **{f"GaLore {p}": (GaLoreAdamW, {"proj_type": p}) for p in PROJ_TYPES},
+    **{f"GaLore {r}": (GaLoreAdamW, {"refresh": r}) for r in REFRESHES},
+    **{f"Fira {p}": (FiraAdamW, {"proj_type": p}) for p in PROJ_TYPES},
+    "Fira alpha 1": (FiraAdamW, {"alpha": 1.0}),
+    "APOLLO": (ApolloAdamW, {}),
+    "APOLLO-Mini": (ApolloAdamW, {"scale": 128.0, "scale_type": "tensor"}),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def make(kind, params, r, **changes):
+    optimizer_cls, options = KINDS[kind]
+    return optimizer_cls([{"params": params, "r": r, "update_proj_gap": 3, **options}], **{"lr": 1e-2, **changes})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_shape_and_rank_moves_and_stays_finite(kind, dtype):
+    for shape in [(1, 12), (12, 1), (8, 12), (12, 8), (8, 8), (1, 1)]:
+        for r in {1, min(shape)}:
+            (p,) = params = parameters([shape], dtype)
+            before = p.detach().clone()
+            # a bf16 weight near 1 moves by steps of 1/128
+            take_steps(make(kind, params, r, lr=0.1), params, gradients([shape], 7, dtype=dtype))
+            assert torch.isfinite(p).all(), (shape, r)
+            assert not torch.equal(p, before), (shape, r)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_and_rank_deficient_gradients(kind):
+    shape = (12, 20)
+    (p,) = params = parameters([shape])
+    before = p.detach().clone()
+    optimizer = make(kind, params, 6)
+    take_steps(optimizer, params, [[torch.zeros(shape)]] * 4)
+    assert torch.equal(p, before)
+    rank_two = torch.randn(12, 2) @ torch.randn(2, 20)
+    take_steps(optimizer, params, [[1e-3 * rank_two]] * 4)
+    assert torch.isfinite(p).all()
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_decay_reaches_the_projected_weights_once(kind):
+    shape = (12, 20)
+    grads = gradients([shape], 1, dtype=torch.float64)
+    final = []
+    for decay in (0.0, 0.1):
+        (p,) = params = parameters([shape], torch.float64)
+        take_steps(make(kind, params, 4, weight_decay=decay), params, grads)
+        final.append(p.detach())
+    torch.testing.assert_close(final[1], final[0] * (1 - 1e-2 * 0.1), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_step_counts_once_and_not_without_a_gradient(kind):
+    params = parameters([(12, 20), (20, 12), (5,)])
+    optimizer_cls, options = KINDS[kind]
+    optimizer = optimizer_cls(
+        [{"params": params[:2], "r": 4, "update_proj_gap": 3, **options}, {"params": params[2:]}], lr=1e-2
+    )
+    grads = gradients([(12, 20), (20, 12), (5,)], 6)
+    for step in (1, 4):
+        grads[step][0] = grads[step][2] = None
+    take_steps(optimizer, params, grads)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [4, 6, 4]
+    # a parameter that got no gradient in some steps is where one is that only had the others
+    alone = parameters([(12, 20)])
+    kept = [[step[0]] for step in grads if step[0] is not None]
+    take_steps(make(kind, alone, 4), alone, kept)
+    if "APOLLO" not in kind:
+        torch.testing.assert_close(params[0], alone[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad, caplog):
+    params = parameters([(12, 20), (5,)])
+    optimizer_cls, options = KINDS[kind]
+    groups = [{"params": params[:1], "r": 4, "update_proj_gap": 2, **options}, {"params": params[1:]}]
+    optimizer = optimizer_cls(groups, lr=1e-2)
+    grads = gradients([(12, 20), (5,)], 4)
+    take_steps(optimizer, params, grads[:2])
+    before = [p.detach().clone() for p in params]
+    states = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in params]
+    broken = [g.clone() for g in grads[2]]
+    for g in broken:
+        g.view(-1)[-1] = bad
+    with caplog.at_level(logging.WARNING):
+        take_steps(optimizer, params, [broken, broken])
+    assert sum("not finite" in record.message for record in caplog.records) == 1
+    assert "parameter 0 of group 0" in caplog.text
+    for p, q, state in zip(params, before, states, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(torch.as_tensor(optimizer.state[p][k]), v) for k, v in state.items())
+    take_steps(optimizer, params, grads[2:])
+    assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_gradients_leave_finite_weights(kind):
+    shape = (12, 20)
+    (p,) = params = parameters([shape])
+    optimizer = make(kind, params, 4)
+    take_steps(optimizer, params, gradients([shape], 2))
+    # squares of these overflow
+    take_steps(optimizer, params, gradients([shape], 2, scale=1e25))
+    take_steps(optimizer, params, gradients([shape], 2))
+    assert torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_tensors_and_numbers_and_going_on_from_it_is_bit_identical(kind):
+    shapes = [(12, 20), (20, 12), (5,)]
+    optimizer_cls, options = KINDS[kind]
+
+    def make_both(params):
+        groups = [{"params": params[:2], "r": 4, "update_proj_gap": 3, **options}, {"params": params[2:]}]
+        return optimizer_cls(groups, lr=1e-2)
+
+    grads = gradients(shapes, 10)
+    whole, first = parameters(shapes), parameters(shapes)
+    take_steps(make_both(whole), whole, grads)
+    optimizer = make_both(first)
+    optimizer.init_state()
+    made = {k: torch.as_tensor(v).shape for k, v in optimizer.state[first[0]].items()}
+    take_steps(optimizer, first, grads[:5])
+    assert {k: torch.as_tensor(v).shape for k, v in optimizer.state[first[0]].items()} == made
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = make_both(second)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    take_steps(resumed, second, grads[5:])
+    for p, q in zip(whole, second, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_weight_and_gradient_that_are_laid_out_by_columns():
+    for kind in KINDS:
+        (p,), (q,) = rows, columns = (
+            parameters([(12, 20)]),
+            [nn.Parameter(parameters([(12, 20)])[0].data.T.contiguous().T)],
+        )
+        assert not q.is_contiguous()
+        grads = gradients([(12, 20)], 5)
+        take_steps(make(kind, rows, 4), rows, grads)
+        take_steps(make(kind, columns, 4), columns, grads)
+        torch.testing.assert_close(p, q)
+    plain = [parameters([(12, 20)]), [nn.Parameter(parameters([(12, 20)])[0].data.T.contiguous().T)]]
+    for params in plain:
+        take_steps(GaLoreAdamW(params, lr=1e-2), params, gradients([(12, 20)], 5))
+    torch.testing.assert_close(plain[0][0], plain[1][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_above_the_shorter_side_names_the_parameter(kind):
+    with pytest.raises(ValueError, match=r"r=13 and parameter 1 of group 0 of shape \(12, 20\)"):
+        make(kind, parameters([(20, 20), (12, 20)]), 13)
+    with pytest.raises(ValueError, match="matrix"):
+        make(kind, parameters([(12,)]), 4)

@@ -1,0 +1,257 @@
+"""What every process of a torchrun launch does in the tests of sharded training; one launch runs all cases.
+
+Usage: torchrun --nproc_per_node N sharded_worker.py FOLDER PART. Results go to FOLDER/<part>-<world>.json on the first
+process: case -> largest relative difference to one process without any sharding.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import hf_lowrank as lr
+from hf_lowrank.checkpoints import export, gather_model
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
+from hf_lowrank.targets import dense_weights
+
+STEPS, SEQUENCES, LENGTH = 20, 12, 8
+# 27 rows of the MLP are shared unevenly by 2 and 4 processes; k_proj's and v_proj's 6 rows leave a fourth without any
+SIZES = dict(hidden_size=24, intermediate_size=27, num_key_value_heads=1, attention_dropout=0.0)
+# one row, fewer rows than processes, uneven rows
+SHAPES = [(1, 7), (2, 9), (5, 8), (8, 5), (6, 6)]
+
+MATRIX_CASES = {
+    **{
+        f"galore {proj_type} {refresh}": (GaLoreAdamW, {"proj_type": proj_type, "refresh": refresh})
+        for proj_type in ("std", "reverse_std", "right", "left", "full")
+        for refresh in ("gram", "subspace", "svd")
+    },
+    **{f"fira {proj_type}": (FiraAdamW, {"proj_type": proj_type}) for proj_type in ("std", "reverse_std", "full")},
+    "fira alpha 1": (FiraAdamW, {"alpha": 1.0}),
+    "apollo channel": (ApolloAdamW, {}),
+    "apollo tensor": (ApolloAdamW, {"scale_type": "tensor", "scale": 128.0}),
+}
+
+
+def mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def difference(mine, reference):
+    """Largest relative difference over tensors, by norms."""
+    worst = 0.0
+    for key, value in reference.items():
+        worst = max(worst, ((whole(mine[key]) - value).norm() / value.norm().clamp_min(1e-30)).item())
+    return worst
+
+
+class Matrices(torch.nn.Module):
+    """A bag of parameters; fully_shard shards their rows."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        for i, shape in enumerate([*SHAPES, (4, 3), (7,)]):
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(f"p{i}", torch.nn.Parameter(value))
+
+
+def matrix_optimizer(model, optimizer_cls, options):
+    named = dict(model.named_parameters())
+    projected = [named[f"p{i}"] for i in range(len(SHAPES))]
+    by_rank = [{"params": projected[:2], "r": 1}, {"params": projected[2:], "r": 3}]
+    groups = [{**group, "update_proj_gap": 6, **options} for group in by_rank]
+    rest = [p for i, p in enumerate(named.values()) if i >= len(SHAPES)]
+    return optimizer_cls([*groups, {"params": rest}], lr=1e-2, weight_decay=0.1)
+
+
+def step_matrices(model, optimizer, steps, broken=()):
+    """Steps on gradients that are the same for every world size; in `broken` steps one entry of one is NaN."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for i, p in enumerate(model.parameters()):
+            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if step in broken and i == step % len(SHAPES):
+                grad.view(-1)[-1] = float("nan")
+            if isinstance(p, DTensor):
+                grad = torch.distributed.tensor.distribute_tensor(grad, p.device_mesh, p.placements)
+            p.grad = grad
+        optimizer.step()
+
+
+def matrices(folder):
+    results = {}
+    for case, (optimizer_cls, options) in MATRIX_CASES.items():
+        for broken in ((), (6, 8)):
+            plain, sharded = Matrices(), Matrices()
+            reference = matrix_optimizer(plain, optimizer_cls, options)
+            step_matrices(plain, reference, range(STEPS), broken)
+            fully_shard(sharded, mesh=mesh())
+            optimizer = matrix_optimizer(sharded, optimizer_cls, options)
+            step_matrices(sharded, optimizer, range(STEPS), broken)
+            name = f"{case}, NaN in some steps" if broken else case
+            results[name] = difference(dict(sharded.named_parameters()), dict(plain.named_parameters()))
+            states = zip(sharded.parameters(), plain.parameters(), strict=True)
+            for p, q in states:
+                mine, theirs = optimizer.state[p], reference.state[q]
+                found = difference(
+                    {k: v for k, v in mine.items() if torch.is_tensor(v)},
+                    {k: v for k, v in theirs.items() if torch.is_tensor(v)},
+                )
+                results[name] = max(results[name], found)
+    return results
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=generator) for _ in range(STEPS)]
+
+
+def shard(model):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+
+
+def make(method, dtype, sharded, order="after"):
+    """A prepared model and its optimizer, which is made before or after sharding."""
+    torch.manual_seed(0)
+    args = arguments(os.environ["SCRATCH"], log_level="error", weight_decay=0.1, learning_rate=1e-2)
+    model, kwargs = lr.prepare(llama(**SIZES).to(dtype), METHODS[method], args)
+    optimizer_cls, options = kwargs["optimizer_cls_and_kwargs"]
+    options = {**options, "weight_decay": 0.1}
+    if not sharded:
+        return model, optimizer_cls(model.parameters(), **options)
+    if order == "after":
+        shard(model)
+        return model, optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
+    # what accelerate does when it shards a model whose optimizer is there already
+    names = {id(p): name for name, p in model.named_parameters()}
+    shard(model)
+    new = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[id(p)]] for p in group["params"]]
+    return model, optimizer
+
+
+def train(model, optimizer, steps, share):
+    for ids in [batches()[step] for step in steps]:
+        part = ids[share]
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def my_share():
+    each = SEQUENCES // dist.get_world_size()
+    return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+
+
+def methods(folder):
+    """Every method sharded against one process; and a checkpoint in mid-run for another world size."""
+    results = {}
+    for method in METHODS:
+        for dtype in (torch.float64, torch.float32):
+            plain, reference = make(method, dtype, sharded=False)
+            train(plain, reference, range(STEPS), slice(None))
+            expected = {k: v.detach() for k, v in plain.state_dict().items() if v.is_floating_point()}
+            for order in ("before", "after"):
+                model, optimizer = make(method, dtype, sharded=True, order=order)
+                train(model, optimizer, range(STEPS // 2), my_share())
+                if dtype is torch.float64 and order == "after":
+                    weights, state = get_state_dict(model, optimizer)
+                    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / method))
+                train(model, optimizer, range(STEPS // 2, STEPS), my_share())
+                name = f"{method}, {str(dtype).removeprefix('torch.')}, optimizer made {order} sharding"
+                results[name] = difference(model.state_dict(), expected)
+            if dtype is torch.float64 and dist.get_rank() == 0:
+                torch.save(expected, folder / f"{method}.pt")
+    return results
+
+
+def publish(folder):
+    """What is published of a sharded model against what is published of a whole one."""
+    results = {}
+    for method in METHODS:
+        plain, reference = make(method, torch.float32, sharded=False)
+        train(plain, reference, range(2), slice(None))
+        model, optimizer = make(method, torch.float32, sharded=True)
+        train(model, optimizer, range(2), my_share())
+        mine = {target.name: weight.clone() for target, weight in dense_weights(model)}
+        results[f"{method}, dense weights"] = difference(mine, {t.name: w for t, w in dense_weights(plain)})
+        whole_model = gather_model(model, keep=dist.get_rank() == 0)
+        if whole_model is not None:
+            export(whole_model, folder / method / "publish")
+            loaded = lr.from_pretrained(folder / method / "publish").state_dict()
+            expected = {k: v for k, v in plain.state_dict().items() if v.is_floating_point()}
+            results[f"{method}, published"] = difference(loaded, expected)
+    return results
+
+
+def resume(folder):
+    """Go on at this world size from what another one saved."""
+    results = {}
+    for method in METHODS:
+        expected = torch.load(folder / f"{method}.pt", weights_only=True)
+        model, optimizer = make(method, torch.float64, sharded=dist.get_world_size() > 1)
+        weights, state = get_state_dict(model, optimizer)
+        saved = {"model": weights, "optimizer": state}
+        dcp.load(saved, checkpoint_id=str(folder / method))
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        train(model, optimizer, range(STEPS // 2, STEPS), my_share())
+        results[method] = difference(model.state_dict(), expected)
+    return results
+
+
+def ddp(folder):
+    """Every method through Trainer; one process is launched first and leaves what the others are compared with."""
+    results = {}
+    for method in METHODS:
+        for dtype in (torch.float64, torch.float32):
+            args = arguments(
+                folder / "scratch",
+                max_steps=STEPS,
+                per_device_train_batch_size=4 // dist.get_world_size(),
+                ddp_backend="gloo",
+                log_level="error",
+            )
+            trainer = make_trainer(METHODS[method], args, model=llama(**SIZES).to(dtype))
+            trainer.train()
+            found = {k: v.detach() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
+            name = f"{method}, {str(dtype).removeprefix('torch.')}"
+            if dist.get_world_size() == 1:
+                torch.save(found, folder / f"ddp {name}.pt")
+            results[name] = difference(found, torch.load(folder / f"ddp {name}.pt", weights_only=True))
+    return results
+
+
+def main():
+    folder, part = Path(sys.argv[1]), sys.argv[2]
+    os.environ["SCRATCH"] = str(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {"matrices": matrices, "methods": methods, "resume": resume, "ddp": ddp, "publish": publish}[part](
+        folder
+    )
+    if dist.get_rank() == 0:
+        (folder / f"{part}-{dist.get_world_size()}.json").write_text(json.dumps(results, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Several processes against one: DDP through Trainer, FSDP2 through `fully_shard`, resuming at another world size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_worker
+from tiny_runs import METHODS
+
+TESTS = Path(__file__).parent
+
+
+def launch(folder, part, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, str(TESTS / "sharded_worker.py"), str(folder), part],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / f"{part}-{processes}.json").read_text())
+
+
+def tolerance(case):
+    # the order of summation alone, amplified by Adam where a gradient is near zero
+    return 1e-3 if "float32" in case else 1e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the launches leave what the next ones go on from."""
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sharded_matrices_are_stepped_as_whole_ones(processes, folder):
+    # with 4 processes most of these matrices leave some process without a row
+    results = launch(folder, "matrices", processes)
+    assert len(results) == 2 * len(sharded_worker.MATRIX_CASES)
+    assert {case: error for case, error in results.items() if not error < 1e-6} == {}
+
+
+@pytest.mark.slow
+def test_every_method_sharded_equals_one_process_and_resumes_at_another_world_size(folder):
+    results = launch(folder, "methods", 2)
+    assert len(results) == 4 * len(METHODS)
+    assert {case: error for case, error in results.items() if not error < tolerance(case)} == {}
+    for processes in (1, 4):
+        results = launch(folder, "resume", processes)
+        assert set(results) == set(METHODS)
+        assert {case: error for case, error in results.items() if not error < 1e-6} == {}
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_measured_and_published_as_a_whole_one(folder):
+    results = launch(folder, "publish", 2)
+    assert len(results) == 2 * len(METHODS)
+    assert {case: error for case, error in results.items() if not error < 1e-3} == {}
+
+
+@pytest.mark.slow
+def test_every_method_with_ddp_equals_one_process(folder):
+    launch(folder, "ddp", 1)
+    results = launch(folder, "ddp", 2)
+    assert len(results) == 2 * len(METHODS)
+    assert {case: error for case, error in results.items() if not error < tolerance(case)} == {}
