@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, limit_growth, step_size
-from hf_lowrank.optim.scaling import norms, sum_over_rows
+from hf_lowrank.optim.adam import step_size
+from hf_lowrank.optim.projected import Matrix, ProjectedAdamW
+from hf_lowrank.optim.scaling import limit_growth, norms, sum_over_rows
 
 __all__ = ["ApolloAdamW", "check_scale_type"]
 

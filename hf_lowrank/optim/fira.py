@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection, limit_growth, step_size
-from hf_lowrank.optim.scaling import norms, sum_over_rows
+from hf_lowrank.optim.adam import step_size
+from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
+from hf_lowrank.optim.scaling import limit_growth, norms, sum_over_rows
 
 __all__ = ["FiraAdamW"]
 

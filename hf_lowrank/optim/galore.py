@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection, step_size
+from hf_lowrank.optim.adam import step_size
+from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 
 __all__ = ["GaLoreAdamW"]
 

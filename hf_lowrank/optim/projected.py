@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.optim.adam import adam
 
+from hf_lowrank.optim.adam import adam_direction, adamw
 from hf_lowrank.optim.projector import (
     PROJ_TYPES,
     REFRESHES,
@@ -28,16 +27,14 @@ from hf_lowrank.optim.projector import (
     refresh_projector,
     side,
 )
-from hf_lowrank.optim.sharding import RowShards, local
+from hf_lowrank.optim.sharding import RowShards, all_finite, local
 
-__all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection", "check_options", "limit_growth", "step_size"]
+__all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection", "check_options"]
 
 logger = logging.getLogger(__name__)
 
 PROJECTORS = ("projector", "projector_right")
 CHUNK_ELEMENTS = 2**26
-# how much the norm of a residual update may grow in one step (Fira, Section 4.3)
-GROWTH_LIMIT = 1.01
 
 
 def check_options(group: dict[str, Any], factor: str) -> None:
@@ -58,11 +55,6 @@ def check_options(group: dict[str, Any], factor: str) -> None:
             raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(known)}")
 
 
-def step_size(lr: float, betas: tuple[float, float], t: int) -> float:
-    """lr * sqrt(1 - b2^t) / (1 - b1^t): the bias correction outside of eps, as in the official packages."""
-    return lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-
-
 def apply_back_projection(
     W: Tensor, N: Tensor, projector: Sequence[Tensor], where: str, alpha: float, beta: float
 ) -> None:
@@ -73,21 +65,6 @@ def apply_back_projection(
         W.addmm_(projector[0], N, beta=beta, alpha=alpha)
     else:
         W.addmm_(torch.mm(projector[0], N), projector[1], beta=beta, alpha=alpha)
-
-
-def limit_growth(norm: Tensor, previous: Tensor) -> Tensor:
-    """Factor that keeps `norm` within 1.01 x the `previous` limited one, which is overwritten (Fira, Section 4.3).
-
-    As in the official code the first step is not limited and 1e-8 is added to the previous norm. Unlike there, a zero
-    norm is no measure for the next one: after a step without a gradient the weight would stand still for the 1850
-    steps that 1e-8 takes to grow to 1.
-    """
-    factor = GROWTH_LIMIT / (norm / (previous.to(norm.dtype) + 1e-8)).clamp_min(GROWTH_LIMIT)
-    factor = torch.where(previous > 0, factor, 1.0)
-    # a norm that overflows takes its residual out of this step, and leaves the measure for the next one
-    finite = norm.isfinite()
-    previous.copy_(torch.where(finite & (norm > 0), norm * factor, previous.to(norm.dtype)))
-    return torch.where(finite, factor, 0.0)
 
 
 @dataclass
@@ -292,7 +269,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if matrices:
             for x in matrices:
                 x.state["step"] += 1
-            self.update(matrices, _adam_direction(matrices, group), group)
+            self.update(
+                matrices,
+                adam_direction([x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices], group),
+                group,
+            )
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
@@ -319,9 +300,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
             return
         params = [group["params"][place] for place in places]
         states = [self._state_of(p, index, place) for p, place in zip(params, places, strict=True)]
-        finite = _agree(
-            _all_finite([local(p.grad) for p in params]), [getattr(p, "device_mesh", None) for p in params]
-        )
+        meshes = [getattr(p, "device_mesh", None) for p in params]
+        finite = all_finite([local(p.grad) for p in params], meshes)
         by_step: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, state, place, good in zip(params, states, places, finite, strict=True):
             if good:
@@ -330,12 +310,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
             else:
                 self._skip(self._name(index, place))
         for t, pairs in by_step.items():
-            _adamw(pairs, group, t)
+            adamw(pairs, group, t)
 
     # Gradients that are not finite
 
     def _finite(self, matrices: list[Matrix], tensors: list[Tensor]) -> list[bool]:
-        finite = _agree(_all_finite(tensors), [None if x.shards is None else x.shards.mesh for x in matrices])
+        finite = all_finite(tensors, [None if x.shards is None else x.shards.mesh for x in matrices])
         for x, good in zip(matrices, finite, strict=True):
             if not good:
                 self._skip(x.name)
@@ -354,38 +334,6 @@ def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].cpu()
-
-
-def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether each tensor holds finite numbers only, as a tensor on their device."""
-    if not tensors:
-        return torch.ones(0, dtype=torch.int32)
-    # NaN goes through minimum and maximum; where there are no entries there is neither
-    ends = [torch.stack(torch.aminmax(x)) if x.numel() > 0 else x.new_zeros(2) for x in tensors]
-    return torch.stack(ends).isfinite().all(1).to(torch.int32)
-
-
-def _agree(finite: Tensor, meshes: list[Any]) -> list[bool]:
-    """A sharded parameter's gradient is finite when it is so on every process of its mesh."""
-    for mesh in dict.fromkeys(mesh for mesh in meshes if mesh is not None):
-        index = [i for i, other in enumerate(meshes) if other == mesh]
-        part = finite[index]
-        for dim in range(mesh.ndim):
-            dist.all_reduce(part, op=dist.ReduceOp.MIN, group=mesh.get_group(dim))
-        finite[index] = part
-    return [bool(value) for value in finite.tolist()]
-
-
-def _adam_direction(matrices: list[Matrix], group: dict[str, Any]) -> list[Tensor]:
-    """Update the moments in place and return N = M / (sqrt(V) + eps)."""
-    b1, b2 = group["betas"]
-    R, M, V = [x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices]
-    torch._foreach_lerp_(M, R, 1 - b1)
-    torch._foreach_mul_(V, b2)
-    torch._foreach_addcmul_(V, R, R, value=1 - b2)
-    N = torch._foreach_sqrt(V)
-    torch._foreach_add_(N, group["eps"])
-    return list(torch._foreach_div(M, N))
 
 
 def _refresh_sharded(matrices: list[Matrix], group: dict[str, Any]) -> None:
@@ -418,36 +366,3 @@ def _refresh_sharded(matrices: list[Matrix], group: dict[str, Any]) -> None:
 def _by_rows(x: Matrix, i: int) -> bool:
     """Whether the projector's i-th matrix has W's rows."""
     return i == 0 and x.where != "right"
-
-
-def _adamw(pairs: list[tuple[Tensor, dict[str, Any]]], group: dict[str, Any], t: int) -> None:
-    """One AdamW step of parameters that are at the same step t."""
-    W, states = [local(p) for p, _ in pairs], [state for _, state in pairs]
-    # the fused kernel walks through memory: a gradient laid out otherwise is copied
-    G = [_laid_out_like(w, local(p.grad)) for w, (p, _) in zip(W, pairs, strict=True) if p.grad is not None]
-    b1, b2 = group["betas"]
-    fused = all(w.is_contiguous() and w.device.type in ("cpu", "cuda") for w in W)
-    adam(
-        W,
-        G,
-        [local(state["exp_avg"]) for state in states],
-        [local(state["exp_avg_sq"]) for state in states],
-        [],
-        [torch.full((), t - 1.0, device=w.device if fused else "cpu") for w in W],
-        foreach=False,
-        fused=fused,
-        amsgrad=False,
-        maximize=False,
-        beta1=b1,
-        beta2=b2,
-        lr=group["lr"],
-        weight_decay=0.0,
-        # sqrt(V / (1 - b2^t)) + eps' is sqrt(V) + eps over the same root
-        eps=group["eps"] / math.sqrt(1 - b2**t),
-    )
-    if group["weight_decay"] > 0:
-        torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
-
-
-def _laid_out_like(w: Tensor, g: Tensor) -> Tensor:
-    return g if g.stride() == w.stride() else torch.empty_like(w).copy_(g)

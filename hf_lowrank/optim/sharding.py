@@ -4,6 +4,7 @@ Rows are dealt out as `torch.chunk` does it: every process holds ceil(m / world)
 Whatever is said here of one matrix is said on every process, in the same order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["RowShards", "local"]
+__all__ = ["RowShards", "all_finite", "local"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -121,3 +122,27 @@ class RowShards:
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite `tensor` with the one on the process with rank `owner`."""
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner), group=self.group)
+
+
+def all_finite(tensors: list[Tensor], meshes: list[Any]) -> list[bool]:
+    """Whether each tensor holds finite numbers only: where it is sharded, on every process of its mesh."""
+    if not tensors:
+        return []
+    # NaN and infinity go through a sum, and cannot leave it again; one that is not finite may also have overflowed
+    if not any(mesh is not None for mesh in meshes) and not tensors[0].is_cuda:
+        return [math.isfinite(x.sum().item()) or bool(_extremes(x).isfinite().all()) for x in tensors]
+    finite = torch.stack([x.sum() for x in tensors]).isfinite()
+    if not finite.all():
+        finite = torch.stack([_extremes(x) for x in tensors]).isfinite().all(1)
+    flags = finite.to(torch.int32)
+    for mesh in dict.fromkeys(mesh for mesh in meshes if mesh is not None):
+        index = [i for i, other in enumerate(meshes) if other == mesh]
+        part = flags[index]
+        for dim in range(mesh.ndim):
+            dist.all_reduce(part, op=dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        flags[index] = part
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def _extremes(x: Tensor) -> Tensor:
+    return torch.stack(torch.aminmax(x)) if x.numel() > 0 else x.new_zeros(2)
