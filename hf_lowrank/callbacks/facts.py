@@ -21,7 +21,7 @@ from hf_lowrank.summary import Summary, optimizer_state_bytes, summarize
 
 __all__ = ["RunInfo", "peak_memory", "run_facts"]
 
-PACKAGES = ("hf_lowrank", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers")
+PACKAGES = ("hf_lowrank", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "tokenizers")
 
 
 @dataclass(frozen=True)

@@ -6,32 +6,10 @@ import logging
 import pytest
 import torch
 from galore_reference import ReferenceGaLore
+from optim_matrices import SHAPES, gradients, parameters, relative_error, take_steps
 
 from hf_lowrank.optim import GaLoreAdamW
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES, moment_shape
-
-SHAPES = [(24, 40), (32, 32), (40, 24)]
-
-
-def gradients(shapes, steps, seed=0, dtype=torch.float32, scale=1e-2):
-    generator = torch.Generator().manual_seed(seed)
-    return [[scale * torch.randn(s, generator=generator).to(dtype) for s in shapes] for _ in range(steps)]
-
-
-def parameters(shapes, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(7)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-
-
-def take_steps(optimizer, params, grads):
-    for step in grads:
-        for p, g in zip(params, step, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-
-
-def relative_error(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("gap", [200, 7])
