@@ -42,8 +42,8 @@ MATRIX_CASES = {
 }
 
 
-def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+def mesh(*sizes):
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),))
 
 
 def whole(tensor):
@@ -92,26 +92,33 @@ def step_matrices(model, optimizer, steps, broken=()):
         optimizer.step()
 
 
+# sharded in pairs, replicated over two of them (HSDP)
+HYBRID_CASES = ("galore std gram", "galore full svd", "fira std", "apollo channel", "apollo tensor")
+
+
 def matrices(folder):
     results = {}
-    for case, (optimizer_cls, options) in MATRIX_CASES.items():
-        for broken in ((), (6, 8)):
-            plain, sharded = Matrices(), Matrices()
-            reference = matrix_optimizer(plain, optimizer_cls, options)
-            step_matrices(plain, reference, range(STEPS), broken)
-            fully_shard(sharded, mesh=mesh())
-            optimizer = matrix_optimizer(sharded, optimizer_cls, options)
-            step_matrices(sharded, optimizer, range(STEPS), broken)
-            name = f"{case}, NaN in some steps" if broken else case
-            results[name] = difference(dict(sharded.named_parameters()), dict(plain.named_parameters()))
-            states = zip(sharded.parameters(), plain.parameters(), strict=True)
-            for p, q in states:
-                mine, theirs = optimizer.state[p], reference.state[q]
-                found = difference(
-                    {k: v for k, v in mine.items() if torch.is_tensor(v)},
-                    {k: v for k, v in theirs.items() if torch.is_tensor(v)},
-                )
-                results[name] = max(results[name], found)
+    cases = [(case, broken, ()) for case in MATRIX_CASES for broken in ((), (6, 8))]
+    if dist.get_world_size() == 4:
+        cases += [(case, (), (2, 2)) for case in HYBRID_CASES]
+    for case, broken, sizes in cases:
+        optimizer_cls, options = MATRIX_CASES[case]
+        plain, sharded = Matrices(), Matrices()
+        reference = matrix_optimizer(plain, optimizer_cls, options)
+        step_matrices(plain, reference, range(STEPS), broken)
+        fully_shard(sharded, mesh=mesh(*sizes))
+        optimizer = matrix_optimizer(sharded, optimizer_cls, options)
+        step_matrices(sharded, optimizer, range(STEPS), broken)
+        name = case + ", NaN in some steps" * bool(broken) + ", HSDP" * bool(sizes)
+        results[name] = difference(dict(sharded.named_parameters()), dict(plain.named_parameters()))
+        states = zip(sharded.parameters(), plain.parameters(), strict=True)
+        for p, q in states:
+            mine, theirs = optimizer.state[p], reference.state[q]
+            found = difference(
+                {k: v for k, v in mine.items() if torch.is_tensor(v)},
+                {k: v for k, v in theirs.items() if torch.is_tensor(v)},
+            )
+            results[name] = max(results[name], found)
     return results
 
 

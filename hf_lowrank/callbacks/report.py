@@ -108,18 +108,17 @@ class ReportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pushes = self.push_strategy not in (None, "end")
-        model = self.whole_model() if pushes else None
-        if not state.is_world_process_zero:
-            return
         try:
-            self.write_report()
-            if pushes:
-                self.write_all(model)
+            model = self.whole_model() if pushes else None
+            if state.is_world_process_zero:
+                self.write_report()
+                if pushes:
+                    self.write_all(model)
         # the report is written again at the end, and there it does raise
         except Exception as error:
             logger.warning("the report of step %d could not be written: %s", state.global_step, error)
             return
-        if pushes:
+        if pushes and state.is_world_process_zero:
             self.try_push(f"step {state.global_step}")
 
     def on_train_end(

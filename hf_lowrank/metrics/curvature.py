@@ -1,0 +1,143 @@
+"""Trace and largest eigenvalue of the loss's Hessian, through Hessian-vector products.
+
+theta: all parameters that require a gradient, as one vector; H: the Hessian of the loss in them, in nats.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_lowrank.metrics.perplexity import Estimate
+
+__all__ = ["hessian_trace", "top_eigenvalue"]
+
+LossFunction = Callable[[nn.Module], Tensor]
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Eager attention and no recomputation for a while: fused attention has no double backward (pytorch 116350)."""
+    switch = getattr(model, "set_attn_implementation", None)
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    if callable(switch) and before is not None:
+        switch("eager")
+    for module in recomputing:
+        setattr(module, "gradient_checkpointing", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        if callable(switch) and before is not None:
+            switch(before)
+        for module in recomputing:
+            setattr(module, "gradient_checkpointing", True)  # noqa: B010
+
+
+class _Hessian:
+    """Products H v; the gradient's graph is made once and kept."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter requires a gradient: there is no curvature to measure")
+        with torch.enable_grad():
+            loss = loss_fn(model)
+            if loss.ndim != 0 or not loss.requires_grad:
+                raise ValueError("loss_fn must return a scalar tensor that depends on the parameters (no no_grad)")
+            grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        # a loss that is linear in a parameter has a gradient without a graph, and no curvature there
+        self.pairs = [(g, i) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+
+    def __matmul__(self, v: list[Tensor]) -> list[Tensor]:
+        product = [torch.zeros_like(p) for p in self.parameters]
+        if self.pairs:
+            found = torch.autograd.grad(
+                [g for g, _ in self.pairs],
+                self.parameters,
+                [v[i] for _, i in self.pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            product = [zero if f is None else f for zero, f in zip(product, found, strict=True)]
+        return product
+
+
+def _dot(u: list[Tensor], v: list[Tensor]) -> float:
+    return sum(torch.sum(a.double() * b.double()).item() for a, b in zip(u, v, strict=True))
+
+
+def hessian_trace(model: nn.Module, loss_fn: LossFunction, samples: int = 32, seed: int = 0) -> Estimate:
+    """Trace of H by Hutchinson's estimator with signs: E[v^T H v] over random v in {-1, 1}.
+
+    Args:
+        model: in eval mode; parameters and their `grad` are not touched.
+        loss_fn: scalar tensor from the model, on a fixed batch.
+        samples: products H v, each about two gradients' worth of work.
+        seed: of the signs.
+
+    Returns:
+        The mean over samples and its standard error (NaN for one sample).
+
+    Raises:
+        ValueError: nothing requires a gradient, the loss does not depend on it, or `samples` is below 1.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples!r}: give 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    with twice_differentiable(model):
+        hessian, found = _Hessian(model, loss_fn), []
+        for _ in range(samples):
+            v = [_signs(p, generator) for p in hessian.parameters]
+            found.append(_dot(v, hessian @ v))
+    values = np.asarray(found)
+    stderr = float(values.std(ddof=1) / math.sqrt(samples)) if samples > 1 else math.nan
+    return Estimate(float(values.mean()), stderr)
+
+
+def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return drawn.to(device=p.device, dtype=p.dtype)
+
+
+def top_eigenvalue(model: nn.Module, loss_fn: LossFunction, iterations: int = 30, seed: int = 0) -> Estimate:
+    """Largest eigenvalue of H by Lanczos iteration from a random start.
+
+    Without reorthogonalisation: three vectors of theta's size are kept, and copies of converged eigenvalues, which
+    rounding brings forth, do not change the largest.
+
+    Args:
+        model: in eval mode; parameters and their `grad` are not touched.
+        loss_fn: scalar tensor from the model, on a fixed batch.
+        iterations: products H v at most; fewer when the Krylov space is exhausted.
+        seed: of the start.
+
+    Returns:
+        The largest Ritz value; as `stderr` its residual norm, within which an eigenvalue of H lies.
+
+    Raises:
+        ValueError: as for `hessian_trace`.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations!r}: give 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    with twice_differentiable(model):
+        hessian = _Hessian(model, loss_fn)
+        v = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
+        length = math.sqrt(_dot(v, v))
+        v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]
+        diagonal, beside = [], [0.0]
+        for _ in range(iterations):
+            w = hessian @ v
+            diagonal.append(_dot(w, v))
+            w = [x - diagonal[-1] * y - beside[-1] * z for x, y, z in zip(w, v, earlier, strict=True)]
+            beside.append(math.sqrt(_dot(w, w)))
+            if beside[-1] <= 1e-10 * max(map(abs, [*diagonal, 1e-300])):
+                break
+            v, earlier = [x / beside[-1] for x in w], v
+    inner = beside[1 : len(diagonal)]
+    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))
+    return Estimate(float(values[-1]), float(beside[-1] * abs(vectors[-1, -1])))
