@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lowrank.callbacks.base import MetricCallback
 from hf_lowrank.callbacks.facts import RunInfo
 from hf_lowrank.callbacks.report import ReportCallback
+from hf_lowrank.methods.relora import ReLoRACallback
 
 __all__ = ["attach"]
 
@@ -37,6 +38,10 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         if isinstance(callback, MetricCallback):
             callback.trainer = trainer
         trainer.add_callback(callback)
+    # a method's own callback, which prepare has handed to the Trainer
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ReLoRACallback):
+            callback.trainer = trainer
     args = trainer.args
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy)) if args.push_to_hub else None
     # Trainer's own pushing rewrites README.md and weights in the root and uploads the root

@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
+from hf_lowrank.optim.sharding import reshard
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
 
 __all__ = [
@@ -86,7 +87,10 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         _read_json(folder / "config.json")
     _check_weights(folder)
     sharded = any(p.is_dir() and p.name.startswith("optimizer") for p in folder.iterdir())
-    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
+    # accelerate's names for what FSDP saves whole
+    whole = [name for name in ("optimizer.bin", "pytorch_model_fsdp.bin") if (folder / name).is_file()]
+    optimizer = [] if sharded else whole if "optimizer.bin" in whole else ["optimizer.pt"]
+    for name in (*optimizer, "scheduler.pt"):
         _check_zip(folder / name)
     random_states = list(folder.glob("rng_state*.pth"))
     if not random_states:
@@ -296,6 +300,7 @@ def gather_model(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel |
 
     Every process must call this; one that passes `keep=False` takes part and gets None.
     """
+    reshard(model)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model if keep else None
     state = {}

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear
+from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
 from hf_lowrank.optim.plan import Plan, with_plan
 from hf_lowrank.summary import Summary, summarize
 from hf_lowrank.targets import Target, find_targets, hidden_size
@@ -43,9 +43,9 @@ def prepare(
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
-    if args.deepspeed and config.group_options(1):
+    if uses_deepspeed(args) and config.group_options(1):
         raise ValueError(
-            f"deepspeed={args.deepspeed!r}: ZeRO hands the optimizer flat shards, which {config.label} cannot "
+            f"DeepSpeed's ZeRO hands the optimizer flat shards, which {config.label} cannot "
             "project; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
         )
     # before the model is changed: these may refuse the arguments
@@ -89,6 +89,8 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
             now = {name: getattr(config, name) for name in config.runtime_fields}
             model_config.lowrank = {**model_config.lowrank, **now}
         return
+    if ranks:
+        _refuse_shared(model, targets, config.label)
     if config.replaces_layers:
         pretrained = any(getattr(p, "_is_hf_initialized", False) for t in targets for p in t.module.parameters())
         if pretrained and not reinit and not config.keeps_weights:
@@ -166,6 +168,21 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
     """The sizes that `prepare` showed, from the prepared model alone."""
     targets = find_targets(model, config.target_modules)
     return summarize(model, config, targets, resolve_ranks(model, config, targets))
+
+
+def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
+    """`ValueError` for a target whose weight another module uses as well."""
+    users: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(p), set()).add(name.rpartition(".")[0])
+    for target in targets:
+        weight = getattr(target.module, "weight", None)
+        others = users.get(id(weight), set()) - {target.name}
+        if others:
+            raise ValueError(
+                f"layer {target.name} shares its weight with {min(others)}, which {label} would leave behind: leave "
+                "the layer out with target_modules, or untie the two"
+            )
 
 
 def _trains(target: Target) -> bool:

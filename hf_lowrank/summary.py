@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.report.tables import format_bytes
@@ -87,7 +87,9 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         weight_trains = any(p.requires_grad for p in own if p is not bias)
         bias_trains = isinstance(bias, torch.Tensor) and bias.requires_grad
         bias_state = 2 * extra * bias_trains
-        state_bytes += size * (config.state_elements(target.rows, target.cols, rank or 0) * weight_trains + bias_state)
+        # Conv1D stores the weight transposed, and optimizers see it as it is stored
+        stored = (target.cols, target.rows) if isinstance(target.module, Conv1D) else (target.rows, target.cols)
+        state_bytes += size * (config.state_elements(*stored, rank or 0) * weight_trains + bias_state)
         dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)
         dense_count += target.rows * target.cols + extra
         dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
@@ -106,11 +108,10 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state, on this process."""
+    """Bytes of all tensors in an optimizer's state; what is sharded counts as a whole, over all processes."""
     total = 0
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
-                local = value.to_local() if isinstance(value, DTensor) else value
-                total += local.numel() * local.element_size()
+                total += value.numel() * value.element_size()
     return total

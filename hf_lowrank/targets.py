@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.optim.sharding import reshard
 
 __all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "whole_layer"]
 
@@ -134,6 +135,7 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
 
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
     """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
+    reshard(model)
     for target in find_targets(model, target_modules):
         yield target, replace(target, module=whole_layer(target.module)).dense_weight()
 

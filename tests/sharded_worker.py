@@ -43,7 +43,8 @@ MATRIX_CASES = {
 
 
 def mesh(*sizes):
-    return init_device_mesh("cpu", sizes or (dist.get_world_size(),))
+    sizes = sizes or (dist.get_world_size(),)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
 
 
 def whole(tensor):
@@ -136,7 +137,7 @@ def shard(model):
 def make(method, dtype, sharded, order="after"):
     """A prepared model and its optimizer, which is made before or after sharding."""
     torch.manual_seed(0)
-    args = arguments(os.environ["SCRATCH"], log_level="error", weight_decay=0.1, learning_rate=1e-2)
+    args = arguments(os.environ["SCRATCH"], log_level="error", weight_decay=0.1, learning_rate=2e-3)
     model, kwargs = lr.prepare(llama(**SIZES).to(dtype), METHODS[method], args)
     optimizer_cls, options = kwargs["optimizer_cls_and_kwargs"]
     options = {**options, "weight_decay": 0.1}

@@ -549,3 +549,16 @@ def test_check_resume_knows_another_support(tmp_path):
     check_resume(tmp_path / "checkpoint-1", trained(METHODS["sltrain"], llama()))
     with pytest.raises(lr.CheckpointError, match="structure is"):
         check_resume(tmp_path / "checkpoint-1", trained(METHODS["sltrain"], llama(), seed=2))
+
+
+def test_a_checkpoint_that_fsdp_saved_whole_is_complete(run, checkpoint):
+    # accelerate's names with FULL_STATE_DICT
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
+    shutil.copy(checkpoint / "optimizer.bin", checkpoint / "pytorch_model_fsdp.bin")
+    lr.check_checkpoint(checkpoint)
+    assert lr.last_checkpoint(run) == str(checkpoint)
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        cut(checkpoint / name, 0.5)
+        with pytest.raises(lr.CheckpointError, match=f"{name} ends too early"):
+            lr.check_checkpoint(checkpoint)
+        shutil.copy(run / "checkpoint-2" / "optimizer.pt", checkpoint / name)

@@ -300,3 +300,35 @@ def test_the_table_is_printed_by_the_main_process_alone(tmp_path, capsys, monkey
     monkeypatch.setattr(TrainingArguments, "should_log", property(lambda self: False))
     lr.prepare(llama(), GALORE, arguments(tmp_path))
     assert capsys.readouterr().out == ""
+
+
+# What cannot be trained
+
+
+@pytest.mark.parametrize("method", ["galore", "fira", "apollo", "relora"])
+def test_deepspeed_is_refused_however_it_was_asked_for(method, tmp_path):
+    args = arguments(tmp_path)
+    # what accelerate launch leaves there; args.deepspeed stays empty
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match=r"DeepSpeed's ZeRO .*recipes/accelerate/ddp.yaml.*fsdp2.yaml"):
+        lr.prepare(llama(), METHODS[method], args)
+
+
+@pytest.mark.parametrize("method", ["galore", "apollo", "sltrain", "cola", "lora"])
+def test_a_target_that_shares_its_weight_is_named(method, tmp_path):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    before = weights(model)
+    name = r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"
+    with pytest.raises(ValueError, match=name):
+        lr.prepare(model, METHODS[method], arguments(tmp_path))
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "std", "full"])
+def test_state_is_predicted_for_weights_that_are_stored_transposed(proj_type, tmp_path):
+    for config in (lr.GaLoreConfig(r=4, proj_type=proj_type), lr.FiraConfig(r=4, proj_type=proj_type)):
+        trainer = make_trainer(config, arguments(tmp_path, max_steps=1), model=gpt2())
+        trainer.train()
+        predicted = summary_of(trainer.model, config).state_bytes
+        assert optimizer_state_bytes(trainer.optimizer.optimizer) == predicted

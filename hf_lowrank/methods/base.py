@@ -26,7 +26,7 @@ from transformers.utils import PushToHubMixin
 
 __all__ = [
     "CONFIG_NAME", "METHODS", "LowRankConfig", "ReparameterizedLinear", "get_method", "nearest", "register",
-    "seeded_generator",
+    "seeded_generator", "uses_deepspeed",
 ]  # fmt: skip
 
 CONFIG_NAME = "lowrank_config.json"
@@ -60,6 +60,11 @@ def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
     """A generator of its own for each layer and purpose, the same whatever was drawn before and on every process."""
     digest = hashlib.sha256(":".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed will shard the model: `args.deepspeed` says so, or `accelerate launch` does."""
+    return bool(args.deepspeed or getattr(args, "deepspeed_plugin", None))
 
 
 class ReparameterizedLinear(nn.Module, ABC):

@@ -33,7 +33,10 @@ class FiraConfig(LowRankConfig):
     update_proj_gap: int = field(default=200, metadata={"help": "Optimizer steps between two projector refreshes."})
     alpha: float = field(default=0.25, metadata={"help": "Factor on whatever is projected back."})
     proj_type: str = field(
-        default="std", metadata={"help": "Side that is projected: std (the shorter), reverse_std, right, left, full."}
+        default="std",
+        metadata={
+            "help": "Side of the stored weight that is projected: std (the shorter), reverse_std, right, left, full."
+        },
     )
     refresh: str = field(
         default="gram",

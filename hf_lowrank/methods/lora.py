@@ -142,17 +142,9 @@ class LoRAConfig(LowRankConfig):
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
-    """`ValueError` for weights that cannot be a base: quantised ones, and those that another module uses as well."""
-    users: dict[int, set[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(p), set()).add(name.rpartition(".")[0])
+    """`ValueError` for quantised weights, which cannot be a base that is merged into."""
     for name in names:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         if not weight.is_floating_point():
             raise ValueError(f"the weight of layer {name} is {weight.dtype}: load the model without quantisation")
-        if others := users[id(weight)] - {name}:
-            raise ValueError(
-                f"layer {name} shares its weight with {min(others)}, which an adapter would leave behind: leave the "
-                "layer out with target_modules, or untie the two"
-            )

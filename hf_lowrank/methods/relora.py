@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.methods.base import register, seeded_generator
+from hf_lowrank.methods.base import register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
-from hf_lowrank.optim.sharding import local
+from hf_lowrank.optim.sharding import local, reshard
 
 __all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
 
@@ -129,6 +129,8 @@ class ReLoRACallback(TrainerCallback):
 
     def __init__(self, config: "ReLoRAConfig") -> None:
         self.config = config
+        # set by hf_lowrank.attach: through it TensorBoard, W&B and the like see the restarts
+        self.trainer: Trainer | None = None
         self._moments_checked = False
 
     def on_train_begin(
@@ -168,7 +170,7 @@ class ReLoRACallback(TrainerCallback):
         # the optimizer has a state after one step, and should be refused then, not after reset_every
         if state.global_step == 0 or (self._moments_checked and not due):
             return
-        _reshard(kwargs["model"])
+        reshard(kwargs["model"])
         layers, optimizer = adapters(kwargs["model"]), kwargs["optimizer"]
         moments = {name: _moments(p, name, optimizer) for name, p in _parameters(layers)}
         self._moments_checked = True
@@ -188,7 +190,10 @@ class ReLoRACallback(TrainerCallback):
             "relora/pruned_share": pruned / entries,
             "relora/merged_norm": torch.stack(squared).sum().sqrt().item(),
         }
-        state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+        if self.trainer is not None:
+            self.trainer.log(dict(values))
+        else:
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:
             logger.info(
                 "ReLoRA restart %d after step %d: merged updates of norm %.4g, zeroed %.2f %% of the moments",
@@ -215,13 +220,6 @@ def _moments(p: Tensor, name: str, optimizer: torch.optim.Optimizer) -> dict[str
             "use optim='adamw_torch'"
         )
     return held
-
-
-def _reshard(model: nn.Module) -> None:
-    """Have FSDP 2 put the sharded parameters back, which an evaluation may have left gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @register
@@ -277,10 +275,15 @@ class ReLoRAConfig(LoRAConfig):
                 f"lr_scheduler_type='{_plain(args.lr_scheduler_type)}' takes no restarts: ReLoRA needs a schedule "
                 "that is a function of the step, 'cosine_with_min_lr' for example"
             )
-        if args.deepspeed:
+        if uses_deepspeed(args):
             raise ValueError(
-                f"deepspeed={args.deepspeed!r}: ZeRO keeps the moments in flat shards, which ReLoRA cannot prune; "
-                "train with DDP (recipes/accelerate/ddp.yaml) or FSDP 2"
+                "DeepSpeed's ZeRO keeps the moments in flat shards, which ReLoRA cannot prune; "
+                "train with DDP (recipes/accelerate/ddp.yaml) or FSDP 2 (recipes/accelerate/fsdp2.yaml)"
+            )
+        if args.fp16:
+            raise ValueError(
+                "fp16=True: where the gradient scaler skips a step the schedule stands still, so that the restarts of "
+                "the learning rate would drift away from those of the adapters; use bf16=True"
             )
 
     def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:

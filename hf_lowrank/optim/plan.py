@@ -54,6 +54,8 @@ class Plan:
                 split.setdefault(key, {**group, **options, "params": []})["params"].append(p)
             regrouped += split.values()
         missing = self.options.keys() - found
+        if any("_fsdp_wrapped_module" in name for name in names.values()):
+            raise ValueError("FSDP 1 flattens the weights that are projected: use FSDP 2 (fsdp_version 2) or DDP")
         if missing:
             raise ValueError(
                 f"{len(missing)} of the {len(self.options)} target weights, {min(missing)} for one, are not among the "

@@ -224,9 +224,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for place, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
+            self._check_dense(p.grad, index, place)
             matrix = self._matrix(p, index, place)
             alone = matrix.shards is None and not matrix.W.is_cuda
-            if chunk and (alone or chunk[0].shards != matrix.shards or elements + p.numel() > CHUNK_ELEMENTS):
+            apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
+            if chunk and (alone or apart or elements + p.numel() > CHUNK_ELEMENTS):
                 yield chunk
                 chunk, elements = [], 0
             chunk.append(matrix)
@@ -298,6 +300,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
         if not places:
             return
+        for place in places:
+            self._check_dense(group["params"][place].grad, index, place)
         params = [group["params"][place] for place in places]
         states = [self._state_of(p, index, place) for p, place in zip(params, places, strict=True)]
         meshes = [getattr(p, "device_mesh", None) for p in params]
@@ -311,6 +315,13 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 self._skip(self._name(index, place))
         for t, pairs in by_step.items():
             adamw(pairs, group, t)
+
+    def _check_dense(self, grad: Tensor, index: int, place: int) -> None:
+        if grad.is_sparse:
+            raise ValueError(
+                f"the gradient of {self._name(index, place)} is sparse, which AdamW cannot take: make the embedding "
+                "with sparse=False"
+            )
 
     # Gradients that are not finite
 

@@ -11,15 +11,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["RowShards", "all_finite", "local"]
+__all__ = ["RowShards", "all_finite", "local", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 put the sharded parameters back, which an evaluation may have left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,9 @@ def all_finite(tensors: list[Tensor], meshes: list[Any]) -> list[bool]:
     # NaN and infinity go through a sum, and cannot leave it again; one that is not finite may also have overflowed
     if not any(mesh is not None for mesh in meshes) and not tensors[0].is_cuda:
         return [math.isfinite(x.sum().item()) or bool(_extremes(x).isfinite().all()) for x in tensors]
-    finite = torch.stack([x.sum() for x in tensors]).isfinite()
+    finite = torch.stack([x.sum().to(tensors[0].device) for x in tensors]).isfinite()
     if not finite.all():
-        finite = torch.stack([_extremes(x) for x in tensors]).isfinite().all(1)
+        finite = torch.stack([_extremes(x).to(tensors[0].device) for x in tensors]).isfinite().all(1)
     flags = finite.to(torch.int32)
     for mesh in dict.fromkeys(mesh for mesh in meshes if mesh is not None):
         index = [i for i, other in enumerate(meshes) if other == mesh]

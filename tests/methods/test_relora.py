@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import arguments, dataset, gpt2, llama, make_trainer, weights
+from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from transformers import Trainer, TrainerCallback
@@ -199,6 +199,7 @@ def test_an_optimizer_without_moments_is_refused_after_one_step(tmp_path):
     [
         ({"optim": "sgd"}, "optim='sgd': ReLoRA prunes AdamW's moments .* use adamw_torch"),
         ({"optim": "adafactor"}, "optim='adafactor'"),
+        ({"fp16": True}, "fp16=True: where the gradient scaler skips a step .* use bf16=True"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "lr_scheduler_type='reduce_lr_on"),
     ],
 )
@@ -380,3 +381,21 @@ def test_the_contracts_defaults():
 def test_values_out_of_range_are_named(fields, word):
     with pytest.raises(ValueError, match=word):
         lr.ReLoRAConfig(**fields)
+
+
+def test_attached_the_restarts_go_to_every_reporter(tmp_path):
+    logged = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    trainer = make_trainer(METHODS["relora"], arguments(tmp_path, max_steps=5), model=llama())
+    trainer.add_callback(Reporter())
+    lr.attach(trainer)
+    trainer.train()
+    restarts = [entry for entry in logged if "relora/restarts" in entry]
+    assert len(restarts) == 1
+    assert restarts[0]["relora/pruned_share"] == pytest.approx(0.99, abs=0.01)
+    # the training loss of the same step is logged all the same
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]

@@ -174,3 +174,11 @@ def test_a_rank_above_the_shorter_side_names_the_parameter(kind):
         make(kind, parameters([(20, 20), (12, 20)]), 13)
     with pytest.raises(ValueError, match="matrix"):
         make(kind, parameters([(12,)]), 4)
+
+
+def test_a_sparse_gradient_names_the_parameter():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = GaLoreAdamW(embedding.parameters(), lr=1e-2)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="the gradient of parameter 0 of group 0 is sparse"):
+        optimizer.step()
