@@ -38,7 +38,7 @@ from hf_lowrank.optim.projector import refresh_projector, side
 from hf_lowrank.prepare import summary_of
 from hf_lowrank.summary import optimizer_state_bytes
 
-RANKS = {"60m": 128, "130m": 192, "350m": 256, "1b": 512}
+RANKS = {"tiny": 32, "60m": 128, "130m": 192, "350m": 256, "1b": 512}
 PARTS = ("step", "refresh", "layers", "state", "memory")
 TOKENS = 8192
 Times = dict[str, list[float]]

@@ -1,0 +1,50 @@
+"""The benchmarks run and say what they claim to measure; how fast things are is not tested."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
+
+
+def run(name, monkeypatch, *argv):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+    monkeypatch.setattr(module, "TOKENS", 64)
+    module.main()
+
+
+@pytest.fixture
+def quiet():
+    """The benchmark switches warnings off for its own process."""
+    import logging
+
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_methods(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "methods.json"
+    few = ["--rounds", 1, "--refresh_rounds", 1, "--layers", 1]
+    run("methods", monkeypatch, "--sizes", "tiny", "--device", "cpu", "--output", output, *few)
+    result = json.loads(output.read_text())["tiny"]
+    assert set(result) == {"step", "refresh", "layers", "state", "memory", "amortised over 200 steps"}
+    # the official packages are in the test extra
+    assert {"GaLore / galore-torch", "Fira / fira", "APOLLO / apollo-torch"} <= set(result["step"]["ratios"])
+    for part in result.values():
+        for numbers in (part.get("seconds", {}), part.get("ratios", {})):
+            assert all(math.isfinite(value) and value > 0 for value in numbers.values())
+    for name, found in result["state"]["bytes"].items():
+        assert found["measured"] == found["predicted"], name
+    peaks = result["memory"]["bytes"]
+    assert all(peaks[name] < peaks["full-rank"] for name in ("GaLore", "Fira", "APOLLO", "APOLLO-Mini"))
+    shown = capsys.readouterr().out
+    assert "products alone" in shown
+    assert "tiny, memory" in shown
