@@ -11,8 +11,10 @@ layer at 8192 tokens, `state` bytes of optimizer state against the formula, `mem
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
+import io
 import json
 import logging
 import platform
@@ -249,8 +251,9 @@ def prepared(size: str, config: lr.LowRankConfig, device: str) -> tuple[nn.Modul
     shape.num_hidden_layers = 2
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, report_to="none", use_cpu=device == "cpu", log_level="error", max_steps=10**4)
-        args.log_level = "error"
-        model, kwargs = lr.prepare(build_model(shape, 0).to(device), config, args)
+        # the tables of sizes are not what is asked for here
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, kwargs = lr.prepare(build_model(shape, 0).to(device), config, args)
     optimizer_cls, values = kwargs["optimizer_cls_and_kwargs"]
     return model, optimizer_cls([p for p in model.parameters() if p.requires_grad], **values)
 
