@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lowrank.callbacks.base import MetricCallback
 from hf_lowrank.callbacks.facts import RunInfo
 from hf_lowrank.callbacks.report import ReportCallback
-from hf_lowrank.methods.relora import ReLoRACallback
+from hf_lowrank.methods.base import MethodCallback
 
 __all__ = ["attach"]
 
@@ -40,7 +40,7 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         trainer.add_callback(callback)
     # a method's own callback, which prepare has handed to the Trainer
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ReLoRACallback):
+        if isinstance(callback, MethodCallback):
             callback.trainer = trainer
     args = trainer.args
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy)) if args.push_to_hub else None

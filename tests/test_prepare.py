@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
 from hf_lowrank.methods import SLTrainLinear
+from hf_lowrank.optim.plan import Plan
 from hf_lowrank.prepare import apply_method, method_of, resolve_ranks, structure_hash, summary_of
 from hf_lowrank.summary import optimizer_state_bytes
 from hf_lowrank.targets import find_targets
@@ -332,3 +333,15 @@ def test_state_is_predicted_for_weights_that_are_stored_transposed(proj_type, tm
         trainer.train()
         predicted = summary_of(trainer.model, config).state_bytes
         assert optimizer_state_bytes(trainer.optimizer.optimizer) == predicted
+
+
+def test_fsdp_1_is_refused_where_it_flattens_what_is_projected():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fsdp_wrapped_module = nn.Linear(4, 4)
+
+    model = Wrapped()
+    assert Plan(model, {}, {"method": "fullrank"}).regroup(list(model.parameters()))
+    with pytest.raises(ValueError, match="FSDP 1 flattens the weights that are projected: use FSDP 2"):
+        Plan(model, {"layer.weight": {"r": 2}}, {"method": "galore"}).regroup(list(model.parameters()))

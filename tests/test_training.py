@@ -147,6 +147,8 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path):
 OTHERS = {
     "another method": ("galore", lr.FullRankConfig(), "galore.*fullrank"),
     "from full-rank": ("fullrank", lr.GaLoreConfig(r=4), "fullrank.*galore"),
+    "another projected optimizer": ("galore", lr.FiraConfig(r=4, update_proj_gap=3), "galore.*fira"),
+    "restarts for LoRA": ("lora", lr.ReLoRAConfig(r=4, reset_every=3, restart_warmup_steps=1), "lora.*relora"),
     "another rank": ("galore", lr.GaLoreConfig(r=5, update_proj_gap=3), "r is"),
     "another layer": ("sltrain", lr.FullRankConfig(), "trained with another method"),
     "to another layer": ("galore", lr.SLTrainConfig(r=4, sparsity=0.1), "trained with another method"),
@@ -158,7 +160,7 @@ OTHERS = {
 def checkpoints(tmp_path_factory):
     """A checkpoint at step 2 for each method."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for method in ("fullrank", "galore", "sltrain"):
+    for method in ("fullrank", "galore", "sltrain", "lora"):
         args = arguments(folder / method, save_strategy="steps", save_steps=2, max_steps=2)
         make_trainer(METHODS[method], args).train()
     return folder

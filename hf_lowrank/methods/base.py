@@ -21,12 +21,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import PushToHubMixin
 
 __all__ = [
-    "CONFIG_NAME", "METHODS", "LowRankConfig", "ReparameterizedLinear", "get_method", "nearest", "register",
-    "seeded_generator", "uses_deepspeed",
+    "CONFIG_NAME", "METHODS", "LowRankConfig", "MethodCallback", "ReparameterizedLinear", "get_method", "nearest",
+    "register", "seeded_generator", "uses_deepspeed",
 ]  # fmt: skip
 
 CONFIG_NAME = "lowrank_config.json"
@@ -60,6 +60,16 @@ def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
     """A generator of its own for each layer and purpose, the same whatever was drawn before and on every process."""
     digest = hashlib.sha256(":".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+class MethodCallback(TrainerCallback):
+    """What a method does at certain steps of a Trainer.
+
+    Attributes:
+        trainer: set by `hf_lowrank.attach`: what is logged through it reaches TensorBoard, W&B and the like.
+    """
+
+    trainer: Trainer | None = None
 
 
 def uses_deepspeed(args: TrainingArguments) -> bool:
@@ -165,7 +175,7 @@ class LowRankConfig(PushToHubMixin):
     def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
         """Set what a model needs for training alone, once its layers are the method's."""
 
-    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+    def callbacks(self, args: TrainingArguments) -> list[MethodCallback]:
         """Callbacks the method needs in the Trainer."""
         return []
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.methods.base import register, seeded_generator, uses_deepspeed
+from hf_lowrank.methods.base import MethodCallback, register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
 from hf_lowrank.optim.sharding import local, reshard
 
@@ -117,7 +117,7 @@ def with_restarts(base: Callable[[int], float], reset_every: int, warmup: int) -
     return factor
 
 
-class ReLoRACallback(TrainerCallback):
+class ReLoRACallback(MethodCallback):
     """Folds the adapters, prunes their moments and puts the restarts into the learning-rate schedule.
 
     It keeps nothing from step to step: what happens at a restart follows from the seed, the layers' names and the
@@ -129,8 +129,6 @@ class ReLoRACallback(TrainerCallback):
 
     def __init__(self, config: "ReLoRAConfig") -> None:
         self.config = config
-        # set by hf_lowrank.attach: through it TensorBoard, W&B and the like see the restarts
-        self.trainer: Trainer | None = None
         self._moments_checked = False
 
     def on_train_begin(
@@ -286,5 +284,5 @@ class ReLoRAConfig(LoRAConfig):
                 "the learning rate would drift away from those of the adapters; use bf16=True"
             )
 
-    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+    def callbacks(self, args: TrainingArguments) -> list[MethodCallback]:
         return [ReLoRACallback(self)]

@@ -22,7 +22,7 @@ class FiraAdamW(ProjectedAdamW):
     `refresh` ("gram", "subspace" or "svd"). With phi = ||N|| / (||R|| + 1e-8) per row of R (per column where R has
     fewer rows than columns), the residual S = (G - alpha back(R)) phi, whose norm may grow by 1 % a step, joins the
     update: W <- (1 - lr wd) (W - lr_t (alpha back(N) + S)). For `full`, which the official package cannot run, phi is
-    one number for the matrix (the paper's matrix-level scaling, Section 4.2).
+    one number for the matrix (the paper's matrix-level scaling).
 
     State: as in `ProjectedAdamW`, and `residual_norm`, a scalar.
     """
@@ -37,7 +37,7 @@ class FiraAdamW(ProjectedAdamW):
         alpha, decay = group["alpha"], 1 - group["lr"] * group["weight_decay"]
         scalings = [_scaling(x, n) for x, n in zip(matrices, N, strict=True)]
         residuals = [
-            None if _without_residual(x, phi, alpha) else (x.G - alpha * _back(x)) * phi.to(x.G.dtype)
+            None if _without_residual(x, alpha) else (x.G - alpha * _back(x)) * phi.to(x.G.dtype)
             for x, phi in zip(matrices, scalings, strict=True)
         ]
         squares = _squares(matrices, scalings, residuals, alpha)
@@ -78,14 +78,13 @@ def _scaling(x: Matrix, N: Tensor) -> Tensor:
     return phi
 
 
-def _without_residual(x: Matrix, phi: Tensor, alpha: float) -> bool:
+def _without_residual(x: Matrix, alpha: float) -> bool:
     """Whether ||S|| can be had from norms of G and R alone.
 
     It can where phi scales what the projection leaves apart, since then ||G_i - alpha R_i P||^2 is
     ||G_i||^2 - (2 alpha - alpha^2) ||R_i||^2; near alpha = 1 the difference would be rounding.
     """
-    matches = phi.ndim == 2 and phi.shape[1 if x.where == "right" else 0] == 1 and x.where != "full"
-    return matches and _axis(x) == (1 if x.where == "right" else 0) and abs(1 - alpha) > 0.1
+    return _axis(x) == {"right": 1, "left": 0}.get(x.where, -1) and abs(1 - alpha) > 0.1
 
 
 def _squares(

@@ -37,8 +37,7 @@ class Plan:
         Raises:
             ValueError: a parameter with options is not among `params`, because the Trainer has another model.
         """
-        model = self._model()
-        names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        names = self._names()
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
@@ -54,7 +53,7 @@ class Plan:
                 split.setdefault(key, {**group, **options, "params": []})["params"].append(p)
             regrouped += split.values()
         missing = self.options.keys() - found
-        if any("_fsdp_wrapped_module" in name for name in names.values()):
+        if missing and any("_fsdp_wrapped_module" in name for name in names.values()):
             raise ValueError("FSDP 1 flattens the weights that are projected: use FSDP 2 (fsdp_version 2) or DDP")
         if missing:
             raise ValueError(
@@ -64,10 +63,14 @@ class Plan:
         mark = json.dumps(self.identity, sort_keys=True)
         return [{**group, IDENTITY_KEY: mark} for group in regrouped]
 
+    def _names(self) -> dict[int, str]:
+        """id of a parameter -> its name."""
+        model = self._model()
+        return {} if model is None else {id(p): name for name, p in model.named_parameters()}
+
     def names_of(self, groups: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
         """(group, place in it) -> parameter name."""
-        model = self._model()
-        names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        names = self._names()
         return {
             (index, place): names[id(p)]
             for index, group in enumerate(groups)

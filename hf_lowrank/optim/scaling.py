@@ -7,7 +7,7 @@ from hf_lowrank.optim.projected import Matrix
 
 __all__ = ["limit_growth", "norms", "sum_over_rows"]
 
-# how much the norm of a residual update may grow in one step (Fira, Section 4.3)
+# how much the norm of a residual update may grow in one step (Fira's norm-growth limiter)
 GROWTH_LIMIT = 1.01
 
 
@@ -33,7 +33,7 @@ def sum_over_rows(matrices: list[Matrix], values: list[Tensor]) -> list[Tensor]:
 
 
 def limit_growth(norm: Tensor, previous: Tensor) -> Tensor:
-    """Factor that keeps `norm` within 1.01 x the `previous` limited one, which is overwritten (Fira, Section 4.3).
+    """Factor that keeps `norm` within 1.01 x the `previous` limited one, which is overwritten: Fira's limiter.
 
     As in the official code the first step is not limited and 1e-8 is added to the previous norm. Unlike there, a zero
     norm is no measure for the next one: after a step without a gradient the weight would stand still for the 1850
