@@ -1,7 +1,13 @@
 """Low-rank pre-training, the metrics that perplexity hides, and Hub publishing for any Hugging Face Trainer."""
 
 from hf_lowrank.attach import attach
-from hf_lowrank.callbacks import SpectralCallback
+from hf_lowrank.callbacks import (
+    ActivationCallback,
+    CurvatureCallback,
+    InterpolationCallback,
+    LandscapeCallback,
+    SpectralCallback,
+)
 from hf_lowrank.callbacks.facts import RunInfo
 from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
 from hf_lowrank.hub.load import from_pretrained, load_report
@@ -22,12 +28,16 @@ from hf_lowrank.prepare import prepare
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationCallback",
     "ApolloConfig",
     "CheckpointError",
     "CoLAConfig",
+    "CurvatureCallback",
     "FiraConfig",
     "FullRankConfig",
     "GaLoreConfig",
+    "InterpolationCallback",
+    "LandscapeCallback",
     "LoRAConfig",
     "LowRankConfig",
     "ReLoRAConfig",

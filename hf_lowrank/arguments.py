@@ -24,7 +24,7 @@ from hf_lowrank.models import SIZES
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
 
-METRICS = ("spectral",)
+METRICS = ("spectral", "landscape", "interpolation", "activation", "curvature")
 # keys of the YAML file that a flag displaces beside its own, since they would contradict it or silently win over it
 DISPLACED = {
     "dataset_name": ("dataset_path", "dataset_glob", "dataset_config_name"),
@@ -67,9 +67,19 @@ class RecipeArguments:
         metadata={"help": "Sequences in one optimizer step over all processes; sets the gradient accumulation."},
     )
     metrics: list[str] = field(
-        default_factory=lambda: list(METRICS), metadata={"help": "Metrics during training: spectral, or none."}
+        default_factory=lambda: ["spectral"],
+        metadata={"help": f"Metrics during training: {', '.join(METRICS)}, or none."},
     )
     metrics_every: int = field(default=500, metadata={"help": "Optimizer steps between two measurements."})
+    metrics_sequences: int = field(
+        default=32, metadata={"help": "Validation sequences that landscapes, barriers and the like are measured on."}
+    )
+    metrics_budget: float = field(
+        default=0.02, metadata={"help": "Share of the training time that all metrics together may take."}
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Run or Hub repo of the full-rank model that activations are compared with."}
+    )
     cpu_threads: int | None = field(
         default=None,
         metadata={"help": "Threads a process on a CPU (default: its share of the cores; accelerate launch sets one)."},
@@ -84,7 +94,13 @@ class RecipeArguments:
             if name not in (*METRICS, "none"):
                 known = [*METRICS, "none"]
                 raise ValueError(f"--metrics {name}{nearest(name, known)}: the metrics are {', '.join(known)}")
-        for name in ("metrics_every", "total_batch_size", "cpu_threads"):
+        if "activation" in self.metrics and self.baseline is None:
+            raise ValueError("--metrics activation compares with a full-rank model: name it with --baseline")
+        if not 0 <= self.metrics_budget < math.inf:
+            raise ValueError(
+                f"--metrics_budget {self.metrics_budget}: give a share of the training time, 0.02 for 2 %"
+            )
+        for name in ("metrics_every", "metrics_sequences", "total_batch_size", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: give 1 or more")

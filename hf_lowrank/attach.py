@@ -26,7 +26,8 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         run: what Trainer does not know about the run.
 
     Raises:
-        ValueError: the Trainer has a report already, or something else than a callback was given.
+        ValueError: the Trainer has a report already, something else than a callback was given, or a callback cannot
+            measure what this Trainer trains.
     """
     if any(isinstance(callback, ReportCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this Trainer is attached already: give all callbacks to one call of attach")
@@ -35,8 +36,9 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
             raise ValueError(
                 f"{callback!r} is no TrainerCallback: give instances, SpectralCallback(every=500) for one"
             )
+    for callback in callbacks:
         if isinstance(callback, MetricCallback):
-            callback.trainer = trainer
+            callback.bind(trainer)
         trainer.add_callback(callback)
     # a method's own callback, which prepare has handed to the Trainer
     for callback in trainer.callback_handler.callbacks:

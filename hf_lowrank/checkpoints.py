@@ -25,13 +25,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
-from hf_lowrank.optim.sharding import reshard
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
+from hf_lowrank.sharding import reshard
 
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
     "check_resume",
+    "check_same_size",
     "dense_state_dict",
     "export",
     "gather_model",
@@ -39,6 +40,7 @@ __all__ = [
     "list_checkpoints",
     "load_model",
     "to_dense",
+    "weight_files",
 ]
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,16 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
         )
 
 
+def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:
+    """`CheckpointError` when a baseline, given by its config or config.json, differs from a model's in a size."""
+    config = _read_json(baseline) if isinstance(baseline, Path) else baseline
+    different = [f"{k} is {config[k]} there, {own[k]} here" for k in SIZE_KEYS if k in own and config.get(k) != own[k]]
+    if different:
+        raise CheckpointError(
+            f"baseline {name} is another model ({'; '.join(different)}): take a run of the same size and tokenizer"
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
@@ -140,7 +152,8 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{path.parent} is cut short: {path.name} ends too early")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's model is made of; `CheckpointError` where its index is damaged."""
     # transformers takes the single file where both lie there: saving anew leaves an old index behind
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         index = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
@@ -156,7 +169,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_weights(folder: Path) -> None:
     if any(p.is_dir() and p.name.startswith("pytorch_model_fsdp") for p in folder.iterdir()):
         return
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         if not path.is_file():
             raise CheckpointError(f"{folder} is incomplete: {path.name} is missing")
         try:
@@ -205,7 +218,7 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
             raise CheckpointError(
                 f"{folder} holds the dense form only: load it with dense=True, or fetch native/ as well"
             )
-    state = {name: tensor for path in _weight_files(folder) for name, tensor in load_file(path).items()}
+    state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
     _load_strictly(model, state, folder)
     if noted:
         if noted.get("form") == "native" and structure_hash(model) != noted.get("structure"):

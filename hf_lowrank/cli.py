@@ -73,6 +73,52 @@ def load(
 
 
 @app.command()
+def measure(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or Hub repos (user/name, user/name@step-1000).")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Full-rank run that activations and barriers between methods refer to.")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="With commas: loss,spectral,activation,interpolation,curvature,landscape."),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="quick, or study: the settings of arXiv 2605.13652.")] = "quick",
+    sequences: Annotated[int | None, typer.Option(help="Validation sequences; default: the preset's.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Checkpoints to measure, with commas; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: a GPU where there is one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for one run's results instead of its own.")] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="Validation data: Hub data set.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Its configuration.")] = None,
+    dataset_path: Annotated[Path | None, typer.Option(help="Validation data: file or folder.")] = None,
+    dataset_glob: Annotated[str | None, typer.Option(help="Files to take from the folder.")] = None,
+    tokenizer_name: Annotated[str | None, typer.Option(help="Tokenizer; default: the run's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a row of the validation data.")] = None,
+    token: Token = None,
+) -> None:
+    """Measure every metric over the checkpoints of runs, into their reports, tables, figures and cards.
+
+    A measurement that was interrupted goes on where it stopped when the same command is given again.
+    """
+    from hf_lowrank.measure.command import run_measure
+
+    failures = run_measure(
+        runs, baseline, only=only, preset=preset, sequences=sequences, steps=steps, batch_size=batch_size,
+        device=device, output=output, token=token,
+        data={
+            "dataset_name": dataset_name,
+            "dataset_config_name": dataset_config_name,
+            "dataset_path": None if dataset_path is None else str(dataset_path),
+            "dataset_glob": dataset_glob,
+            "tokenizer_name": tokenizer_name,
+            "sequence_length": sequence_length,
+        },
+    )  # fmt: skip
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
 def card(
     run: Annotated[Path, typer.Argument(help="Run folder, publish/ folder, or folder with a report.json.")],
     repo_id: Annotated[str | None, typer.Option(help="Repo the card speaks of.")] = None,

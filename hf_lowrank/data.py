@@ -24,7 +24,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["Data", "DataArguments", "DataError", "load_data", "tokenizer_hash"]
+__all__ = ["Data", "DataArguments", "DataError", "load_data", "load_validation", "tokenizer_hash"]
 
 _END_OF_TEXT = "<|endoftext|>"
 # The merges of a few thousand entries are settled long before; more text would only cost minutes at every start.
@@ -119,10 +119,7 @@ def load_data(arguments: DataArguments) -> Data:
     train, validation = _shares(splits, f"data set '{source['name']}'", arguments)
     tokenizer = _tokenizer(train, arguments)
     train_rows = _rows(train, tokenizer, arguments, "training")
-    rows = _rows(validation, tokenizer, arguments, "validation")
-    # spread over all held-out documents: the first rows are those of the first few
-    kept = min(len(rows), arguments.max_eval_sequences or len(rows))
-    rows = rows.select(np.linspace(0, len(rows) - 1, kept).round().astype(int))
+    rows = _validation_rows(validation, tokenizer, arguments)
     tokenizer_name = arguments.tokenizer_name or f"byte-level-bpe-{arguments.vocab_size}"
     packed_tokens = len(rows) * arguments.sequence_length
     description = {
@@ -138,6 +135,25 @@ def load_data(arguments: DataArguments) -> Data:
         "split_seed": arguments.split_seed,
     }
     return Data(train_rows, rows, tokenizer, description)
+
+
+def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
+    """The validation rows of `load_data` alone, for a tokenizer that is there already, and the source's description.
+
+    Raises `DataError` as `load_data` does, and where no `tokenizer_name` is given.
+    """
+    if arguments.tokenizer_name is None:
+        raise DataError("tokenizer_name None: name the tokenizer that the model was trained with")
+    splits, source = _open_corpus(arguments)
+    train, validation = _shares(splits, f"data set '{source['name']}'", arguments)
+    return _validation_rows(validation, _tokenizer(train, arguments), arguments), dict(source)
+
+
+def _validation_rows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+    rows = _rows(documents, tokenizer, arguments, "validation")
+    # spread over all held-out documents: the first rows are those of the first few
+    kept = min(len(rows), arguments.max_eval_sequences or len(rows))
+    return rows.select(np.linspace(0, len(rows) - 1, kept).round().astype(int))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

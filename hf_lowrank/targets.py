@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
-from hf_lowrank.optim.sharding import reshard
+from hf_lowrank.sharding import reshard
 
 __all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "whole_layer"]
 

@@ -7,37 +7,34 @@
 A YAML file may come first; flags override it. `--help` lists all flags of the chosen `--method`.
 """
 
-import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # torch reads it when it is imported: threads that spin while they wait slow a step several times over as soon as
 # anything else runs on the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.utils import logging as transformers_logging
 
 import hf_lowrank as lr
-from hf_lowrank.arguments import Recipe, fail, parse_recipe
+from hf_lowrank.arguments import Recipe, RecipeArguments, fail, parse_recipe
 from hf_lowrank.checkpoints import list_checkpoints
 from hf_lowrank.data import Data, load_data
+from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
 
 CONFIGS = Path(__file__).parent / "configs"
 # what a run leaves in its folder, and all that --overwrite removes
-RUN_FILES = ("checkpoint-*", "publish", "spectral_snapshots", "*.safetensors", "config.json", "training_args.bin")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step: giving them back costs a page fault for every 4 KiB."""
-    trim_threshold, mmap_max = -1, -4
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+RUN_FILES = (
+    "checkpoint-*", "publish", "spectral_snapshots", "interpolation_snapshots", "*.safetensors", "config.json",
+    "training_args.bin", "evaluation.parquet", "measured.json",
+)  # fmt: skip
 
 
 def use_cores(args: TrainingArguments, threads: int | None) -> None:
@@ -101,6 +98,19 @@ def remove_run(args: TrainingArguments) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def metric_callbacks(recipe: RecipeArguments, validation: Any) -> list[TrainerCallback]:
+    """The metrics asked for, in the order of the report."""
+    every, few = recipe.metrics_every, {"sequences": recipe.metrics_sequences, "budget": recipe.metrics_budget}
+    made: dict[str, Callable[[], TrainerCallback]] = {
+        "spectral": lambda: lr.SpectralCallback(every, budget=recipe.metrics_budget),
+        "landscape": lambda: lr.LandscapeCallback(validation, every, **few),
+        "interpolation": lambda: lr.InterpolationCallback(validation, **few),
+        "activation": lambda: lr.ActivationCallback(validation, str(recipe.baseline), every, **few),
+        "curvature": lambda: lr.CurvatureCallback(validation, every, **{**few, "sequences": 4}),
+    }
+    return [make() for name, make in made.items() if name in recipe.metrics]
+
+
 def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
     """Everything that can go wrong before training: data, model, method, output folder."""
     args = recipe.training
@@ -135,8 +145,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         command=["accelerate", "launch", "recipes/pretrain.py", *recipe.command],
         license=recipe.recipe.license,
     )
-    metrics = [lr.SpectralCallback(recipe.recipe.metrics_every)] if "spectral" in recipe.recipe.metrics else []
-    lr.attach(trainer, *metrics, run=info)
+    lr.attach(trainer, *metric_callbacks(recipe.recipe, data.validation), run=info)
     return trainer, checkpoint
 
 

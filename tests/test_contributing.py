@@ -18,13 +18,28 @@ SIZES = ("tiny", "60m", "130m", "350m", "1b")
 
 # package -> the parts of hf_lowrank it may import beside itself
 MAY_IMPORT = {
-    "metrics": set(),
-    "optim": set(),
-    "methods": {"optim"},
+    "metrics": {"sharding"},
+    "optim": {"sharding"},
+    "methods": {"optim", "sharding"},
     "report": set(),
     "hub": {"report", "checkpoints"},
-    "callbacks": {"metrics", "methods", "report", "hub", "checkpoints", "prepare", "summary", "targets"},
+    "measurements": {"metrics", "methods", "report", "checkpoints", "prepare", "targets", "sharding"},
+    "callbacks": {
+        *("measurements", "metrics", "methods", "report", "hub", "checkpoints", "prepare", "summary", "targets"),
+        "sharding",
+    },
+    "measure": {
+        *("measurements", "metrics", "methods", "report", "hub", "checkpoints", "targets", "data", "machine"),
+    },
 }
+
+
+def metric_callbacks(cls=MetricCallback):
+    """The package's callbacks that measure something."""
+    for child in cls.__subclasses__():
+        yield from metric_callbacks(child)
+        if hasattr(child, "name") and child.__module__.startswith("hf_lowrank."):
+            yield child
 
 
 def imported(path):
@@ -63,7 +78,7 @@ def test_a_method_is_complete(name):
     assert name == "fullrank" or config_cls.state_elements is not LowRankConfig.state_elements
 
 
-@pytest.mark.parametrize("callback", MetricCallback.__subclasses__(), ids=lambda cls: cls.name)
+@pytest.mark.parametrize("callback", list(metric_callbacks()), ids=lambda cls: cls.name)
 def test_a_metric_is_complete(callback):
     assert callback.name in METRICS
     assert callback.__name__ in hf_lowrank.__all__

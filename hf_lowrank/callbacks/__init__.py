@@ -1,5 +1,15 @@
 """Callbacks that add metrics to any Trainer run."""
 
+from hf_lowrank.callbacks.activation import ActivationCallback
+from hf_lowrank.callbacks.curvature import CurvatureCallback
+from hf_lowrank.callbacks.interpolation import InterpolationCallback
+from hf_lowrank.callbacks.landscape import LandscapeCallback
 from hf_lowrank.callbacks.spectral import SpectralCallback
 
-__all__ = ["SpectralCallback"]
+__all__ = [
+    "ActivationCallback",
+    "CurvatureCallback",
+    "InterpolationCallback",
+    "LandscapeCallback",
+    "SpectralCallback",
+]

@@ -5,64 +5,74 @@ reporter sees its numbers; under a bare `add_callback` it writes its files and `
 
 On disk, under `<output_dir>/publish/metrics/`: `<name>.parquet` (one row a subject and step) and `<name>.json` (the
 records that go into the report). A resumed run keeps what was measured up to its checkpoint and drops the rest.
+
+All processes measure, each its share of the matrices or sequences; the main one writes.
 """
 
-import json
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pandas as pd
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.report.files import replacing
-from hf_lowrank.report.schema import metric_entry
+from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
+from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.sharding import gathered
 
-__all__ = ["Measurement", "MetricCallback", "Record", "metrics_folder", "read_records"]
+__all__ = ["BUDGET", "EvaluationCallback", "MetricCallback"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Record:
-    """One number of the report.
-
-    Attributes:
-        name: `dimension/subject/metric`, as metrics.md spells it.
-        value: the number, None where it could not be measured.
-        stderr: its standard error; None where it is exact for the given weights.
-        step: optimizer step it was measured at.
-        settings: everything the number depends on beside the weights.
-        space: `dense`, `linearised` (no dense matrix exists) or `native`.
-    """
-
-    name: str
-    value: float | None
-    stderr: float | None
-    step: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    space: str | None = None
+# share of the training time that all metric callbacks of a run may take together
+BUDGET = 0.02
+# seconds that are theirs in any case: a run of minutes would have no metrics otherwise
+GRACE = 2.0
+# columns of a data set that a language model can take; a collator need not see the others
+MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "token_type_ids", "position_ids")
 
 
-@dataclass
-class Measurement:
-    """What one measurement found: records for the report and the log, rows for the parquet file."""
+class _Clock:
+    """How long a run has taken and how much of that its metrics."""
 
-    records: list[Record]
-    rows: list[dict[str, Any]]
+    def __init__(self) -> None:
+        self.started, self.spent, self.exempt = time.monotonic(), 0.0, 0.0
 
-
-def metrics_folder(output_dir: str | Path) -> Path:
-    """Where a run keeps its metrics."""
-    return Path(output_dir) / "publish" / "metrics"
+    def training(self) -> float:
+        """Seconds of training alone."""
+        return time.monotonic() - self.started - self.spent - self.exempt
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records in a metrics folder, as plain data, by file and then in the order they were measured."""
-    return [record for path in sorted(folder.glob("*.json")) for record in json.loads(path.read_text())]
+# by output folder: the callbacks of one run, which know nothing of each other, share a budget
+_clocks: dict[str, _Clock] = {}
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """All generators that training draws from, as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DDP's or torch.compile's wrapper."""
+    for wrapper in ("module", "_orig_mod"):
+        inner = getattr(model, wrapper, None)
+        model = inner if isinstance(inner, torch.nn.Module) else model
+    return model
 
 
 class MetricCallback(TrainerCallback):
@@ -70,67 +80,141 @@ class MetricCallback(TrainerCallback):
 
     Args:
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
+        budget: share of the training time that all metric callbacks of a run may take together, 2 seconds being free;
+            a measurement between start and end that does not fit is left out. None for no limit.
+
+    Raises:
+        ValueError: `every` below 1, or a budget that is no share.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, every: int) -> None:
-        if not isinstance(every, int) or every < 1:
+    def __init__(self, every: int, budget: float | None = BUDGET) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every={every!r}: give a whole number of optimizer steps, 1 or more")
+        if budget is not None and not (isinstance(budget, int | float) and 0.0 <= budget < math.inf):
+            raise ValueError(f"budget={budget!r}: give a share of the training time, 0.02 for 2 %, or None")
         self.every = every
+        self.budget = budget
         self.trainer: Trainer | None = None
         self.failed: str | None = None
+        self.skipped = 0
         self.records: list[Record] = []
         self.rows: list[dict[str, Any]] = []
         self._measured_at: int | None = None
+        self._cost = 0.0
         self._warned = False
+        self._clock = _Clock()
+
+    def bind(self, trainer: Trainer) -> None:
+        """Log through a Trainer; called by `hf_lowrank.attach` before training.
+
+        Raises:
+            ValueError: the callback cannot measure what this Trainer trains.
+        """
+        self.trainer = trainer
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
         """Measure now. Called on every process; only the main one's result is kept."""
         raise NotImplementedError
 
-    def restore(self, step: int) -> None:
-        """Called once when training starts or goes on at `step`; subclasses restore what they carry along."""
+    def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        """Called once when training starts or goes on; subclasses restore what they carry along."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.records, self.rows, self.failed, self._measured_at = [], [], None, None
+        self.skipped, self._cost = 0, 0.0
         self.folder = metrics_folder(str(args.output_dir))
+        self._join_clock(str(args.output_dir))
         if state.is_world_process_zero:
             self._read_back(state.global_step)
-        self.restore(state.global_step)
+        self._measured_at = gathered(self._measured_at)[0]
+        self._guarded(lambda: self.restore(_bare(kwargs["model"]), args, state), state)
         if state.global_step == 0:
-            self._run(args, state, kwargs["model"])
+            self._first(args, state, kwargs["model"])
+
+    def _first(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+        self._run(args, state, model, exempt=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every == 0:
-            self._run(args, state, kwargs["model"])
+        last = state.global_step == state.max_steps
+        if state.global_step % self.every == 0 and (last or self._fits(state)):
+            self._run(args, state, kwargs["model"], exempt=last)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._measured_at != state.global_step:
-            self._run(args, state, kwargs["model"])
+            self._run(args, state, kwargs["model"], exempt=True)
 
-    def _run(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+    def _join_clock(self, output_dir: str) -> None:
+        """Share a clock with the run's other callbacks; the first of them to come a second time starts it anew."""
+        clock = _clocks.get(output_dir)
+        if clock is None or clock is self._clock:
+            clock = _clocks[output_dir] = _Clock()
+        self._clock = clock
+
+    def _fits(self, state: TrainerState) -> bool:
+        """Whether another measurement fits into the budget; the main process decides for all."""
+        if self.failed is not None:
+            return False
+        if self.budget is None:
+            return True
+        allowed = GRACE + self.budget * self._clock.training()
+        fits = gathered(self._clock.spent + self._cost <= allowed)[0]
+        if not fits:
+            if self.skipped == 0 and state.is_world_process_zero:
+                logger.warning(
+                    "%s at step %d: one measurement takes %.2g s and all metrics together may take %g %% of the "
+                    "training time, so some are left out; raise budget= or every= to choose which",
+                    self.name, state.global_step, self._cost, 100 * self.budget,
+                )  # fmt: skip
+            self.skipped += 1
+        return fits
+
+    def _run(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, exempt: bool = False) -> None:
         if self.failed is not None:
             return
+        started = time.monotonic()
         self._measured_at = state.global_step
+        found: list[Measurement] = []
+
+        def measure_and_write() -> None:
+            with _random_state_kept():
+                found.append(self.measure(_bare(model), args, state))
+            if state.is_world_process_zero and (found[0].records or found[0].rows):
+                self.records += found[0].records
+                self.rows += found[0].rows
+                write_measurement(self.folder, self.name, Measurement(self.records, self.rows))
+
+        self._guarded(measure_and_write, state)
+        self._cost = time.monotonic() - started
+        if exempt:
+            self._clock.exempt += self._cost
+        else:
+            self._clock.spent += self._cost
+        if self.failed is None:
+            self._log({r.name: r.value for r in found[0].records if r.value is not None}, state)
+
+    def _guarded(self, action: Callable[[], None], state: TrainerState) -> None:
+        """Do something that may fail; the callback is then off, on every process, and training goes on."""
+        error: str | None = None
         try:
-            measurement = self.measure(model, args, state)
-            if state.is_world_process_zero:
-                self.records += measurement.records
-                self.rows += measurement.rows
-                self._write()
+            action()
         # a metric must never end somebody's training run: it says why it failed and stays off
-        except Exception as error:
-            self.failed = f"{type(error).__name__}: {error}"
-            logger.warning("%s failed at step %d and is switched off: %s", self.name, state.global_step, self.failed)
-            return
-        self._log({r.name: r.value for r in measurement.records if r.value is not None}, state)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        errors = [other for other in gathered(error) if other is not None]
+        if errors:
+            self.failed = error or errors[0]
+            if state.is_world_process_zero:
+                logger.warning(
+                    "%s failed at step %d and is switched off: %s", self.name, state.global_step, self.failed
+                )
 
     def _log(self, values: dict[str, float], state: TrainerState) -> None:
         if not values:
@@ -153,31 +237,67 @@ class MetricCallback(TrainerCallback):
 
     def _read_back(self, step: int) -> None:
         """Keep what an earlier part of this run measured up to `step`; a new run starts with empty files."""
-        table, listed = self.folder / f"{self.name}.parquet", self.folder / f"{self.name}.json"
-        if step > 0 and table.is_file() and listed.is_file():
+        if step > 0:
             try:
-                rows = pd.read_parquet(table)
-                records = [Record(**r) for r in json.loads(listed.read_text())]
-                self.rows = rows[rows["step"] <= step].to_dict("records")
+                earlier = read_measurement(self.folder, self.name)
             # damaged by a disk, a copy or an editor: it costs the earlier numbers, not the run
             except Exception as error:
                 logger.warning("%s: earlier measurements cannot be read and are dropped: %s", self.name, error)
             else:
-                self.records = [r for r in records if r.step <= step]
-                self._measured_at = max((r.step for r in self.records), default=None)
-                return
-        table.unlink(missing_ok=True)
-        listed.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / f"{self.name}.parquet") as path:
-            pd.DataFrame(self.rows).to_parquet(path, index=False)
-        records = [metric_entry(**asdict(record)) for record in self.records]
-        with replacing(self.folder / f"{self.name}.json") as path:
-            path.write_text(json.dumps(records, indent=1) + "\n")
+                if earlier is not None:
+                    self.rows = [row for row in earlier.rows if row["step"] <= step]
+                    self.records = [r for r in earlier.records if r.step <= step]
+                    self._measured_at = max((r.step for r in self.records), default=None)
+                    return
+        for suffix in (".parquet", ".json"):
+            (self.folder / f"{self.name}{suffix}").unlink(missing_ok=True)
 
 
-def finite(value: float) -> float | None:
-    """None for NaN and infinity, which JSON has no word for."""
-    return value if math.isfinite(value) else None
+class EvaluationCallback(MetricCallback):
+    """Base of the callbacks that measure on sequences.
+
+    Args:
+        dataset: tokenized rows, such as a Trainer's `eval_dataset`; bound by `attach`, the Trainer's collator makes
+            batches of them.
+        every, budget: as for every metric callback.
+        sequences: how many of them, spread evenly.
+    """
+
+    def __init__(self, dataset: Any, every: int, budget: float | None = BUDGET, sequences: int = 32) -> None:
+        super().__init__(every, budget)
+        if not isinstance(sequences, int) or sequences < 1:
+            raise ValueError(f"sequences={sequences!r}: give a whole number of 1 or more")
+        self.dataset = dataset
+        self.sequences = sequences
+        self._evaluation: EvaluationSet | None = None
+
+    def bind(self, trainer: Trainer) -> None:
+        super().bind(trainer)
+        with _random_state_kept():
+            self._evaluation = self._made(trainer.args, trainer.data_collator)
+
+    def evaluation(self, args: TrainingArguments) -> EvaluationSet:
+        """The sequences, the same for the whole run."""
+        if self._evaluation is None:
+            self._evaluation = self._made(args, None)
+        return self._evaluation
+
+    def _made(self, args: TrainingArguments, collator: Any) -> EvaluationSet:
+        def collate(rows: list[Any]) -> Any:
+            known = [
+                {k: v for k, v in row.items() if k in MODEL_INPUTS} if "input_ids" in row else row for row in rows
+            ]
+            return collator(known)
+
+        return EvaluationSet.from_dataset(
+            self.dataset,
+            self.sequences,
+            args.per_device_eval_batch_size,
+            None if collator is None else collate,
+            shared=args.world_size > 1,
+        )
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """The run's folder."""
+    return Path(str(args.output_dir))

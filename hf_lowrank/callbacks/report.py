@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import CommitInfo
@@ -22,12 +23,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_lowrank.callbacks.base import MetricCallback, Record, metrics_folder, read_records
+from hf_lowrank.callbacks.base import MODEL_INPUTS, MetricCallback
 from hf_lowrank.callbacks.facts import RunInfo, run_facts
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.push import push
-from hf_lowrank.metrics.perplexity import mean_loss, perplexity, sequence_losses
+from hf_lowrank.measurements.base import Record
+from hf_lowrank.measurements.files import EVALUATION, forget, metrics_folder, read_records
+from hf_lowrank.metrics.evaluation import sequence_losses
+from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.report import ReportError, draw_figures, metric_entry, read_report, write_report
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
@@ -37,6 +41,8 @@ __all__ = ["ReportCallback"]
 logger = logging.getLogger(__name__)
 
 VALIDATION = "validation.json"
+# rows of the validation set that are kept, spread evenly
+KEPT_ROWS = 1000
 LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
 
 
@@ -47,12 +53,8 @@ def _predicts_next_token(model: torch.nn.Module) -> bool:
     return can_generate is not None and can_generate() and not encoder_decoder
 
 
-def _is_beyond(records: Path, step: int) -> bool:
-    try:
-        return any(record["step"] > step for record in json.loads(records.read_text()))
-    except ValueError:
-        # unreadable: as good as none
-        return True
+def _step(item: Record | dict[str, Any]) -> int:
+    return int(item.step if isinstance(item, Record) else item["step"])
 
 
 class ReportCallback(TrainerCallback):
@@ -91,6 +93,7 @@ class ReportCallback(TrainerCallback):
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
         if state.is_world_process_zero:
             self._forget_after(state.global_step)
+            self._keep_evaluation()
 
     def _seconds_before(self) -> float:
         try:
@@ -99,12 +102,32 @@ class ReportCallback(TrainerCallback):
             return 0.0
 
     def _forget_after(self, step: int) -> None:
-        """Remove what an earlier run left in this folder, and a validation from beyond the checkpoint."""
+        """Remove what an earlier run left in this folder, and what was measured beyond the checkpoint."""
         # metric callbacks look after their own files
         theirs = {c.name for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
-        for path in metrics_folder(str(self.trainer.args.output_dir)).glob("*.*"):
-            if path.stem not in theirs and (step == 0 or (path.name == VALIDATION and _is_beyond(path, step))):
+        folder = metrics_folder(str(self.trainer.args.output_dir))
+        for path in folder.glob("*.*"):
+            if path.stem not in theirs and step == 0:
                 path.unlink()
+            elif path.stem not in theirs and path.suffix == ".json":
+                forget(folder, path.stem, lambda item: _step(item) > step)
+
+    def _keep_evaluation(self) -> None:
+        """Write what is validated on beside the checkpoints, so that they can be measured on the same rows later."""
+        dataset: Any = self.trainer.eval_dataset
+        path = Path(str(self.trainer.args.output_dir)) / EVALUATION
+        path.unlink(missing_ok=True)
+        if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            return
+        try:
+            kept = np.linspace(0, len(dataset) - 1, min(len(dataset), KEPT_ROWS)).round().astype(int)
+            rows = [{k: v for k, v in dataset[int(i)].items() if k in MODEL_INPUTS} for i in kept]
+            if rows and "input_ids" in rows[0]:
+                with replacing(path) as temporary:
+                    pd.DataFrame(rows).map(np.asarray).to_parquet(temporary, index=False)
+        # somebody's own data set: it can be named when the run is measured
+        except Exception as error:
+            logger.warning("the validation rows are not kept for measuring checkpoints later: %s", error)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pushes = self.push_strategy not in (None, "end")

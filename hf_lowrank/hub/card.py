@@ -94,8 +94,16 @@ METHODS: Mapping[str, MethodInfo] = {
 # in the order of the card; figures of other names follow under their own name
 _CAPTIONS = {
     "loss.png": "Training and validation loss",
+    "landscape_curves.png": "Loss along random, singular and trajectory directions at the last measured step",
+    "sharpness_over_steps.png": "Expected sharpness and loss variance over training",
+    "curvature_over_steps.png": "Top eigenvalue and trace of the Hessian over training",
+    "interpolation_paths.png": "Loss on straight lines to the neighbouring checkpoint and to other runs",
+    "barriers_over_steps.png": "Loss barriers to the neighbouring checkpoint and to other runs over training",
+    "barrier_map.png": "Loss barriers between runs, as trained and after aligning hidden units",
     "spectra_over_steps.png": "Spectral metrics over training: mean and spread over the weight matrices",
     "spectra_over_depth.png": "Spectral metrics over depth at the last measured step, by kind of module",
+    "similarity_over_steps.png": "Activations compared with the baseline's over training: mean and range over layers",
+    "similarity_over_depth.png": "Activations compared with the baseline's over depth",
 }
 
 # the Hub refuses other values of `license`: they go to `license_name` under `license: other`

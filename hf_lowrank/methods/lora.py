@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, register, seeded_generator
-from hf_lowrank.optim.sharding import RowShards, local
+from hf_lowrank.optim.sharding import RowShards
+from hf_lowrank.sharding import local
 
 __all__ = ["LoRAConfig", "LoRALinear", "add_product", "own_rows"]
 

@@ -18,7 +18,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.methods.base import MethodCallback, register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
-from hf_lowrank.optim.sharding import local, reshard
+from hf_lowrank.sharding import local, reshard
 
 __all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
 

@@ -4,11 +4,24 @@ Shapes: x, y: (N, p) and (N, q), one row a position; y is the baseline. Sums are
 """
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["StreamingCKA", "cosine_similarity", "linear_cka", "relative_l2"]
+from hf_lowrank.metrics.evaluation import EvaluationSet, without_autocast, without_logits
+from hf_lowrank.metrics.perplexity import Estimate
+from hf_lowrank.sharding import summed
+
+__all__ = [
+    "SIMILARITIES", "Similarity", "StreamingCKA", "compare_activations", "cosine_similarity", "hidden_states",
+    "linear_cka", "relative_l2",
+]  # fmt: skip
+
+# what is kept for standard errors of CKA at most, in bytes
+GROUPED_SUMS = 2**31
 
 
 def _rows(x: Tensor, y: Tensor, same_width: bool) -> tuple[Tensor, Tensor]:
@@ -17,6 +30,9 @@ def _rows(x: Tensor, y: Tensor, same_width: bool) -> tuple[Tensor, Tensor]:
             f"activations of shapes {tuple(x.shape)} and {tuple(y.shape)}: give (positions, features) with the same "
             "positions" + (" and features" if same_width else "")
         )
+    # a device without float64 leaves the sums to the CPU
+    if "mps" in (x.device.type, y.device.type):
+        x, y = x.cpu(), y.cpu()
     return x.detach().double(), y.detach().double()
 
 
@@ -67,6 +83,32 @@ class StreamingCKA:
         self._sums = {key: value + self._sums[key] if self._sums else value for key, value in added.items()}
         self._count += len(x)
 
+    def __add__(self, other: "StreamingCKA") -> "StreamingCKA":
+        """CKA of both's positions together."""
+        return self._combined(other, 1)
+
+    def __sub__(self, other: "StreamingCKA") -> "StreamingCKA":
+        """CKA without the positions of `other`, which are among these."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: "StreamingCKA", sign: int) -> "StreamingCKA":
+        if not self._sums or not other._sums:
+            return self if self._sums else other
+        result = StreamingCKA()
+        result._count = self._count + sign * other._count
+        result._sums = {key: value + sign * other._sums[key] for key, value in self._sums.items()}
+        return result
+
+    def over_processes(self, p: int, q: int, device: torch.device) -> "StreamingCKA":
+        """CKA of the positions of all processes, each of which calls this; p and q are the numbers of features."""
+        sums = StreamingCKA()
+        sums.update(torch.zeros(1, p, device=device), torch.zeros(1, q, device=device))
+        keys = sorted(sums._sums)
+        own = self._sums or sums._sums
+        sums._sums = {key: summed(own[key]) for key in keys}
+        sums._count = int(summed(torch.tensor(self._count, dtype=torch.float64)).item())
+        return sums
+
     def value(self, debiased: bool = False) -> float:
         """CKA of all positions so far; NaN where a representation is constant."""
         n, least = self._count, 4 if debiased else 2
@@ -95,3 +137,155 @@ class StreamingCKA:
         # 1^T K L 1, where (K 1)_i = u_i . sum(u) - |u_i|^2
         middle = s[u] @ self._products(u, v) @ s[v] - s[m + u] @ s[u] - s[k + v] @ s[v] + diagonals
         return (trace + sums / ((n - 1) * (n - 2)) - 2 * middle / (n - 2)).item()
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Hidden states of the embeddings and of every layer, each (n, t, H); no logits are computed.
+
+    Args:
+        model: in eval mode; any model that gives `hidden_states`.
+        batch: `input_ids` (n, t) and whatever else the model takes; `labels` are left out.
+
+    Raises:
+        ValueError: the model gives none.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with without_logits(model) as options:
+        found = getattr(model(**inputs, output_hidden_states=True, **options), "hidden_states", None)
+    if not found:
+        raise ValueError(f"{type(model).__name__} gives no hidden states: its activations cannot be compared")
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How one layer's activations relate to the baseline's, or the mean of that over the layers.
+
+    Attributes:
+        relative_l2, cosine, cka: H14 to H16.
+        cka_debiased: CKA from the unbiased estimate of HSIC.
+        norm, baseline_norm: mean length of a position's hidden state.
+    """
+
+    relative_l2: Estimate
+    cosine: Estimate
+    cka: Estimate
+    cka_debiased: Estimate
+    norm: Estimate
+    baseline_norm: Estimate
+
+
+SIMILARITIES = tuple(Similarity.__dataclass_fields__)
+
+
+class _Sums:
+    """Sums over positions for every layer and group of sequences, from which whole groups can be left out."""
+
+    def __init__(self, layers: int, groups: int, width: int) -> None:
+        self.layers, self.groups, self.width = layers, groups, width
+        # positions, sums of |x - y|, cos(x, y), |x|, |y|
+        self.plain = torch.zeros(layers, groups, 5, dtype=torch.float64)
+        grouped = (groups + 1) * layers * 3 * width**2 * 8 <= GROUPED_SUMS
+        self.cka = [[StreamingCKA() for _ in range(groups if grouped else 1)] for _ in range(layers)]
+
+    def add(self, layer: int, group: int, x: Tensor, y: Tensor) -> None:
+        """Add hidden states (positions, H) of the model and the baseline."""
+        x, y = _rows(x, y, same_width=True)
+        cosines = torch.nn.functional.cosine_similarity(x, y, dim=1)
+        sums = [(x - y).norm(dim=1).sum(), cosines.sum(), x.norm(dim=1).sum(), y.norm(dim=1).sum()]
+        self.plain[layer, group] += torch.tensor([float(len(x)), *(value.item() for value in sums)])
+        self.cka[layer][group % len(self.cka[layer])].update(x, y)
+
+    def over_processes(self, device: torch.device) -> None:
+        """Put every process's sums together; each process calls this."""
+        self.plain = summed(self.plain)
+        for layer in self.cka:
+            layer[:] = [cka.over_processes(self.width, self.width, device) for cka in layer]
+
+    def values(self, without: int | None = None) -> Tensor:
+        """(layers, 6) in the order of `Similarity`, from all groups but one; NaN for CKA that has one group alone."""
+        kept = [g for g in range(self.groups) if g != without]
+        count, l2, cosine, norm, baseline = self.plain[:, kept].sum(1).unbind(1)
+        cka = torch.full((self.layers, 2), math.nan, dtype=torch.float64)
+        for layer, sums in enumerate(self.cka):
+            if without is None or len(sums) == self.groups > 1:
+                total = sum((g for i, g in enumerate(sums) if i != without), StreamingCKA())
+                if count[layer] >= 4:
+                    cka[layer] = torch.tensor([total.value(), total.value(debiased=True)])
+        return torch.stack([l2 / baseline, cosine / count, cka[:, 0], cka[:, 1], norm / count, baseline / count], 1)
+
+
+def compare_activations(
+    model: nn.Module,
+    baseline: nn.Module,
+    evaluation: EvaluationSet,
+    groups: int = 8,
+    progress: Callable[[], Any] = lambda: None,
+) -> tuple[Similarity, list[Similarity]]:
+    """Compare two models' hidden states on the same tokens, layer by layer (H14 to H16).
+
+    Padding is left out. Memory does not depend on the number of tokens: (groups + 1) x layers x 3 H x H float64 sums.
+    Standard errors are those of a jackknife over `groups` groups of sequences; where the sums would take more than
+    2 GB, CKA is summed in one group and has none (NaN), as with a single group.
+
+    Args:
+        model, baseline: in eval mode, of the same hidden size and number of layers.
+        evaluation: the sequences; where it is shared, every process calls this and computes its part.
+        groups: for the standard errors, fewer where there are fewer sequences.
+        progress: called after every batch.
+
+    Returns:
+        The mean over layers, and every layer, embeddings first.
+
+    Raises:
+        ValueError: the models have different layers or hidden sizes, or give no hidden states.
+    """
+    models = {m: next(m.parameters()).device for m in (model, baseline)}
+    groups = max(1, min(groups, len(evaluation)))
+    group_of = torch.arange(len(evaluation)) * groups // len(evaluation)
+    mask = evaluation.rows.get("attention_mask", torch.ones_like(evaluation.rows["input_ids"])).bool()
+    sums: _Sums | None = None
+    with without_autocast(model), without_autocast(baseline):
+        for indices in evaluation.mine():
+            # where weights are sharded every process must come along, with a sequence that does not count
+            chosen = indices if len(indices) else torch.arange(1)
+            states = [hidden_states(m, evaluation.batch(chosen, device)) for m, device in models.items()]
+            states = states * 2 if model is baseline else states
+            sums = sums or _Sums(len(states[0]), groups, states[0][0].shape[-1])
+            _check_alike(*states)
+            for group in group_of[indices].unique().tolist():
+                rows = group_of[indices] == group
+                kept = mask[indices][rows]
+                for layer, (x, y) in enumerate(zip(*states, strict=True)):
+                    sums.add(layer, group, *(h.to(x.device)[rows.to(x.device)][kept.to(x.device)] for h in (x, y)))
+            progress()
+    assert sums is not None
+    if evaluation.shared:
+        sums.over_processes(models[model])
+    return _similarities(sums)
+
+
+def _check_alike(x: list[Tensor], y: list[Tensor]) -> None:
+    shapes = [(len(states), states[0].shape[-1]) for states in (x, y)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the model has {shapes[0][0] - 1} layers of size {shapes[0][1]}, the baseline {shapes[1][0] - 1} of "
+            f"{shapes[1][1]}: take a baseline of the same size"
+        )
+
+
+def _similarities(sums: _Sums) -> tuple[Similarity, list[Similarity]]:
+    """Values with jackknife standard errors, averaged over layers and layer by layer."""
+    values = sums.values()
+    left_out = torch.stack([sums.values(without=g) for g in range(sums.groups)] if sums.groups > 1 else [values])
+    factor = (sums.groups - 1) / sums.groups if sums.groups > 1 else math.nan
+
+    def similarity(value: Tensor, others: Tensor) -> Similarity:
+        spread = (factor * (others - others.mean(0)).square().sum(0)).sqrt()
+        return Similarity(*(Estimate(v, e) for v, e in zip(value.tolist(), spread.tolist(), strict=True)))
+
+    return (
+        similarity(values.mean(0), left_out.mean(1)),
+        [similarity(value, left_out[:, layer]) for layer, value in enumerate(values)],
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
+from hf_lowrank.sharding import summed
 
 __all__ = ["hessian_trace", "top_eigenvalue"]
 
@@ -40,7 +41,8 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 class _Hessian:
     """Products H v; the gradient's graph is made once and kept."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, shared: bool) -> None:
+        self.shared = shared
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter requires a gradient: there is no curvature to measure")
@@ -63,14 +65,16 @@ class _Hessian:
                 allow_unused=True,
             )
             product = [zero if f is None else f for zero, f in zip(product, found, strict=True)]
-        return product
+        return [summed(part) for part in product] if self.shared else product
 
 
 def _dot(u: list[Tensor], v: list[Tensor]) -> float:
     return sum(torch.sum(a.double() * b.double()).item() for a, b in zip(u, v, strict=True))
 
 
-def hessian_trace(model: nn.Module, loss_fn: LossFunction, samples: int = 32, seed: int = 0) -> Estimate:
+def hessian_trace(
+    model: nn.Module, loss_fn: LossFunction, samples: int = 32, seed: int = 0, shared: bool = False
+) -> Estimate:
     """Trace of H by Hutchinson's estimator with signs: E[v^T H v] over random v in {-1, 1}.
 
     Args:
@@ -78,6 +82,7 @@ def hessian_trace(model: nn.Module, loss_fn: LossFunction, samples: int = 32, se
         loss_fn: scalar tensor from the model, on a fixed batch.
         samples: products H v, each about two gradients' worth of work.
         seed: of the signs.
+        shared: every process calls this with a loss_fn that gives its share; the loss is the sum of the shares.
 
     Returns:
         The mean over samples and its standard error (NaN for one sample).
@@ -89,7 +94,7 @@ def hessian_trace(model: nn.Module, loss_fn: LossFunction, samples: int = 32, se
         raise ValueError(f"samples={samples!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian, found = _Hessian(model, loss_fn), []
+        hessian, found = _Hessian(model, loss_fn, shared), []
         for _ in range(samples):
             v = [_signs(p, generator) for p in hessian.parameters]
             found.append(_dot(v, hessian @ v))
@@ -103,7 +108,9 @@ def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.to(device=p.device, dtype=p.dtype)
 
 
-def top_eigenvalue(model: nn.Module, loss_fn: LossFunction, iterations: int = 30, seed: int = 0) -> Estimate:
+def top_eigenvalue(
+    model: nn.Module, loss_fn: LossFunction, iterations: int = 30, seed: int = 0, shared: bool = False
+) -> Estimate:
     """Largest eigenvalue of H by Lanczos iteration from a random start.
 
     Without reorthogonalisation: three vectors of theta's size are kept, and copies of converged eigenvalues, which
@@ -114,6 +121,7 @@ def top_eigenvalue(model: nn.Module, loss_fn: LossFunction, iterations: int = 30
         loss_fn: scalar tensor from the model, on a fixed batch.
         iterations: products H v at most; fewer when the Krylov space is exhausted.
         seed: of the start.
+        shared: as for `hessian_trace`.
 
     Returns:
         The largest Ritz value; as `stderr` its residual norm, within which an eigenvalue of H lies.
@@ -125,7 +133,7 @@ def top_eigenvalue(model: nn.Module, loss_fn: LossFunction, iterations: int = 30
         raise ValueError(f"iterations={iterations!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian = _Hessian(model, loss_fn)
+        hessian = _Hessian(model, loss_fn, shared)
         v = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
         length = math.sqrt(_dot(v, v))
         v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.perturb import check_names, kept
+from hf_lowrank.metrics.perturb import apart, check_names, kept
+from hf_lowrank.sharding import local, reshard
 
-__all__ = ["Barrier", "barrier", "loss_path"]
+__all__ = ["Barrier", "barrier", "barrier_weights", "chord_weights", "each_between", "loss_path"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,6 @@ class Barrier:
     alpha: float
 
 
-@torch.no_grad()
 def loss_path(
     model: nn.Module,
     state_a: Mapping[str, Tensor],
@@ -43,29 +46,50 @@ def loss_path(
 
     Args:
         model: put it into eval mode first; its own weights do not matter.
-        state_a, state_b: state dicts of this model.
+        state_a, state_b: state dicts of this model; one may be the model's own.
         loss_fn: of the model, on a fixed evaluation set.
         alphas: positions; 0 is A, 1 is B, beyond them the line is extended.
 
     Raises:
         ValueError: a state dict is not this model's, or what is no number with a fraction (a sparse support) differs.
     """
+    return np.asarray(each_between(model, state_a, state_b, alphas, lambda model: float(loss_fn(model))))
+
+
+@torch.no_grad()
+def each_between(
+    model: nn.Module,
+    state_a: Mapping[str, Tensor],
+    state_b: Mapping[str, Tensor],
+    alphas: Sequence[float] | NDArray[np.float64],
+    measure: Callable[[nn.Module], T],
+) -> list[T]:
+    """What `measure` finds at every point of the line; see `loss_path`.
+
+    Where FSDP2 shards the model, the state dicts hold this process's parts, or DTensors, and every process calls this.
+    """
+    reshard(model)
     own = model.state_dict(keep_vars=True)
+    mine = {name: local(tensor.detach()) for name, tensor in own.items()}
     for what, state in (("state_a", state_a), ("state_b", state_b)):
-        check_names(state, own, what)
+        check_names({name: local(tensor) for name, tensor in state.items()}, mine, what)
     for name, a in state_a.items():
         if not a.is_floating_point() and not torch.equal(a.cpu(), state_b[name].cpu()):
             raise ValueError(
                 f"{name} differs between the two state dicts and cannot be interpolated: take dense forms "
                 "(hf_lowrank.to_dense) of both"
             )
-    losses = []
-    with kept(own):
+    first, last = (
+        apart({name: local(tensor.detach()) for name, tensor in state.items()}, mine) for state in (state_a, state_b)
+    )
+    found = []
+    with kept(mine):
         for alpha in alphas:
-            for name, tensor in own.items():
-                tensor.copy_(_between(state_a[name], state_b[name], float(alpha)))
-            losses.append(float(loss_fn(model)))
-    return np.asarray(losses)
+            for name, tensor in mine.items():
+                tensor.copy_(_between(first[name], last[name], float(alpha)))
+            found.append(measure(model))
+            reshard(model)
+    return found
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -102,3 +126,25 @@ def barrier(alphas: Sequence[float] | NDArray[np.float64], losses: Sequence[floa
         chord=float(excess.max()),
         alpha=float(x[inside][top]),
     )
+
+
+def barrier_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(points,) weights w with which the barrier is the sum of w_i L(a_i), the place of its maximum held fixed."""
+    weights = np.zeros(len(alphas))
+    for end in (0.0, 1.0):
+        weights[np.argmin(np.abs(alphas - end))] -= 0.5
+    weights[np.argmin(np.abs(alphas - barrier(alphas, losses).alpha))] += 1.0
+    return weights
+
+
+def chord_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(points,) weights w with which the barrier against the chord is the sum of w_i L(a_i), its place held fixed."""
+    first, last = (int(np.argmin(np.abs(alphas - end))) for end in (0.0, 1.0))
+    inside = np.flatnonzero((alphas > 1e-9) & (alphas < 1 - 1e-9))
+    excess = losses - (1 - alphas) * losses[first] - alphas * losses[last]
+    top = inside[np.argmax(excess[inside])]
+    weights = np.zeros(len(alphas))
+    weights[top] += 1.0
+    weights[first] -= 1 - alphas[top]
+    weights[last] -= alphas[top]
+    return weights

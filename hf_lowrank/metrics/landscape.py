@@ -5,6 +5,7 @@ L(theta + x d) in nats over a grid of x.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.perturb import check_names, kept, parameters_of
+from hf_lowrank.metrics.perturb import each_point, parameters_of
+from hf_lowrank.metrics.spectra import top_singular_triplets
+from hf_lowrank.sharding import like, reshard, whole
 
 __all__ = [
-    "NORMALIZATIONS", "LossCurve", "expected_sharpness", "loss_curve", "mean_curve", "random_direction",
-    "svd_direction", "variance_over_directions",
+    "NORMALIZATIONS", "LossCurve", "SingularDirections", "expected_sharpness", "loss_curve", "mean_curve",
+    "random_direction", "sharpness_weights", "svd_direction", "symmetric_grid", "variance_over_directions",
 ]  # fmt: skip
 
 NORMALIZATIONS = ("none", "filter", "layer", "unit")
@@ -32,10 +35,12 @@ class LossCurve:
     Attributes:
         x: (points,) step lengths along the direction.
         loss: (points,) losses at theta + x d, in the unit of the loss function.
+        stderr: (points,) standard errors of the losses, None where nothing is known of them.
     """
 
     x: NDArray[np.float64]
     loss: NDArray[np.float64]
+    stderr: NDArray[np.float64] | None = None
 
     @property
     def center_loss(self) -> float:
@@ -84,19 +89,21 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={normalize!r}: it is one of {', '.join(NORMALIZATIONS)}")
-    direction = {}
+    reshard(model)
+    direction, squares = {}, 0.0
     for name, p in parameters_of(model).items():
         dtype = torch.promote_types(p.dtype, torch.float32)
         drawn = torch.randn(p.shape, generator=_generator(seed, name)).to(device=p.device, dtype=dtype)
-        if normalize == "filter" and p.ndim > 1:
-            drawn *= _row_norms(p.to(dtype)) / _row_norms(drawn)
-        elif normalize in ("filter", "layer"):
-            drawn *= p.to(dtype).norm() / drawn.norm()
-        direction[name] = drawn
+        if normalize in ("filter", "layer"):
+            weight = whole(p.detach()).to(dtype)
+            by_row = normalize == "filter" and p.ndim > 1
+            drawn *= _row_norms(weight) / _row_norms(drawn) if by_row else weight.norm() / drawn.norm()
+        elif normalize == "unit":
+            squares += drawn.double().square().sum().item()
+        direction[name] = like(drawn, p)
     if normalize == "unit":
-        length = sum(tensor.double().square().sum().item() for tensor in direction.values()) ** 0.5
         for tensor in direction.values():
-            tensor /= length
+            tensor /= math.sqrt(squares)
     return direction
 
 
@@ -104,9 +111,54 @@ def _row_norms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.flatten(1), dim=1).view(-1, *[1] * (tensor.ndim - 1))
 
 
-@torch.no_grad()
+class SingularDirections:
+    """The first singular directions of every matrix of a model at once; each matrix is decomposed a single time.
+
+    Args:
+        model: its parameters as they are now; a tensor of more dimensions is taken as rows by everything else.
+        k: how many directions; kept are k singular triplets a matrix.
+
+    Raises:
+        ValueError: k below 1, or NaN in a parameter, which is named.
+    """
+
+    def __init__(self, model: nn.Module, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"k={k!r}: k counts from 1")
+        reshard(model)
+        self._model, self._k = model, k
+        self._triplets = {}
+        for name, p in parameters_of(model).items():
+            if p.ndim > 1:
+                try:
+                    self._triplets[name] = top_singular_triplets(whole(p.detach()).flatten(1), k)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+    @torch.no_grad()
+    def direction(self, k: int, sigma_weighted: bool = False, vectors: str = "self") -> Direction:
+        """u_k v_k^T of every matrix, or sigma_k u_k v_k^T; see `svd_direction`."""
+        if not 1 <= k <= self._k or vectors not in ("self", "zero"):
+            raise ValueError(f"k={k!r}, vectors={vectors!r}: k is 1 to {self._k}, vectors is 'self' or 'zero'")
+        direction = {}
+        for name, p in parameters_of(self._model).items():
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            if name not in self._triplets:
+                value = p.detach().to(dtype)
+                direction[name] = value.clone() if vectors == "self" else torch.zeros_like(value)
+                continue
+            U, S, V = (part.to(device=p.device, dtype=dtype) for part in self._triplets[name])
+            outer = torch.zeros(len(U), len(V), device=p.device, dtype=dtype)
+            if k <= len(S):
+                torch.outer(U[:, k - 1] * (S[k - 1] if sigma_weighted else 1.0), V[:, k - 1], out=outer)
+            direction[name] = like(outer.view(p.shape), p)
+        return direction
+
+
 def svd_direction(model: nn.Module, k: int, sigma_weighted: bool = False, vectors: str = "self") -> Direction:
     """The k-th singular direction of every matrix at once: u_k v_k^T, or sigma_k u_k v_k^T.
+
+    Several of them are cheaper through `SingularDirections`.
 
     Args:
         model: its parameters.
@@ -115,26 +167,11 @@ def svd_direction(model: nn.Module, k: int, sigma_weighted: bool = False, vector
         vectors: what a parameter with one dimension gets: `self` (itself, the study's first form) or `zero`.
 
     Raises:
-        ValueError: k below 1 or unknown `vectors`.
+        ValueError: k below 1, unknown `vectors`, or NaN in a parameter.
     """
-    if k < 1 or vectors not in ("self", "zero"):
-        raise ValueError(f"k={k!r}, vectors={vectors!r}: k counts from 1, vectors is 'self' or 'zero'")
-    direction = {}
-    for name, p in parameters_of(model).items():
-        value = p.detach().to(torch.promote_types(p.dtype, torch.float32))
-        if p.ndim < 2:
-            direction[name] = value.clone() if vectors == "self" else torch.zeros_like(value)
-            continue
-        U, S, Vh = torch.linalg.svd(value.flatten(1), full_matrices=False)
-        if k > len(S):
-            direction[name] = torch.zeros_like(value)
-            continue
-        outer = torch.outer(U[:, k - 1], Vh[k - 1]) * (S[k - 1] if sigma_weighted else 1.0)
-        direction[name] = outer.view(p.shape)
-    return direction
+    return SingularDirections(model, k).direction(k, sigma_weighted, vectors)
 
 
-@torch.no_grad()
 def loss_curve(
     model: nn.Module,
     loss_fn: Callable[[nn.Module], float],
@@ -155,16 +192,31 @@ def loss_curve(
     Raises:
         ValueError: the direction is not one of this model's parameters.
     """
-    parameters = parameters_of(model)
-    check_names(direction, parameters, "the direction")
-    losses = []
-    with kept(parameters) as original:
-        for x in grid:
-            for name, p in parameters.items():
-                d = direction[name]
-                p.copy_(torch.add(original[name].to(d.dtype), d, alpha=float(x)) if x != 0 else original[name])
-            losses.append(float(loss_fn(model)))
+    losses = each_point(model, direction, grid, lambda model: float(loss_fn(model)))
     return LossCurve(np.asarray(grid, dtype=np.float64), np.asarray(losses))
+
+
+def symmetric_grid(radius: float, points: int) -> NDArray[np.float64]:
+    """`points` step lengths from -radius to radius, evenly spaced, with an exact 0 in the middle.
+
+    Raises:
+        ValueError: an even number of points, fewer than 3, or a radius that is not positive.
+    """
+    if points < 3 or points % 2 == 0 or not radius > 0:
+        raise ValueError(f"{points} points within {radius}: give an odd number of 3 or more and a radius above 0")
+    right = np.linspace(0, radius, points // 2 + 1)
+    return np.concatenate([-right[:0:-1], right])
+
+
+def sharpness_weights(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(points,) weights w with which expected sharpness is the sum of w_i L(x_i); see `expected_sharpness`."""
+    center, half = _center(x), len(x) // 2
+    ordered = np.sort(x)
+    if len(x) < 3 or not np.allclose(ordered, -ordered[::-1], rtol=1e-9, atol=0):
+        raise ValueError("the grid is not symmetric about 0: np.linspace(-a, a, 2 * k + 1) is")
+    weights = np.full(len(x), 0.5 / half)
+    weights[center] = -1.0
+    return weights
 
 
 def expected_sharpness(curve: LossCurve) -> float:
@@ -173,18 +225,18 @@ def expected_sharpness(curve: LossCurve) -> float:
     Raises:
         ValueError: the grid is not symmetric about an exact 0.
     """
-    order = np.argsort(curve.x)
-    x, loss = curve.x[order], curve.loss[order]
-    center = _center(x)
-    left, right = x[:center][::-1], x[center + 1 :]
-    if len(left) != len(right) or len(right) == 0 or not np.allclose(left, -right, rtol=1e-9, atol=0):
-        raise ValueError("the grid is not symmetric about 0: np.linspace(-a, a, 2 * k + 1) is")
-    return float(((loss[:center][::-1] + loss[center + 1 :]) / 2 - loss[center]).mean())
+    return float(sharpness_weights(curve.x) @ curve.loss)
 
 
 def mean_curve(curves: Sequence[LossCurve]) -> LossCurve:
-    """Pointwise mean of curves on one grid; `ValueError` when there is none or the grids differ."""
-    return LossCurve(curves[0].x if curves else np.zeros(0), _stacked(curves).mean(0))
+    """Pointwise mean of curves on one grid, with its standard error over the curves (None for a single one).
+
+    Raises:
+        ValueError: there is none, or the grids differ.
+    """
+    losses, count = _stacked(curves), len(curves)
+    stderr = losses.std(0, ddof=1) / math.sqrt(count) if count > 1 else None
+    return LossCurve(curves[0].x, losses.mean(0), stderr)
 
 
 def variance_over_directions(curves: Sequence[LossCurve]) -> float:

@@ -7,11 +7,9 @@ the token-weighted mean. Sequences are the sampling unit, so the standard error 
 import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Estimate", "mean_loss", "perplexity", "sequence_losses"]
+__all__ = ["Estimate", "mean_loss", "perplexity"]
 
 IGNORED = -100
 
@@ -22,25 +20,6 @@ class Estimate:
 
     value: float
     stderr: float
-
-
-@torch.no_grad()
-def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of predicted tokens of each sequence.
-
-    Args:
-        model: causal language model; it is called as it is, so put it in eval mode first.
-        batch: `input_ids` and `labels` (batch, length), -100 where nothing is predicted, and whatever else the
-            model takes.
-
-    Returns:
-        (batch,) float64 nats and (batch,) counts.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return losses.double().sum(1), (labels != IGNORED).sum(1)
 
 
 def mean_loss(losses: Tensor, tokens: Tensor) -> Estimate:

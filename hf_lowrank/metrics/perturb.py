@@ -1,12 +1,19 @@
 """Parameters set to other values for a while and put back bit for bit, whatever happens in between."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["check_names", "kept", "parameters_of"]
+from hf_lowrank.sharding import local, reshard
+
+__all__ = ["apart", "check_names", "each_point", "evaluating", "kept", "parameters_of"]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -22,6 +29,71 @@ def kept(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(copies[name])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module is in the mode it was in, and FSDP2's shards are in place."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        reshard(model)
+        for module in training:
+            # not train(), which would switch the modules inside as well
+            module.training = True
+
+
+@torch.no_grad()
+def each_point(
+    model: nn.Module,
+    direction: Mapping[str, Tensor],
+    grid: Sequence[float] | NDArray[np.float64],
+    measure: Callable[[nn.Module], T],
+) -> list[T]:
+    """What `measure` finds at theta + x d for every x of the grid.
+
+    Each point is theta plus x d in float32 or better, rounded once to the parameter's dtype: nothing accumulates from
+    point to point, and afterwards the parameters are bit for bit what they were, after an exception as well.
+
+    Args:
+        model: put it into eval mode first; whole, or sharded by FSDP2 (then every process calls this).
+        direction: parameter name -> tensor, for every parameter.
+        grid: step lengths.
+        measure: of the model.
+
+    Raises:
+        ValueError: the direction is not one of this model's parameters.
+    """
+    reshard(model)
+    parameters = parameters_of(model)
+    check_names(direction, parameters, "the direction")
+    own = {name: local(p.detach()) for name, p in parameters.items()}
+    steps = apart({name: local(d.detach()) for name, d in direction.items()}, own)
+    found = []
+    with kept(own) as original:
+        for x in grid:
+            for name, p in own.items():
+                if x == 0:
+                    p.copy_(original[name])
+                elif steps[name].dtype == p.dtype:
+                    torch.add(original[name], steps[name], alpha=float(x), out=p)
+                else:
+                    p.copy_(torch.add(original[name].to(steps[name].dtype), steps[name], alpha=float(x)))
+            found.append(measure(model))
+            # what the forward passes gathered is of this point
+            reshard(model)
+    return found
+
+
+def apart(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The given tensors, copied where they share memory with the model's own, which are about to change."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+    return {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        for name, tensor in given.items()
+    }
 
 
 def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from hf_lowrank.optim.sharding import local
+from hf_lowrank.sharding import local
 
 __all__ = ["adam_direction", "adamw", "step_size"]
 

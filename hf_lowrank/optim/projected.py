@@ -27,7 +27,8 @@ from hf_lowrank.optim.projector import (
     refresh_projector,
     side,
 )
-from hf_lowrank.optim.sharding import RowShards, all_finite, local
+from hf_lowrank.optim.sharding import RowShards, all_finite
+from hf_lowrank.sharding import local
 
 __all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection", "check_options"]
 

@@ -11,23 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["RowShards", "all_finite", "local", "reshard"]
+from hf_lowrank.sharding import local
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 put the sharded parameters back, which an evaluation may have left gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+__all__ = ["RowShards", "all_finite"]
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,22 @@ def test_equals_the_definition_on_gram_matrices_also_by_batches(debiased):
     assert streamed.value(debiased) == pytest.approx(expected, rel=1e-9)
 
 
+def test_debiased_cka_is_pytorch_ckas():
+    # imported here: it brings matplotlib's pyplot along
+    from cka import cka_from_features
+
+    for seed in range(10):
+        x = features(20 + seed, 6, seed) + 1
+        y = x @ features(6, 9, seed + 100) + seed * features(20 + seed, 9, seed + 200)
+        expected = cka_from_features(x, y).item()
+        assert 0 < expected < 1
+        assert linear_cka(x, y, debiased=True) == pytest.approx(expected, rel=1e-9)
+    # an estimate below zero is cut there, and stays as it is here
+    x, y = features(12, 40), features(12, 40, 3)
+    assert linear_cka(x, y, debiased=True) < 0
+    assert cka_from_features(x, y).item() == 0
+
+
 def test_float32_features_far_from_zero_keep_their_precision():
     x = features(200, 5)
     y = x @ features(5, 5, 1)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from quadratic import Quadratic
-from tiny_runs import METHODS, arguments, llama, weights
+from tiny_runs import METHODS, arguments, dataset, llama, weights
 
 import hf_lowrank as lr
+from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 
 
@@ -75,3 +76,14 @@ def test_a_grid_without_its_ends_or_interior_is_refused(alphas):
         barrier(alphas, [0.0] * len(alphas))
     with pytest.raises(ValueError, match="one loss a position"):
         barrier([0.0, 0.5, 1.0], [1.0, 2.0])
+
+
+def test_an_end_may_be_the_models_own_state_dict():
+    one, two = llama(seed=0).eval(), llama(seed=1).eval()
+    batch = EvaluationSet.from_dataset(dataset(4))
+    copies = [weights(one), weights(two)]
+    expected = loss_path(llama().eval(), *copies, batch, [0, 0.5, 1])
+    for model in (one, two):
+        np.testing.assert_array_equal(
+            loss_path(model, one.state_dict(), two.state_dict(), batch, [0, 0.5, 1]), expected
+        )

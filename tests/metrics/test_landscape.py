@@ -147,3 +147,11 @@ def test_curves_on_different_grids_have_no_mean():
         mean_curve(curves)
     with pytest.raises(ValueError, match="0 curves"):
         variance_over_directions([])
+
+
+def test_a_direction_may_be_the_parameters_themselves():
+    model = Quadratic()
+    own, copies = dict(model.named_parameters()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    np.testing.assert_array_equal(
+        loss_curve(model, value, own, GRID).loss, loss_curve(model, value, copies, GRID).loss
+    )

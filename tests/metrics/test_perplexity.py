@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity, sequence_losses
+from hf_lowrank.metrics.evaluation import sequence_losses
+from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Spectral metrics against closed forms, scipy in float64, and simulation."""
 
+import gc
 import math
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -8,12 +11,15 @@ import scipy.linalg
 import torch
 
 from hf_lowrank.metrics.spectra import (
+    measure_each,
     power_law_alpha,
     relative_norm,
     singular_values,
     singular_vectors,
+    spectra,
     spectral_metrics,
     subspace_overlap,
+    top_singular_triplets,
 )
 
 
@@ -27,21 +33,39 @@ def matrix(values, m, n, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(30, 70), (70, 30), (50, 50), (1, 9), (9, 1)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_singular_values_equal_scipys(shape, dtype):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     expected = scipy.linalg.svdvals(W.double().numpy())
     np.testing.assert_allclose(singular_values(W).numpy(), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
-def test_ill_conditioned_float32_is_right_above_1e_5_of_the_largest(shape):
-    W = matrix(np.logspace(0, -7, 60), *shape).float()
+# the larger ones take several blocks of the Gram matrix; the last ones are of rank 30 and 40
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        (np.logspace(0, -7, 60), (60, 90)),
+        (np.logspace(0, -7, 60), (90, 60)),
+        (np.logspace(0, -7, 300), (300, 400)),
+        (np.logspace(2, -5, 300), (400, 300)),
+        (np.linspace(1, 2, 30), (70, 80)),
+        (np.logspace(0, -4, 40), (300, 200)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threaded", [False, True])
+def test_ill_conditioned_matrices_are_right_above_1e_5_of_the_largest(values, shape, dtype, threaded):
+    W = matrix(values, *shape).to(dtype)
     expected = scipy.linalg.svdvals(W.double().numpy())
-    found = singular_values(W).numpy()
+    if threaded:
+        ((_, found),) = measure_each(lambda _, weight: singular_values(weight), [("W", W)], threads=2)
+    else:
+        found = singular_values(W)
+    found = found.numpy()
     above = expected > 1e-5 * expected[0]
-    assert above.sum() > 30
-    np.testing.assert_allclose(found[above], expected[above], rtol=1e-4)
+    assert above.sum() >= 30
+    np.testing.assert_allclose(found[above], expected[above], rtol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-7 * expected[0])
     assert (np.diff(found) <= 0).all()
 
 
@@ -116,6 +140,63 @@ def test_alpha_of_too_few_values_is_nan():
     assert math.isnan(power_law_alpha(torch.tensor([2.0, 2.0])))
 
 
+def alpha_by_loop(values):
+    """One candidate x_min after another."""
+    x = np.sort(values.numpy() ** 2)
+    best = (math.inf, math.nan)
+    for i in range(len(x) - 1):
+        tail = x[i:]
+        spread = np.log(tail / x[i]).sum()
+        if spread > 0:
+            alpha = 1 + len(tail) / spread
+            distance = np.abs(1 - (tail / x[i]) ** (1 - alpha) - np.arange(len(tail)) / len(tail)).max()
+            best = min(best, (distance, alpha))
+    return best[1]
+
+
+@pytest.mark.parametrize("q", [2, 3, 128, 129, 300])
+@pytest.mark.parametrize("exponent", [-0.4, 1.0])
+def test_alpha_tries_every_candidate(q, exponent):
+    values = torch.rand(q, generator=torch.Generator().manual_seed(q), dtype=torch.float64) ** exponent
+    assert power_law_alpha(values) == pytest.approx(alpha_by_loop(values), rel=1e-9)
+
+
+def heavy_tailed(seed):
+    """Matrix whose eigenvalues s^2 are of a Pareto law, of weights' usual scale."""
+    generator = np.random.default_rng(seed)
+    q, exponent = int(generator.integers(20, 250)), generator.uniform(1.6, 5)
+    values = 0.02 * np.sqrt((1 - generator.random(q)) ** (-1 / (exponent - 1)))
+    return matrix(np.sort(values)[::-1].copy(), q + int(generator.integers(0, 90)), q, seed).float()
+
+
+def test_alpha_is_weightwatchers():
+    # imported here: it tells Python to ignore warnings
+    from weightwatcher.WW_powerlaw import WWFit
+
+    for seed in range(20):
+        W = heavy_tailed(seed)
+        eigenvalues = scipy.linalg.svdvals(W.double().numpy()) ** 2
+        assert spectral_metrics(W).alpha == pytest.approx(WWFit(eigenvalues).alpha, rel=1e-9)
+    # with fewer eigenvalues WeightWatcher corrects for bias and picks x_min otherwise
+    values = torch.linspace(1, 2, 19, dtype=torch.float64)
+    assert power_law_alpha(values) != pytest.approx(WWFit((values**2).numpy()).alpha, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1, 0.15])
+def test_alpha_is_that_of_weightwatchers_analysis(scale):
+    from weightwatcher import WeightWatcher
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(*heavy_tailed(s).T.shape, bias=False) for s in range(3)))
+    for seed, layer in enumerate(model):
+        layer.weight.data = scale * heavy_tailed(seed)
+    found = WeightWatcher(model=model).analyze().alpha
+    for alpha, layer in zip(found, model, strict=True):
+        values = singular_values(layer.weight)
+        # its cut is absolute: scaled down, small eigenvalues are no candidates for x_min
+        assert (values**2 > 1e-5).all() == (scale == 1)
+        assert alpha == pytest.approx(power_law_alpha(values[values**2 > 1e-5]), rel=1e-9)
+
+
 def test_alpha_does_not_depend_on_scale():
     values = torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert power_law_alpha(values) == pytest.approx(power_law_alpha(17 * values), rel=1e-9)
@@ -148,3 +229,180 @@ def test_singular_vectors_span_what_was_put_in():
     assert U.shape == (12, 3)
     assert V.shape == (20, 3)
     torch.testing.assert_close((U.T @ W @ V).abs(), torch.diag(torch.tensor([5.0, 4, 3], dtype=torch.float64)))
+
+
+TRIPLETS = {
+    "plain": (np.linspace(3, 1, 40), 8),
+    "large k": (np.linspace(3, 1, 40), 30),
+    "float64 that would overflow squared": (1e200 * np.linspace(3, 1, 40), 8),
+    "float64 that would vanish squared": (1e-200 * np.linspace(3, 1, 40), 8),
+    "small s_k": (np.logspace(0, -3.9, 12).tolist() + [1e-5] * 28, 12),
+    "ill-conditioned": (np.logspace(0, -12, 40), 12),
+    "too small s_k for the Gram matrix": (np.logspace(0, -12, 40), 25),
+    "less than k of rank": (np.linspace(3, 1, 5), 8),
+    "tiny gap behind k": ([3.0, 2.5, 2.0, 2.0 - 1e-6, 1.0], 3),
+    "tiny gaps inside k": ([3.0, 3.0 - 1e-9, 3.0 - 2e-9, 1.0, 0.5], 3),
+    "equal values": ([3.0, 3.0, 3.0, 1.0, 0.5], 3),
+}
+
+
+@pytest.mark.parametrize(("values", "k"), TRIPLETS.values(), ids=TRIPLETS)
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
+def test_triplets_equal_the_full_svds(values, k, shape):
+    W = matrix(np.asarray(values), *shape)
+    U, S, V = top_singular_triplets(W, k)
+    assert (U.shape, S.shape, V.shape) == ((shape[0], k), (k,), (shape[1], k))
+    assert U.dtype == S.dtype == V.dtype == torch.float64
+    left, expected, right = scipy.linalg.svd(W.numpy(), full_matrices=False)
+    np.testing.assert_allclose(S, expected[:k], rtol=0, atol=1e-14 * expected[0])
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U, eye, rtol=0, atol=1e-14)
+    torch.testing.assert_close(V.T @ V, eye, rtol=0, atol=1e-14)
+    torch.testing.assert_close(W @ V / S[0], U * S / S[0], rtol=0, atol=1e-14)
+    # the docstring's angle, times ten for sums over many entries; from rank on vectors are arbitrary
+    rank = min(k, len(values))
+    squares = (expected / expected[0]) ** 2
+    for found, full in ((U, left), (V, right.T)):
+        outside = torch.from_numpy(full[:, rank:]).T @ found[:, :rank]
+        assert outside.norm() < 1e-15 / (squares[rank - 1] - squares[rank])
+
+
+def test_triplets_signs_and_k():
+    W = matrix([5.0, 4.0, 3.0], 12, 20).bfloat16()
+    U, S, V = top_singular_triplets(W, 50)
+    assert (U.shape, S.shape, V.shape) == ((12, 12), (12,), (20, 12))
+    torch.testing.assert_close(U @ torch.diag(S) @ V.T, W.double())
+    assert top_singular_triplets(torch.zeros(6, 4), 2)[1].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="k=0: ask for at least one"):
+        top_singular_triplets(W, 0)
+    with pytest.raises(ValueError, match="NaN"):
+        top_singular_triplets(torch.full((3, 3), torch.nan), 1)
+
+
+def weights(count=6):
+    shapes = [(150, 200), (200, 150), (160, 160)]
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer {i}": torch.randn(shapes[i % 3], generator=generator) for i in range(count)}
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 5])
+def test_spectra_are_each_matrixs_in_order(threads):
+    given = weights()
+    for found in (dict(spectra(given, threads)), dict(spectra(given.items(), threads))):
+        assert list(found) == list(given)
+        for name, metrics in found.items():
+            expected = spectral_metrics(given[name]).to_dict()
+            assert metrics.to_dict() == pytest.approx(expected, rel=1e-9)
+
+
+def test_spectra_are_bit_identical_on_any_number_of_threads():
+    given = weights(9)
+    found = [dict(spectra(given, threads)) for threads in (1, 2, 2, 4, 9)]
+    assert all(other == found[0] for other in found[1:])
+    triplets = [dict(measure_each(lambda _, w: top_singular_triplets(w, 4), given.items(), n)) for n in (1, 3)]
+    for name in given:
+        assert all(map(torch.equal, *(of[name] for of in triplets)))
+
+
+def test_bad_matrices_have_their_error_and_the_others_their_metrics():
+    given = {"nan": torch.full((3, 3), torch.nan), "empty": torch.zeros(0, 3), **weights(2), "vector": torch.ones(3)}
+    found = dict(spectra(given, threads=2))
+    assert list(found) == list(given)
+    for name, word in (("nan", "NaN"), ("empty", "non-empty"), ("vector", r"shape \(3,\)")):
+        with pytest.raises(ValueError, match=word):
+            raise found[name]
+    assert found["layer 1"].stable_rank == pytest.approx(spectral_metrics(given["layer 1"]).stable_rank)
+    assert list(spectra({})) == []
+    with pytest.raises(ValueError, match="threads=0"):
+        spectra(given, threads=0)
+
+
+def test_threads_have_one_intra_op_thread_and_the_callers_number_stays():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = measure_each(lambda *_: (threading.get_ident(), torch.get_num_threads()), weights().items(), 2)
+        first = next(found)[1]
+        assert torch.get_num_threads() == 3
+        results = [first, *(result for _, result in found)]
+        assert {number for _, number in results} == {1}
+        assert threading.get_ident() not in {ident for ident, _ in results}
+        next(stopped := spectra(weights()))
+        stopped.close()
+        elsewhere = []
+        new = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert (torch.get_num_threads(), elsewhere) == (3, [3])
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("spectra")]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("slow", [0, 3])
+def test_matrices_are_pulled_when_a_thread_is_about_to_be_free(slow):
+    alive, most, gate = weakref.WeakSet(), [], threading.Event()
+
+    def produced():
+        for i in range(12):
+            weight = torch.randn(20, 30)
+            alive.add(weight)
+            most.append(len(alive))
+            yield i, weight
+            del weight
+
+    def measure(i, weight):
+        # one matrix that takes long stops neither the others nor the memory's return
+        if i == slow:
+            assert gate.wait(60)
+        elif i == 11:
+            gate.set()
+        if i == 5:
+            raise RuntimeError("an error holds no matrix")
+        return weight.requires_grad, torch.is_grad_enabled()
+
+    found = list(measure_each(measure, produced(), threads=2))
+    assert [i for i, _ in found] == list(range(12))
+    assert str(found[5][1]) == "an error holds no matrix"
+    assert {result for i, result in found if i != 5} == {(False, False)}
+    gc.collect()
+    # two that are measured, the next one, and the one that is being made
+    assert max(most) <= 4
+    assert not alive
+
+
+def test_errors_of_the_iterable_are_the_callers():
+    def broken():
+        yield from weights(1).items()
+        raise KeyError("no more")
+
+    found = spectra(broken(), threads=1)
+    with pytest.raises(KeyError, match="no more"):
+        list(found)
+
+
+class WithoutFloat64(torch.Tensor):
+    """Tensor as of a device without float64: it can be moved to the CPU, and no other way is open."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.double:
+            raise TypeError("MPS does not support float64")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_device_without_float64_falls_back_to_the_cpu():
+    W = weights(1)["layer 0"]
+    there = W.as_subclass(WithoutFloat64)
+    assert there.device.type == "mps"
+    with pytest.raises(TypeError, match="float64"):
+        there.double()
+    assert torch.equal(singular_values(there), singular_values(W))
+    assert type(singular_values(there)) is torch.Tensor
+    assert spectral_metrics(there) == spectral_metrics(W)
+    assert torch.equal(top_singular_triplets(there, 3)[0], top_singular_triplets(W, 3)[0])
+    assert dict(spectra({"W": there})) == dict(spectra({"W": W}))

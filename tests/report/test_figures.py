@@ -1,4 +1,7 @@
-"""Figures from parquet tables, ordinary and odd. What they look like is for eyes; that they are there is for tests."""
+"""Figures of loss and spectra from parquet tables, ordinary and odd; test_figures_metrics.py has the others.
+
+What they look like is for eyes; that they are there is for tests.
+"""
 
 import sys
 import warnings
@@ -10,7 +13,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hf_lowrank.report import HEADLINE_METRICS, draw_figures, figures
+from hf_lowrank.report import HEADLINE_METRICS, draw_figures
+from hf_lowrank.report.figures_axes import STYLE
+from hf_lowrank.report.figures_tables import one_space
+from hf_lowrank.report.figures_training import loss as loss_figure
 
 LLAMA = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -119,12 +125,14 @@ def test_stale_figure_is_removed(tmp_path: Path) -> None:
 
 def test_spaces_do_not_mix(tmp_path: Path) -> None:
     both = pd.concat([spectral(), spectral(space="native").assign(**{WEIGHT[0]: 1e6})])
-    assert set(figures._one_space(both)["space"]) == {"dense"}
+    assert set(one_space(both)["space"]) == {"dense"}
 
 
 def test_broken_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.parquet: no column step"):
         draw(tmp_path, None, training().drop(columns="step"))
+    with pytest.raises(ValueError, match=r"training\.parquet: column loss holds something that is no number"):
+        draw(tmp_path, None, training().assign(loss="low"))
     (tmp_path / "metrics" / "training.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(ValueError, match=r"training\.parquet: not readable as parquet"):
         draw(tmp_path)
@@ -138,8 +146,8 @@ def test_global_state_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_perplexity_axis_marks_what_the_loss_axis_shows() -> None:
-    with matplotlib.rc_context(figures._STYLE):
-        figure = figures._loss(training())
+    with matplotlib.rc_context(STYLE):
+        figure = loss_figure(training())
     assert figure is not None
     loss, right = figure.axes
     assert right.get_ylim() == loss.get_ylim()

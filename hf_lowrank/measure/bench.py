@@ -1,0 +1,221 @@
+"""A run on the bench: which units of work it needs, and how each is done."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_lowrank.checkpoints import check_same_size
+from hf_lowrank.measure.source import Checkpoint, RunSource
+from hf_lowrank.measure.units import Unit, headline_of
+from hf_lowrank.measurements.activation import measure_activations
+from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.curvature import measure_curvature
+from hf_lowrank.measurements.interpolation import measure_interpolation
+from hf_lowrank.measurements.landscape import measure_landscape, measure_trajectory
+from hf_lowrank.measurements.loss import measure_loss
+from hf_lowrank.measurements.presets import Preset
+from hf_lowrank.measurements.spaces import in_space, no_dense_form
+from hf_lowrank.measurements.spectral import Earlier, measure_spectra
+from hf_lowrank.methods import METHODS
+from hf_lowrank.metrics.alignment import align
+from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.trajectory import trajectory_pca
+from hf_lowrank.targets import find_targets
+
+__all__ = ["Bench"]
+
+
+class Bench:
+    """A run on the bench: its models, loaded when a unit needs them and kept while the next ones do.
+
+    Attributes:
+        run: the run that is measured.
+        reference: the baseline, None without one.
+        others: the other runs that are measured along with it.
+        preset: settings.
+        evaluation, whole: the sequences, a few of them and all; set before the first unit is done.
+    """
+
+    def __init__(
+        self, run: RunSource, reference: RunSource | None, others: list[RunSource], preset: Preset, device: str
+    ) -> None:
+        self.run, self.reference, self.others = run, reference, others
+        self.preset, self.device = preset, device
+        self.evaluation: EvaluationSet | None = None
+        self.whole: EvaluationSet | None = None
+        self._models: dict[Checkpoint, PreTrainedModel] = {}
+
+    def release(self) -> None:
+        """Forget the models."""
+        self._models.clear()
+
+    def baseline_at(self, step: int) -> Checkpoint | None:
+        """The baseline's checkpoint of a step, or its newest where it has none of that step."""
+        if self.reference is None:
+            return None
+        return self.reference.at(step) or self.reference.checkpoints[-1]
+
+    def partners(self, step: int) -> list[RunSource]:
+        """The runs that a barrier is measured to: the baseline at every step, the others at the last common one."""
+        found = [] if self.reference is None or self.reference is self.run else [self.reference]
+        for other in self.others:
+            common = [c.step for c in self.run.checkpoints if other.at(c.step) is not None]
+            if other is not self.reference and step == max(common, default=None):
+                found.append(other)
+        return found
+
+    def spaces(self) -> tuple[str, ...]:
+        """The spaces of this run's landscapes: where layers are plain there is one, and it is dense."""
+        native = (self.run.config.get("lowrank") or {}).get("form") == "native"
+        replaced = self.run.method in METHODS and METHODS[self.run.method].replaces_layers
+        return ("native", "dense") if native and replaced else ("dense",)
+
+    def model(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """A checkpoint's model as trained; the two that were asked for last are kept."""
+        if checkpoint not in self._models:
+            while len(self._models) > 1:
+                del self._models[next(iter(self._models))]
+            self._models[checkpoint] = checkpoint.load(self.device)
+        self._models[checkpoint] = self._models.pop(checkpoint)
+        return self._models[checkpoint]
+
+    def units(self, families: tuple[str, ...], steps: tuple[int, ...] | None) -> Iterator[Unit]:
+        """The work that the run needs, checkpoint by checkpoint and the cheap metrics first.
+
+        Raises:
+            ValueError: a step is asked for that there is no checkpoint of, or the baseline is of another size.
+        """
+        checkpoints = self.run.checkpoints
+        for step in steps or ():
+            if self.run.at(step) is None:
+                known = ", ".join(str(c.step) for c in checkpoints)
+                raise ValueError(f"{self.run.name} has no checkpoint of step {step}; it has {known}")
+        if self.reference is not None and self.reference is not self.run:
+            check_same_size(self.reference.config, self.run.config, self.reference.name)
+        for before, now in zip([None, *checkpoints], checkpoints, strict=False):
+            if steps is None or now.step in steps:
+                for family in families:
+                    yield from self._units(family, now, before)
+
+    def _units(self, family: str, now: Checkpoint, before: Checkpoint | None) -> Iterator[Unit]:
+        pair = (now,) if before is None else (now, before)
+        checkpoints = self.run.checkpoints
+        if family == "spectral":
+            yield Unit(family, now.step, pair)
+        elif family == "activation":
+            if (other := self.baseline_at(now.step)) is not None:
+                yield Unit(family, now.step, (now, other))
+        elif family == "interpolation":
+            if before is not None:
+                yield Unit(family, now.step, pair, subject="consecutive")
+            for run in self.partners(now.step):
+                at = run.at(now.step)
+                yield Unit(family, now.step, (now,) if at is None else (now, at), subject="cross", other=run.name)
+        elif family == "landscape":
+            yield from (Unit(family, now.step, (now,), space=space) for space in self.spaces())
+            if now is checkpoints[-1] and self.preset.landscape.trajectory and before is not None:
+                yield Unit(family, now.step, (now, *checkpoints[:-1]), subject="trajectory")
+        else:
+            yield Unit(family, now.step, (now,))
+
+    def do(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        """Do a unit's work."""
+        kinds: dict[str, Callable[[Unit, Callable[[], Any]], Measurement]] = {
+            "loss": self._loss,
+            "spectral": self._spectral,
+            "activation": self._activation,
+            "interpolation": self._interpolation,
+            "curvature": self._curvature,
+            "landscape": self._landscape,
+        }
+        return kinds[unit.family](unit, progress)
+
+    def _loss(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        assert self.whole is not None
+        return measure_loss(self.model(unit.checkpoints[0]), self.whole, unit.step)
+
+    def _spectral(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        now, *before = unit.checkpoints
+        previous = None
+        if before:
+            # the vectors of its own update are not at hand: overlaps of updates are measured during training
+            weights = {t.name: t for t in find_targets(self.model(before[0]))}
+            previous = Earlier(before[0].step, lambda name: weights[name].dense_weight() if name in weights else None)
+        found, _ = measure_spectra(self.model(now), unit.step, previous=previous, progress=progress)
+        return found
+
+    def _activation(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        assert self.reference is not None
+        assert self.evaluation is not None
+        model, baseline = (self.model(checkpoint) for checkpoint in unit.checkpoints)
+        step = unit.checkpoints[1].step
+        return measure_activations(model, baseline, self.evaluation, unit.step, self.reference.name, step, progress)
+
+    def _curvature(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        assert self.evaluation is not None
+        model, space = in_space(self.model(unit.checkpoints[0]), "native")
+        return measure_curvature(model, self.evaluation, self.preset.curvature, unit.step, space, progress)
+
+    def _landscape(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        assert self.evaluation is not None
+        model, settings = self.model(unit.checkpoints[0]), self.preset.landscape
+        if unit.subject == "trajectory":
+            names = [name for name, _ in model.named_parameters()]
+            order = sorted(unit.checkpoints, key=lambda c: c.step)
+            pca = trajectory_pca([c.weights for c in order], min(settings.trajectory, len(order) - 1), names)
+            _, space = in_space(model, "native")
+            return measure_trajectory(model, self.evaluation, pca, settings, unit.step, space, progress)
+        if unit.space == "dense" and (why := no_dense_form(model)):
+            return Measurement([why.record(name, unit.step) for name in headline_of(unit)], [])
+        chosen, space = in_space(model, str(unit.space))
+        return measure_landscape(chosen, self.evaluation, settings, unit.step, space, progress)
+
+    def _interpolation(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
+        assert self.evaluation is not None
+        settings = self.preset.interpolation
+        if len(unit.checkpoints) == 1:
+            return _marked(unit, f"{unit.other} has no checkpoint of step {unit.step}")
+        now, other = (self.model(checkpoint) for checkpoint in unit.checkpoints)
+        if unit.other is None:
+            space = "dense" if no_dense_form(now) is None else "native"
+            ends, before = [in_space(model, space) for model in (other, now)], unit.checkpoints[1].step
+            states = (_state(ends[0][0]), _state(ends[1][0]))
+            return measure_interpolation(
+                ends[1][0], states, self.evaluation, settings.grid(), "consecutive", unit.step,
+                (f"step {before}", before), ends[1][1], progress,
+            )  # fmt: skip
+        if why := (no_dense_form(now) or no_dense_form(other)):
+            return _marked(unit, why.text)
+        return self._cross(unit, now, other, progress)
+
+    def _cross(
+        self, unit: Unit, now: PreTrainedModel, other: PreTrainedModel, progress: Callable[[], Any]
+    ) -> Measurement:
+        """The barrier to another run, as it is and after the other's units and heads are permuted to match."""
+        assert self.evaluation is not None
+        assert unit.other is not None
+        peer = next(run for run in [*self.others, self.reference] if run is not None and run.name == unit.other)
+        subject = "cross_seed" if peer.settings() == self.run.settings() else "cross_method"
+        (mine, _), (theirs, _) = (in_space(model, "dense") for model in (now, other))
+        a, b = _state(mine), _state(theirs)
+        found = Measurement([], [])
+        noted: dict[str, Any] = {"other_method": peer.method, "other_seed": peer.seed}
+        aligned = align(mine, a, b)
+        for suffix, end in (("", b), ("_aligned", aligned.state)):
+            found += measure_interpolation(
+                mine, (a, end), self.evaluation, self.preset.interpolation.cross_grid(), subject + suffix, unit.step,
+                (unit.other, unit.checkpoints[1].step), "dense", progress, noted,
+            )  # fmt: skip
+        return found
+
+
+def _marked(unit: Unit, note: str) -> Measurement:
+    """A row that says why a barrier could not be measured."""
+    settings = {"note": note, "other": unit.other}
+    return Measurement([Record(headline_of(unit)[0], None, None, unit.step, settings, "dense")], [])
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

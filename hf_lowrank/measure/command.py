@@ -1,0 +1,133 @@
+"""`hf-lowrank measure`: words of the command line into options, progress and a summary on the terminal."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hf_lowrank.data import DataArguments
+from hf_lowrank.machine import keep_freed_memory
+from hf_lowrank.measure.measure import Options, Watcher, measure
+from hf_lowrank.measurements.base import FAMILIES
+from hf_lowrank.measurements.presets import PRESETS
+from hf_lowrank.methods.base import nearest
+from hf_lowrank.report import headline_rows, read_report
+
+__all__ = ["run_measure"]
+
+
+def _families(only: str | None) -> tuple[str, ...]:
+    if only is None:
+        return FAMILIES
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
+    for name in chosen:
+        if name not in FAMILIES:
+            known = list(FAMILIES)
+            raise ValueError(f"--only {name}{nearest(name, known)}: the families are {', '.join(known)}")
+    if not chosen:
+        raise ValueError(f"--only {only!r} names nothing: the families are {', '.join(FAMILIES)}")
+    return tuple(name for name in FAMILIES if name in chosen)
+
+
+def _steps(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(step) for step in text.split(","))
+    except ValueError:
+        raise ValueError(f"--steps {text}: give whole numbers with commas, 70,140 for example") from None
+
+
+def _data(given: dict[str, Any]) -> DataArguments | None:
+    known = {key: value for key, value in given.items() if value is not None}
+    if not known:
+        return None
+    if not known.keys() & {"dataset_name", "dataset_path"}:
+        raise ValueError(f"--{min(known).replace('_', '-')} needs --dataset-name or --dataset-path: name the data")
+    return DataArguments(**known)
+
+
+class _Bar(Watcher):
+    """A progress bar over the units, with what is being measured; problems are printed above it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("reading", total=None)
+        self.begun, self.points = 0, 0
+
+    def total(self, units: int) -> None:
+        self.progress.update(self.task, total=units)
+
+    def unit(self, run: str, unit: str, skipped: bool) -> None:
+        self.progress.update(
+            self.task, completed=self.begun, description=f"{run} {unit}{' (done before)' if skipped else ''}"
+        )
+        self.begun, self.points = self.begun + 1, 0
+        self._unit = f"{run} {unit}"
+
+    def point(self) -> None:
+        self.points += 1
+        self.progress.update(self.task, description=f"{self._unit} [{self.points}]".replace("[", r"\["))
+
+    def problem(self, run: str, unit: str, error: str) -> None:
+        self.progress.console.print(f"{run} {unit}: not measured: {error}", style="red", markup=False)
+
+
+def run_measure(
+    runs: list[str],
+    baseline: str | None,
+    *,
+    only: str | None,
+    preset: str,
+    sequences: int | None,
+    steps: str | None,
+    batch_size: int,
+    device: str | None,
+    output: Path | None,
+    token: str | None,
+    data: dict[str, Any],
+) -> int:
+    """Measure as the command line says, print the headline metrics; return how many units failed.
+
+    Raises:
+        ValueError: an argument makes no sense; the message names it.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}{nearest(preset, list(PRESETS))}: the presets are {', '.join(PRESETS)}")
+    chosen = PRESETS[preset] if sequences is None else replace(PRESETS[preset], sequences=sequences)
+    if chosen.sequences < 1 or batch_size < 1:
+        raise ValueError(f"--sequences {sequences}, --batch-size {batch_size}: give 1 or more")
+    options = Options(
+        families=_families(only),
+        preset=chosen,
+        batch_size=batch_size,
+        steps=_steps(steps),
+        data=_data(data),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        token=token,
+        output=output,
+    )
+    datasets.disable_progress_bars()
+    if options.device == "cpu":
+        keep_freed_memory()
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        measured, failures = measure(runs, baseline, options, _Bar(progress))
+        progress.update(progress.task_ids[0], completed=progress.tasks[0].total, description="measured")
+    for run in measured:
+        table = Table(title=run.name, title_justify="left")
+        for column in ("", "metric", "value", "weights", "step"):
+            table.add_column(column, overflow="fold")
+        for row in headline_rows(read_report(run.output)):
+            table.add_row(row.id or "", row.name, row.text, row.space or "", str(row.step))
+        console.print(table)
+        console.print(f"{run.output / 'publish'} holds report, tables, figures and card", markup=False)
+    if failures:
+        console.print(f"{failures} measurements failed: their rows say why", style="red")
+    return failures

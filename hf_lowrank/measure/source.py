@@ -1,0 +1,236 @@
+"""What is measured: the checkpoints of a run, wherever they lie, and the sequences it is measured on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from hf_lowrank.checkpoints import list_checkpoints, load_model, weight_files
+from hf_lowrank.data import DataArguments, DataError, load_validation
+from hf_lowrank.hub.fetch import fetch
+from hf_lowrank.measurements.files import EVALUATION
+from hf_lowrank.report.schema import read_report
+
+__all__ = ["Checkpoint", "RunSource", "open_run", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at a step of a run.
+
+    Attributes:
+        step: optimizer step.
+        locate: gives its folder, downloading it where it is on the Hub.
+    """
+
+    step: int
+    locate: Callable[[], Path]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where config.json and the weights lie."""
+        return self.locate()
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """The safetensors files of the model as trained."""
+        native = self.folder / "native"
+        return weight_files(native if (native / "config.json").is_file() else self.folder)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the weights' bytes."""
+        digest = hashlib.sha256()
+        for path in self.weights:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def load(self, device: str) -> PreTrainedModel:
+        """The model as trained, in eval mode; half precision is widened, which is exact, so that small steps count.
+
+        Raises:
+            CheckpointError: files are missing, cut short, or not what config.json says.
+        """
+        model = load_model(self.folder)
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+            model = model.float()
+        moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+        return moved
+
+
+@dataclass
+class RunSource:
+    """A run that is measured.
+
+    Attributes:
+        name: of the run, as the report has it, or the folder's or repository's.
+        output: folder that gets `publish/` and the state of the measurement.
+        checkpoints: by step; at least one.
+        report: the run's report, None where it has none.
+        config: config.json of its newest checkpoint.
+    """
+
+    name: str
+    output: Path
+    checkpoints: list[Checkpoint]
+    report: dict[str, Any] | None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """Name of its method; a plain Trainer's run is full-rank."""
+        return str((self.config.get("lowrank") or {}).get("method", "fullrank"))
+
+    @property
+    def seed(self) -> int | None:
+        """The seed it was trained with, where that is known."""
+        return None if self.report is None else self.report["run"]["seeds"]["seed"]
+
+    def settings(self) -> dict[str, Any]:
+        """The method and its settings: two runs that differ in nothing but the seed share them."""
+        noted = dict(self.config.get("lowrank") or {"method": "fullrank"})
+        return {key: value for key, value in noted.items() if key not in ("form", "structure", "published")}
+
+    def at(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step."""
+        return next((c for c in self.checkpoints if c.step == step), None)
+
+
+def open_run(source: str, output: Path | None = None, token: str | None = None) -> RunSource:
+    """Find a run's checkpoints.
+
+    Args:
+        source: a run's folder with checkpoints (ours or any Trainer's), a published or checkpoint folder, or a Hub
+            repository (`user/name`), whose tags `step-<n>` are its checkpoints, or one revision (`user/name@rev`).
+        output: folder for what is measured; default: the run's own, and `measured/<name>` for a repository.
+        token: of the Hub.
+
+    Raises:
+        ValueError: there is no model to measure in it.
+        FetchError: the repository cannot be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        run = _local(folder, output)
+    elif source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} does not exist: give a run's folder or a repository on the Hub")
+    else:
+        run = _on_hub(source, output, token)
+    newest = run.checkpoints[-1].folder / "config.json"
+    try:
+        run.config = dict(json.loads(newest.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {newest} cannot be read ({error}): it is no checkpoint of a model") from None
+    return run
+
+
+def _local(folder: Path, output: Path | None) -> RunSource:
+    checkpoints = [
+        Checkpoint(int(path.name.rpartition("-")[2]), partial(Path, path)) for path in list_checkpoints(folder)
+    ]
+    report = _report(folder)
+    root = folder
+    if not checkpoints:
+        named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+        published = folder / "publish" if (folder / "publish" / "config.json").is_file() else folder
+        if not (published / "config.json").is_file():
+            raise ValueError(f"{folder} holds no checkpoint-<step> and no config.json: give a run's folder")
+        step = int(named[1]) if named else 0 if report is None else int(report["run"]["steps"])
+        checkpoints = [Checkpoint(step, lambda: published)]
+        root = folder.parent if folder.name == "publish" else folder
+    name = root.resolve().name if report is None else str(report["run"]["name"])
+    return RunSource(name, output or root, checkpoints, report)
+
+
+def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
+    repo_id, _, revision = source.partition("@")
+    if revision:
+        steps = {int(found[1]) if (found := re.fullmatch(r"step-(\d+)", revision)) else -1: revision}
+    else:
+        # an error here says what is wrong with the name
+        fetch(repo_id, token=token, allow_patterns=["config.json", "report.json"])
+        tags = [ref.name for ref in HfApi(token=token).list_repo_refs(repo_id).tags]
+        steps = {int(found[1]): tag for tag in tags if (found := re.fullmatch(r"step-(\d+)", tag))}
+    folder = fetch(repo_id, revision=revision or None, token=token, allow_patterns=["config.json", "report.json"])
+    report = _report(folder)
+    if not steps or -1 in steps:
+        steps = {0 if report is None else int(report["run"]["steps"]): revision}
+    checkpoints = [
+        Checkpoint(step, partial(fetch, repo_id, revision=tag or None, token=token))
+        for step, tag in sorted(steps.items())
+    ]
+    name = repo_id if report is None else str(report["run"]["name"])
+    return RunSource(name, output or Path("measured") / repo_id.replace("/", "--"), checkpoints, report)
+
+
+def _report(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_report(folder)
+    except FileNotFoundError:
+        return None
+
+
+def rows_of(run: RunSource, data: DataArguments | None = None) -> Any:
+    """The validation rows to measure a run on.
+
+    In this order: the data asked for, the rows that the run kept (`evaluation.parquet`), the data that its report
+    names.
+
+    Args:
+        run: gives tokenizer and report.
+        data: what was asked for; None for the run's own.
+
+    Raises:
+        DataError: the data cannot be had; the message says how to name them.
+    """
+    kept = run.output / EVALUATION
+    if data is None and kept.is_file():
+        return pd.read_parquet(kept).to_dict("records")
+    arguments = data if data is not None else _described(run)
+    newest = run.checkpoints[-1].folder
+    tokenizer = arguments.tokenizer_name or str(newest)
+    if arguments.tokenizer_name is None and not list(newest.glob("tokenizer*")):
+        raise DataError(f"{newest} holds no tokenizer: name the one that {run.name} was trained with")
+    rows, description = load_validation(replace(arguments, tokenizer_name=tokenizer))
+    _check_hash(run, description if data is None else None)
+    return rows
+
+
+def _described(run: RunSource) -> DataArguments:
+    """The data that a run's report names."""
+    data = None if run.report is None else run.report["data"]
+    way_out = "name the validation data, --dataset-path for example"
+    if data is None:
+        raise DataError(f"what {run.name} was trained on is not recorded: {way_out}")
+    common = {
+        "sequence_length": data["sequence_length"],
+        "packing": data["packing"] is not False,
+        "split_seed": data["split_seed"] or 0,
+        "max_eval_sequences": data["validation_sequences"],
+    }
+    if data.get("source") == "embedded":
+        return DataArguments(**common)
+    if data.get("source") == "hub":
+        return DataArguments(dataset_name=data["name"], dataset_config_name=data["config"], **common)
+    raise DataError(f"{run.name} was trained on {data['name']}, which is known by name alone here: {way_out}")
+
+
+def _check_hash(run: RunSource, description: dict[str, Any] | None) -> None:
+    if description is None or run.report is None:
+        return
+    recorded = run.report["data"]["revision_or_hash"]
+    if recorded is not None and description["revision_or_hash"] not in (None, recorded):
+        raise DataError(
+            f"the data {description['name']} here are not those that {run.name} was validated on (another version): "
+            "name the validation data, --dataset-path for example"
+        )

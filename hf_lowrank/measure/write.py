@@ -1,0 +1,134 @@
+"""What a measurement leaves beside its numbers: the report brought up to date, figures, and the card."""
+
+import json
+import logging
+from datetime import UTC, datetime
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hf_lowrank.hub.card import write_card
+from hf_lowrank.measure.source import RunSource
+from hf_lowrank.measurements.files import metrics_folder, read_measurement, read_records
+from hf_lowrank.report import draw_figures, write_report
+from hf_lowrank.report.files import replacing
+
+__all__ = ["write_map", "write_run"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_run(run: RunSource) -> Path:
+    """Bring report.json, figures and card of a run up to date with its metrics; return the folder `publish`.
+
+    A run without a report, of a plain Trainer, gets one with what its checkpoints tell.
+    """
+    publish, folder = run.output / "publish", metrics_folder(run.output)
+    report = {**(run.report or _report_of_checkpoints(run)), "metrics": read_records(folder)}
+    if run.report is None:
+        curve = _training_curve(run)
+        if curve is not None:
+            with replacing(folder / "training.parquet") as path:
+                curve.to_parquet(path, index=False)
+    write_report(report, publish / "report.json")
+    draw_figures(publish)
+    write_card(publish)
+    return publish
+
+
+def _trainer_state(run: RunSource) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run.checkpoints[-1].folder / "trainer_state.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _training_curve(run: RunSource) -> pd.DataFrame | None:
+    """The log history as a table of loss and learning rate; None where there is none."""
+    history = pd.DataFrame(_trainer_state(run).get("log_history") or [])
+    if "step" not in history:
+        return None
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    return history.reindex(columns=columns).groupby("step", as_index=False).first()
+
+
+def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
+    """A report that knows the model and the trainer's state, and says of everything else that it is not known."""
+    state = _trainer_state(run)
+    losses = [entry for entry in state.get("log_history") or [] if "learning_rate" in entry]
+    unknown = {"name": None, "betas": None, "eps": None, "weight_decay": None, "max_grad_norm": None}
+    parameters = _parameters(run)
+    facts = {
+        "name": run.name,
+        "method": run.method,
+        "method_config": run.settings(),
+        "model": {
+            "architecture": str(run.config.get("model_type", "unknown")),
+            "size": None,
+            "parameters": parameters,
+            "parameters_trained": parameters,
+            "config_hash": None,
+        },
+        "optimizer_state_bytes": {"predicted": None, "measured": None, "adamw": None},
+        "peak_memory_bytes": {"value": None, "kind": None},
+        "tokens_seen": state.get("num_input_tokens_seen") or None,
+        "flops": state.get("total_flos") or None,
+        "steps": run.checkpoints[-1].step,
+        "max_steps": state.get("max_steps"),
+        "seeds": {"seed": None, "data_seed": None},
+        "learning_rate": max((entry["learning_rate"] for entry in losses), default=None),
+        "lr_schedule": {"type": None, "warmup_steps": None},
+        "optimizer": unknown,
+        "batch": dict.fromkeys(("per_device", "gradient_accumulation", "world_size", "global_sequences")),
+        "precision": run.config.get("dtype"),
+        "world_size": None,
+        "versions": {"transformers": run.config.get("transformers_version")},
+        "git_commit": None,
+        "hardware": None,
+        "wall_time_seconds": None,
+        "command": None,
+        "license": None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {"schema_version": 1, "run": facts, "data": None, "metrics": [], "evaluations": []}
+
+
+def _parameters(run: RunSource) -> int:
+    model = run.checkpoints[-1].load("cpu")
+    return sum(p.numel() for p in model.parameters())
+
+
+def write_map(among: list[RunSource], into: list[RunSource]) -> None:
+    """Write `barrier_map.parquet`, the barriers between all of `among`, to each of `into`, and draw it.
+
+    Every pair was measured at the last step that both have; where one of the two has measured it, it stands for both.
+    """
+    known = {run.name: run for run in among}
+    pairs: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    for run in among:
+        found = read_measurement(metrics_folder(run.output), "interpolation")
+        for record in found.records if found is not None else []:
+            _, subject, metric = record.name.split("/")
+            other = record.settings.get("other")
+            if metric == "barrier" and subject.startswith("cross_") and other in known and record.value is not None:
+                key = (run.name, str(other), subject.endswith("_aligned"))
+                if key not in pairs or pairs[key]["step"] <= record.step:
+                    pairs[key] = {"step": record.step, "barrier": record.value, "stderr": record.stderr}
+    rows = []
+    for a, b in permutations(among, 2):
+        for aligned in (False, True):
+            at = pairs.get((a.name, b.name, aligned)) or pairs.get((b.name, a.name, aligned))
+            if at is not None:
+                rows.append(
+                    {
+                        "run_a": a.name, "method_a": a.method, "run_b": b.name, "method_b": b.method,
+                        "aligned": aligned, **at,
+                    }
+                )  # fmt: skip
+    for run in into if rows else []:
+        with replacing(metrics_folder(run.output) / "barrier_map.parquet") as path:
+            pd.DataFrame(rows).to_parquet(path, index=False)
+        draw_figures(run.output / "publish")
+        write_card(run.output / "publish")

@@ -1,0 +1,71 @@
+"""The space a metric looks at: the parameters as trained, or the dense matrices they compute."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.checkpoints import gather_model, to_dense
+from hf_lowrank.measurements.base import Record
+from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.prepare import method_of
+from hf_lowrank.sharding import is_sharded
+
+__all__ = ["NoDenseForm", "in_space", "is_reparameterized", "no_dense_form", "unsharded"]
+
+
+@dataclass(frozen=True)
+class NoDenseForm:
+    """Why a model has no dense form.
+
+    Attributes:
+        text: the reason, for a reader of the report.
+    """
+
+    text: str
+
+    def record(self, name: str, step: int) -> Record:
+        """A row that says that a dense metric could not be measured, and why."""
+        return Record(name, None, None, step, {"note": self.text}, "dense")
+
+
+def is_reparameterized(model: torch.nn.Module) -> bool:
+    """Whether a method has put its layers into the model."""
+    return any(isinstance(module, ReparameterizedLinear) for module in model.modules())
+
+
+def no_dense_form(model: torch.nn.Module) -> NoDenseForm | None:
+    """The reason why no dense matrices compute what the model computes; None where they do."""
+    if all(module.has_dense_form for module in model.modules() if isinstance(module, ReparameterizedLinear)):
+        return None
+    method = method_of(model) if isinstance(model, PreTrainedModel) else None
+    label = "its method" if method is None else method.label
+    return NoDenseForm(f"{label} has no dense form: no matrix computes what its layers compute")
+
+
+def unsharded(model: torch.nn.Module) -> torch.nn.Module:
+    """The whole model on every process where FSDP2 shards it, on the same device; the model itself otherwise."""
+    if not is_sharded(model) or not isinstance(model, PreTrainedModel):
+        return model
+    device = next(model.parameters()).device
+    gathered = gather_model(model, keep=True)
+    assert gathered is not None
+    return gathered.to(device)  # type: ignore[arg-type]
+
+
+def in_space(model: torch.nn.Module, space: str) -> tuple[torch.nn.Module, str]:
+    """The model in a space, and the space's name for the report.
+
+    The parameters of a model whose layers are plain are its dense matrices: it is returned as it is, as `dense`.
+
+    Raises:
+        CheckpointError: `dense` is asked for and there is no dense form.
+    """
+    if not is_reparameterized(model):
+        return model, "dense"
+    if space == "native" or not isinstance(model, PreTrainedModel):
+        return model, "native"
+    device = next(model.parameters()).device
+    whole = unsharded(model)
+    assert isinstance(whole, PreTrainedModel)
+    return to_dense(whole).to(device), "dense"  # type: ignore[arg-type]

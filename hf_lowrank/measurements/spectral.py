@@ -1,0 +1,157 @@
+"""Spectra of every target matrix and of its updates (H8 to H13)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowrank.measurements.base import Measurement, Record, finite
+from hf_lowrank.metrics.spectra import relative_norm, singular_vectors, spectral_metrics, subspace_overlap
+from hf_lowrank.sharding import gathered, rank_and_world
+from hf_lowrank.targets import Target, dense_weights
+
+__all__ = ["Earlier", "measure_spectra"]
+
+# dimension of the two updates' subspaces that are compared
+OVERLAP_K = 8
+# what is reported of an update's spectrum beside its norm
+UPDATE_METRICS = ("effective_rank_score", "stable_rank", "effective_rank", "spectral_gap", "spectral_norm")
+
+
+class Earlier:
+    """Weights of an earlier step: `get` gives a matrix by its target's name, None where it is not at hand.
+
+    Attributes:
+        step: the step they are of.
+    """
+
+    def __init__(self, step: int, get: Callable[[str], Tensor | None]) -> None:
+        self.step, self.get = step, get
+
+
+def _space(target: Target) -> str:
+    """`linearised` for a layer that no matrix stands for: it is measured as the product of its factors."""
+    return "dense" if getattr(target.module, "has_dense_form", True) else "linearised"
+
+
+def measure_spectra(
+    model: nn.Module,
+    step: int,
+    previous: Earlier | None = None,
+    initial: Earlier | None = None,
+    target_modules: list[str] | str | None = None,
+    shared: bool = False,
+    progress: Callable[[], Any] = lambda: None,
+) -> tuple[Measurement, dict[str, Tensor]]:
+    """Singular-value metrics of every target, and of its change since `previous` and since `initial`.
+
+    Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
+    as the product of its factors, in the space `linearised`. A matrix with NaN is a row with its error, and the
+    others are measured.
+
+    Args:
+        model: whole, or sharded by FSDP2.
+        step: the optimizer step of the model.
+        previous, initial: earlier weights; rows about updates are left out where there are none.
+        target_modules: layers to measure, as in a method's config.
+        shared: every process calls this and measures its share of the matrices; all get the whole result.
+        progress: called after every matrix.
+
+    Returns:
+        The measurement, and for the next one's `previous` the weights and the top singular vectors of the updates
+        that this process measured, on the CPU.
+    """
+    rank, world = rank_and_world() if shared else (0, 1)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    kept: dict[str, Tensor] = {}
+    for i, (target, weight) in enumerate(dense_weights(model, target_modules)):
+        if i % world != rank:
+            continue
+        row, vectors = _row(target, weight, previous, initial)
+        rows.append((i, {"step": step, "space": _space(target), **row}))
+        kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
+        kept.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
+        progress()
+    if shared:
+        rows = sorted((row for part in gathered(rows) for row in part), key=lambda item: item[0])
+    plain = [row for _, row in rows]
+    # the dense ones last: where a model has both, the log shows theirs
+    spaces = sorted({row["space"] for row in plain}, reverse=True)
+    earlier = {"update": previous, "update_from_init": initial}
+    steps = {subject: None if weights is None else weights.step for subject, weights in earlier.items()}
+    averages = [_average([row for row in plain if row["space"] == space], step, space, steps) for space in spaces]
+    return Measurement([record for records in averages for record in records], plain), kept
+
+
+def _row(
+    target: Target, weight: Tensor, previous: Earlier | None, initial: Earlier | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One matrix's row, and the top singular vectors of its update for the next measurement's overlap."""
+    row: dict[str, Any] = {
+        "name": target.name,
+        "layer": -1 if target.layer is None else target.layer,
+        "module": target.kind,
+        "rows": target.rows,
+        "cols": target.cols,
+        "error": None,
+    }
+    vectors: dict[str, Tensor] = {}
+    try:
+        row.update({f"spectral/weight/{k}": float(v) for k, v in spectral_metrics(weight).to_dict().items()})
+        if initial is not None:
+            _update_metrics(row, weight, initial.get(target.name), "update_from_init")
+        if previous is not None:
+            update = _update_metrics(row, weight, previous.get(target.name), "update")
+            if update is not None and update.any():
+                vectors = dict(zip(("left", "right"), singular_vectors(update, OVERLAP_K), strict=True))
+                for side, tensor in vectors.items():
+                    earlier = previous.get(f"{target.name}.update_{side}")
+                    if earlier is not None:
+                        row[f"spectral/update/overlap_{side}"] = subspace_overlap(tensor.cpu(), earlier)
+    # NaN in one matrix, or a decomposition that fails: the others are measured all the same, and a process that
+    # left the loop here would leave the others waiting where weights are sharded
+    except Exception as error:
+        row["error"] = str(error)
+    return row, {side: tensor.cpu().contiguous() for side, tensor in vectors.items()}
+
+
+def _update_metrics(row: dict[str, Any], weight: Tensor, before: Tensor | None, subject: str) -> Tensor | None:
+    """Put the metrics of weight - before into the row; None where the earlier weight does not fit."""
+    if before is None or before.shape != weight.shape:
+        return None
+    before = before.to(weight.device).double()
+    update = weight.detach().double() - before
+    row[f"spectral/{subject}/relative_norm"] = relative_norm(update, before)
+    row[f"spectral/{subject}/norm"] = update.norm().item()
+    row[f"spectral/{subject}/norm_before"] = before.norm().item()
+    # the difference of two float32 matrices carries float32 noise: no need for a float64 SVD
+    metrics = spectral_metrics(update.float()).to_dict()
+    row.update({f"spectral/{subject}/{key}": float(metrics[key]) for key in UPDATE_METRICS})
+    return update
+
+
+def _average(rows: list[dict[str, Any]], step: int, space: str, since: dict[str, int | None]) -> list[Record]:
+    """Plain means over the matrices; relative_norm is that of all matrices together, as H11 is defined."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("spectral/"))
+    records = []
+    for name in names:
+        subject, metric = name.split("/")[1:]
+        if metric in ("norm", "norm_before"):
+            continue
+        values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+        mean = finite(sum(values) / len(values)) if values else None
+        settings: dict[str, Any] = {"average": "mean over matrices", "matrices": len(values), "total": len(rows)}
+        if metric.startswith("overlap"):
+            settings["k"] = OVERLAP_K
+        if subject in since:
+            settings["since"] = since[subject]
+        if metric == "relative_norm":
+            records.append(Record(f"spectral/{subject}/relative_norm_mean", mean, None, step, settings, space))
+            squares = [
+                sum(row.get(f"spectral/{subject}/{key}", 0.0) ** 2 for row in rows) for key in ("norm", "norm_before")
+            ]
+            mean = finite(math.sqrt(squares[0] / squares[1])) if squares[1] > 0 else None
+            settings = {**settings, "average": "all matrices together"}
+        records.append(Record(name, mean, None, step, settings, space))
+    return records

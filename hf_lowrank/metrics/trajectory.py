@@ -1,0 +1,304 @@
+"""Principal components of the way that training took (Li et al. 2018, arXiv 1712.09913, Section 7).
+
+T: checkpoints; theta_t: (d,), all parameters of the t-th; D: (T, d), row t is theta_t - theta_T, so the last is zero.
+D is never there as a whole: G = D D^T: (T, T) is summed over blocks of columns, and from its eigenvalues lambda_i and
+eigenvectors u_i come the components v_i = D^T u_i / sqrt(lambda_i): (d,), one at a time.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_lowrank.metrics.perturb import check_names
+
+__all__ = ["Checkpoint", "TrajectoryPCA", "trajectory_pca"]
+
+# name -> tensor; a safetensors file or a folder that holds some; or the files of one checkpoint
+Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+# numbers in a block, those of all checkpoints together
+BLOCK = 2**20
+# numbers that are read from one checkpoint's files before these are mapped anew
+MAPPED = 2**20
+# eigenvalues of G below this share of the largest are rounding
+RESOLVED = 1e-13
+
+At = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class TrajectoryPCA:
+    """A trajectory in its own principal components.
+
+    Attributes:
+        coordinates: (T, k) projections of the D_t (centred: of D_t minus their mean) on the components of length 1, in
+            the unit of the parameters. The last checkpoint lies at 0, centred the mean does. Of every component the
+            coordinate of largest magnitude is positive.
+        explained: (k,) shares of the sum of squares, descending.
+    """
+
+    coordinates: NDArray[np.float64]
+    explained: NDArray[np.float64]
+    _checkpoints: Sequence[Checkpoint] = field(repr=False)
+    _names: Sequence[str] = field(repr=False)
+    _weights: NDArray[np.float64] = field(repr=False)
+
+    @torch.no_grad()
+    def direction(self, i: int) -> dict[str, Tensor]:
+        """The i-th component, of length 1, read anew from the checkpoints (so they must still be as they were).
+
+        Args:
+            i: from 0, the column of `coordinates`.
+
+        Returns:
+            Parameter name -> tensor on the CPU, in float32 or the last checkpoint's higher precision.
+
+        Raises:
+            ValueError: no such component, or a checkpoint cannot be read any more.
+        """
+        if not 0 <= i < self.coordinates.shape[1]:
+            raise ValueError(
+                f"direction {i!r}: there are {self.coordinates.shape[1]}, counted from 0; raise k for more"
+            )
+        weights = torch.from_numpy(self._weights[:, i].copy())
+        sources = _opened(self._checkpoints)
+        found = {}
+        for name in _common_names(sources, self._names):
+            spec = sources[-1].specs[name]
+            found[name] = torch.zeros(spec.shape, dtype=torch.promote_types(spec.dtype, torch.float32))
+        for name, at, D in _differences(sources, self._names):
+            part = found[name][at]
+            part.copy_((weights @ D).view(part.shape))
+        return found
+
+
+@torch.no_grad()
+def trajectory_pca(
+    checkpoints: Sequence[Checkpoint], k: int = 2, names: Sequence[str] | None = None, center: bool = False
+) -> TrajectoryPCA:
+    """The top-k principal components of a run's checkpoints, as differences to the last one.
+
+    Through the Gram matrix in float64. Memory: a block of 1M numbers, and about as many of every file, mapped; time: a
+    few times that of reading the files. A component is right to about 1e-15 lambda_1 / lambda_i.
+
+    Args:
+        checkpoints: in the order of training, each a state dict (kept, not copied), a safetensors file, a folder with
+            `model.safetensors` or `model.safetensors.index.json`, or the list of one checkpoint's files.
+        k: components, at most T - 1.
+        names: the parameters to take; by default all floating tensors of the last checkpoint, tied ones once.
+        center: subtract the mean over t of D_t, as PCA usually does; Li et al. do not.
+
+    Raises:
+        ValueError: fewer than two checkpoints, or more components than they span; names or shapes that differ; NaN or
+            infinity; what is no number with a fraction is named or differs (a sparse support); a file is missing or
+            cut short.
+    """
+    T = len(checkpoints)
+    if T < 2:
+        raise ValueError(f"{T} checkpoints: a trajectory takes two or more")
+    if not 1 <= k < T:
+        raise ValueError(f"k={k!r}: {T} checkpoints span at most {T - 1} components; take 1 <= k <= {T - 1}")
+    sources = _opened(checkpoints)
+    taken = _common_names(sources, names)
+    G = _gram(sources, taken)
+    if not G.any():
+        raise ValueError(f"all {T} checkpoints are the same: there is no direction; give checkpoints of other steps")
+    if center:
+        G = G - G.mean(0) - G.mean(1)[:, None] + G.mean()
+    values, vectors = np.linalg.eigh(G)
+    values, U = values[::-1], vectors[:, ::-1][:, :k]
+    rank = int((values > RESOLVED * values[0]).sum())
+    if k > rank:
+        raise ValueError(f"k={k!r}: these {T} checkpoints span {rank} components; take k={rank} or other checkpoints")
+    U = U * np.sign(U[np.abs(U).argmax(0), np.arange(k)])
+    lengths = np.sqrt(values[:k])
+    return TrajectoryPCA(U * lengths, values[:k] / values.clip(min=0).sum(), list(checkpoints), taken, U / lengths)
+
+
+class _State:
+    """A state dict to read from, block by block.
+
+    Attributes:
+        label: what messages call the checkpoint.
+        specs: names, shapes and dtypes, on meta.
+        tied: names that stand for a tensor that has another name already.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], t: int) -> None:
+        self.label = f"checkpoint {t}"
+        self.specs = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        self.tied: set[str] = set()
+        self._state = state
+        places: set[tuple[object, ...]] = set()
+        for name, tensor in state.items():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            # an empty tensor has no place that it could share
+            if place in places and tensor.numel():
+                self.tied.add(name)
+            places.add(place)
+
+    def read(self, name: str, at: At) -> Tensor:
+        return self._state[name][at]
+
+
+class _Files:
+    """The safetensors files of one checkpoint, to read from as from `_State`; none of their tensors is tied."""
+
+    def __init__(self, paths: Sequence[Path], t: int) -> None:
+        self.label = f"checkpoint {t} ({paths[0] if len(paths) == 1 else paths[0].parent})"
+        self.specs: dict[str, Tensor] = {}
+        self.tied: set[str] = set()
+        self._paths = paths
+        self._open()
+        for name, tensor in self._slices.items():
+            shape = tensor.get_shape()
+            # asked for its dtype, a slice gives the file format's word for it
+            dtype = tensor[(slice(0, 0),) * len(shape)].dtype
+            self.specs[name] = torch.empty(shape, dtype=dtype, device="meta")
+
+    def _open(self) -> None:
+        self._slices: dict[str, Any] = {}
+        self._read = 0
+        for path in self._paths:
+            try:
+                file = safe_open(path, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{self.label}: {path} cannot be read ({error}): it is missing or cut short; save it anew or "
+                    "leave this checkpoint out"
+                ) from None
+            for name in file.keys():  # noqa: SIM118
+                if name in self._slices:
+                    raise ValueError(f"{self.label}: {path} holds {name} once more; name each of its files once")
+                self._slices[name] = file.get_slice(name)
+
+    def read(self, name: str, at: At) -> Tensor:
+        block: Tensor = self._slices[name][at]
+        self._read += block.numel()
+        if self._read > MAPPED:
+            # pages that were read stay in this process's memory for as long as the files are mapped
+            block = block.clone()
+            self._open()
+        return block
+
+
+_Reader = _State | _Files
+
+
+def _opened(checkpoints: Sequence[Checkpoint]) -> list[_Reader]:
+    found: list[_Reader] = []
+    for t, given in enumerate(checkpoints):
+        if isinstance(given, Mapping):
+            found.append(_State(given, t))
+        elif isinstance(given, str | os.PathLike):
+            found.append(_Files(_files_of(Path(given), t), t))
+        elif given:
+            found.append(_Files([Path(path) for path in given], t))
+        else:
+            raise ValueError(f"checkpoint {t} is an empty list: name its safetensors files")
+    return found
+
+
+def _files_of(path: Path, t: int) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    # transformers takes the single file where both lie there: saving anew leaves an old index behind
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {t}: {path} holds neither model.safetensors nor a readable {index.name} ({error!r}): name "
+            "its safetensors files"
+        ) from None
+
+
+def _common_names(sources: Sequence[_Reader], names: Sequence[str] | None) -> list[str]:
+    """The tensors to take, once every checkpoint is seen to have them alike."""
+    if names is not None:
+        for source in sources:
+            if unknown := set(names) - source.specs.keys():
+                raise ValueError(f"{source.label} has no {min(unknown)}: names are those of its state dict")
+    chosen = [
+        {name: source.specs[name] for name in (source.specs.keys() - source.tied if names is None else names)}
+        for source in sources
+    ]
+    for source, own in zip(sources, chosen, strict=True):
+        check_names(own, chosen[-1], source.label)
+    whole = [name for name, spec in sources[-1].specs.items() if not spec.is_floating_point()]
+    for source in sources[:-1]:
+        for name in whole:
+            if name in source.specs and not _equal(source, sources[-1], name):
+                raise ValueError(
+                    f"{name} differs between {source.label} and {sources[-1].label} and is no number with a fraction: "
+                    "take dense forms (hf_lowrank.to_dense) of all"
+                )
+    taken = [name for name in sources[-1].specs if name in chosen[-1] and (names is not None or name not in whole)]
+    for source in sources:
+        for name in taken:
+            if not source.specs[name].is_floating_point():
+                raise ValueError(f"{name} is {source.specs[name].dtype} in {source.label}: name floating tensors only")
+    if not taken:
+        raise ValueError(f"{sources[-1].label} holds no floating tensor to take: give a model's weights")
+    return taken
+
+
+def _equal(one: _Reader, other: _Reader, name: str) -> bool:
+    spec, expected = one.specs[name], other.specs[name]
+    if spec.dtype != expected.dtype or spec.shape != expected.shape:
+        return False
+    return all(torch.equal(one.read(name, at).cpu(), other.read(name, at).cpu()) for at in _blocks(spec.shape, BLOCK))
+
+
+def _blocks(shape: Sequence[int], limit: int) -> Iterator[At]:
+    """Slices that cut a tensor into runs of at most `limit` numbers, whole rows where they fit."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row > limit:
+        for i in range(shape[0]):
+            yield from ((slice(i, i + 1), *rest) for rest in _blocks(shape[1:], limit))
+        return
+    step = limit // max(row, 1)
+    yield from ((slice(i, i + step),) for i in range(0, shape[0], step))
+
+
+def _differences(sources: Sequence[_Reader], names: Sequence[str]) -> Iterator[tuple[str, At, Tensor]]:
+    """Columns of D: (T, at most BLOCK / T), float64, valid until the next ones are asked for."""
+    limit = max(BLOCK // len(sources), 1)
+    buffer = torch.empty(len(sources), limit, dtype=torch.float64)
+    for name in names:
+        for at in _blocks(sources[-1].specs[name].shape, limit):
+            blocks = [source.read(name, at) for source in sources]
+            D = buffer[:, : blocks[-1].numel()]
+            for row, block in zip(D, blocks, strict=True):
+                row.copy_(block.flatten().cpu())
+            D[:-1] -= D[-1]
+            D[-1] = 0
+            yield name, at, D
+
+
+def _gram(sources: Sequence[_Reader], names: Sequence[str]) -> NDArray[np.float64]:
+    G = np.zeros((len(sources), len(sources)))
+    for name, at, D in _differences(sources, names):
+        # numpy takes half the time of torch: it sees that the product is symmetric
+        part = D.numpy() @ D.numpy().T
+        if not np.isfinite(part).all():
+            for source in sources:
+                if not torch.isfinite(source.read(name, at).double()).all():
+                    raise ValueError(f"{name} in {source.label} holds NaN or infinity: leave this checkpoint out")
+        G += part
+    return G

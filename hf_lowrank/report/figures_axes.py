@@ -1,0 +1,178 @@
+"""What all pictures share: colours that colour-blind readers can tell apart, panels, axes, legends and labels."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, Locator, MaxNLocator, StrMethodFormatter
+
+from hf_lowrank.report.headline import HeadlineMetric
+from hf_lowrank.report.markdown import one_line
+
+__all__ = [
+    "COLOURS", "MARKED_POINTS", "STYLE", "evenly", "figure_title", "label", "legend_below", "line_style", "marker",
+    "metric_axis", "new_figure", "panel_grid", "panel_title", "sequential", "short_names", "step_axis", "value_scale",
+    "whole_numbers",
+]  # fmt: skip
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale on white
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", ":", "-.")
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "savefig.bbox": None,
+}
+MARKED_POINTS = 40  # beyond this many points a line goes without markers
+_LONGEST_NAME = 36  # characters of a run's name that a picture has room for
+_LONGEST_TITLE = 36  # characters that fit the width of a panel
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches, independent of pyplot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def panel_grid(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels in rows of at most `columns`."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = new_figure(1.2 + 3.0 * columns, 1.1 + 2.4 * rows)
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+
+
+def figure_title(figure: Figure, title: str, *notes: str) -> None:
+    """Put a title over all panels, followed by what holds for all of them."""
+    figure.suptitle(f"{title}: {', '.join(notes)}" if notes else title, fontsize=10.5)
+
+
+def panel_title(axes: Axes, *parts: str) -> None:
+    """Put a title over one panel, a long one in two lines: broken at a comma, or in the middle where there is none."""
+    text = ", ".join(parts)
+    if len(text) > _LONGEST_TITLE:
+        before, comma, _ = text[: _LONGEST_TITLE + 1].rpartition(", ")
+        text = f"{before},\n{text[len(before) + 2 :]}" if comma else fill(text, len(text) // 2 + 4)
+    axes.set_title(text)
+
+
+def metric_axis(axes: Axes, metric: HeadlineMetric, low: float, high: float) -> None:
+    """Put the metric's name and unit on the axes and choose the scale for values from `low` to `high`."""
+    panel_title(axes, metric.label)
+    axes.set_ylabel(metric.axis)
+    value_scale(axes, low, high)
+
+
+def value_scale(axes: Axes, low: float, high: float) -> None:
+    """Make the vertical axis logarithmic where the values span more than a factor of 50."""
+    if low > 0 and high / low > 50:  # the first update of a run is often a hundred times the later ones
+        axes.set_yscale("log")
+
+
+def step_axis(axes: Axes, steps: "pd.Series[Any]") -> None:
+    """Make the horizontal axis that of the optimizer steps; `steps` are all of the figure."""
+    first, last = steps.min(), steps.max()
+    margin = 0.03 * (last - first) or 0.5
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(whole_numbers(first, last))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("optimizer step")
+
+
+def whole_numbers(first: float, last: float) -> Locator:
+    """Return ticks at whole numbers."""
+    # between two whole numbers MaxNLocator would tick fractions, integer=True or not
+    return FixedLocator([first]) if first == last else MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True)
+
+
+def marker(points: int) -> str | None:
+    """Return the marker of a figure's only kind of line, None where a line of so many points goes without."""
+    return "o" if points <= MARKED_POINTS else None
+
+
+def line_style(index: int, points: int) -> dict[str, Any]:
+    """Return a line's look: colour and marker change together, the line style once the colours are used up."""
+    turn = index // len(COLOURS)
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)] if points <= MARKED_POINTS else None,
+        "linestyle": _LINES[turn % len(_LINES)],
+        "markersize": 3.5,
+        "linewidth": 1.2,
+    }
+
+
+def sequential(count: int) -> list[tuple[float, float, float, float]]:
+    """Return `count` colours from light to dark for what has an order; equally readable in grey."""
+    # viridis from its green on: its yellow is too pale on white
+    return [matplotlib.colormaps["viridis"](0.8 * i / max(count - 1, 1)) for i in reversed(range(count))]
+
+
+def evenly(values: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` (two or more) of the values: the first, the last and evenly between."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], most_columns: int = 4) -> None:
+    """Put a legend under the panels, in as many columns as its longest label allows; the figure grows for it."""
+    if not handles:
+        return
+    longest = max(len(text) for text in labels)
+    fitting = int((figure.get_figwidth() - 0.2) / (0.068 * longest + 0.65))  # inches: a character, a handle
+    rows = -(-len(handles) // max(1, min(most_columns, fitting)))
+    if rows > 2:
+        figure.set_figheight(figure.get_figheight() + 0.18 * (rows - 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(handles) // rows), frameon=False)
+
+
+def label(text: str) -> str:
+    """Return text that others chose for a picture: no mathematics between dollars, shown despite an underscore."""
+    plain = text.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the label of every name: on one line, long ones without what all share; all labels are different."""
+    texts = {name: one_line(name) or "(no name)" for name in dict.fromkeys(names)}
+    shared = _shared_start(list(texts.values()))
+    texts = {name: _shortened(f"…{text[shared:]}" if shared else text) for name, text in texts.items()}
+    total, seen = Counter(texts.values()), Counter[str]()
+    shown = {}
+    for name, text in texts.items():
+        seen[text] += 1
+        shown[name] = label(f"{text} ({seen[text]})" if total[text] > 1 else text)
+    return shown
+
+
+def _shared_start(texts: Sequence[str]) -> int:
+    """Return how many characters, whole words, names begin with in common where one is too long; 0 elsewhere."""
+    if len(texts) < 2 or max(map(len, texts)) <= _LONGEST_NAME:
+        return 0
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
+    words = re.match(r".*[-_./ ]", "".join(character for character, _ in alike))
+    return words.end() if words else 0
+
+
+def _shortened(text: str) -> str:
+    # runs are told apart by how their names begin (the method) and how they end (the seed)
+    half = _LONGEST_NAME // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"

@@ -1,0 +1,73 @@
+"""Tensors and work spread over processes: what everything that may meet FSDP2 or DDP shares.
+
+Without a process group there is one process, and nothing is communicated.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["gathered", "is_sharded", "like", "local", "rank_and_world", "reshard", "summed", "whole"]
+
+T = TypeVar("T")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, for which every process must call this; the tensor itself where it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A tensor that every process holds whole, sharded as `model` is; nothing is communicated."""
+    if not isinstance(model, DTensor):
+        return tensor
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 put the sharded parameters back, which an evaluation may have left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, the same on each; on the device it came from."""
+    if rank_and_world()[1] == 1:
+        return tensor
+    # NCCL reduces on the GPU alone, gloo on the CPU
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    total = tensor.detach().to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def gathered(value: T) -> list[T]:
+    """What every process gives, in the order of their numbers, on each."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,350 @@
+"""Landscape, interpolation, activation and curvature callbacks; test_spectral.py has what all callbacks share."""
+
+import json
+import logging
+import math
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
+from transformers import Trainer, TrainerCallback
+
+import hf_lowrank as lr
+from hf_lowrank.callbacks import base
+from hf_lowrank.callbacks.base import MetricCallback
+from hf_lowrank.checkpoints import load_model
+from hf_lowrank.measurements import Measurement, Record
+from hf_lowrank.metrics.activations import compare_activations
+from hf_lowrank.metrics.curvature import hessian_trace
+from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.interpolation import barrier, loss_path
+from hf_lowrank.metrics.landscape import (
+    expected_sharpness,
+    loss_curve,
+    mean_curve,
+    random_direction,
+    svd_direction,
+    symmetric_grid,
+    variance_over_directions,
+)
+
+FEW = dict(sequences=4, budget=None)
+SMALL = dict(directions=3, points=5, svd_1_points=5, svd_k=(2,), svd_k_points=5)
+SAVING = dict(save_strategy="steps", save_steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Without figures, which take seconds and are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_lowrank.callbacks.report.draw_figures", lambda publish: [])
+        yield
+
+
+def callbacks(valid, baseline):
+    return [
+        lr.SpectralCallback(every=2, budget=None),
+        lr.LandscapeCallback(valid, every=2, **SMALL, **FEW),
+        lr.InterpolationCallback(valid, points=5, **FEW),
+        lr.ActivationCallback(valid, baseline, every=2, **FEW),
+        lr.CurvatureCallback(valid, every=2, samples=2, iterations=3, **FEW),
+    ]
+
+
+def records(folder, name):
+    return json.loads((folder / "publish" / "metrics" / f"{name}.json").read_text())
+
+
+def values(folder, name):
+    """Step -> value of one metric."""
+    family = name.split("/")[0].replace("spectral", "spectral")
+    return {r["step"]: r["value"] for r in records(folder, family) if r["name"] == name}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps of SLTrain with every callback: (folder, trainer, validation rows, baseline)."""
+    folder, valid, base_model = tmp_path_factory.mktemp("run"), dataset(8, seed=1), llama(seed=5)
+    trainer = make_trainer(METHODS["sltrain"], arguments(folder, **SAVING))
+    lr.attach(trainer, *callbacks(valid, base_model))
+    trainer.train()
+    return folder, trainer, valid, base_model
+
+
+@pytest.mark.parametrize("attach", [False, True], ids=["bare", "attached"])
+@pytest.mark.parametrize("method", ["fullrank", "sltrain", "cola-m"])
+def test_training_is_bit_identical_with_and_without_them(method, attach, tmp_path):
+    found, base_model = {}, llama(seed=5)
+    for measured in (False, True):
+        args = arguments(tmp_path / f"{measured}", max_steps=4, logging_steps=2, **SAVING)
+        trainer = make_trainer(METHODS[method], args)
+        assert trainer.model.config.attention_dropout > 0
+        made = callbacks(dataset(8, seed=1), base_model) if measured else []
+        if attach and measured:
+            lr.attach(trainer, *made)
+        for callback in [] if attach else made:
+            trainer.add_callback(callback)
+        trainer.train()
+        assert [callback.failed for callback in made] == [None] * len(made)
+        logged = [(e["step"], e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
+        found[measured] = weights(trainer.model), logged, trainer.model.training
+    assert found[True][1] == found[False][1]
+    assert found[True][2] == found[False][2]
+    for key, tensor in found[False][0].items():
+        assert torch.equal(found[True][0][key], tensor), key
+
+
+# The numbers are those of the pure functions, on the checkpoints that the run left
+
+
+def test_landscapes(run):
+    folder, _, valid, _ = run
+    model, rows = load_model(folder / "checkpoint-4"), EvaluationSet.from_dataset(valid, 4)
+    curves = [loss_curve(model, rows, random_direction(model, i), symmetric_grid(0.003, 5)) for i in range(3)]
+    found = {r["name"]: r for r in records(folder, "landscape") if r["step"] == 4}
+    sharpness = [expected_sharpness(curve) for curve in curves]
+    random = found["landscape/random/sharpness"]
+    # losses are of float32 forward passes: 1e-7 of 4 nats
+    assert random["value"] == pytest.approx(expected_sharpness(mean_curve(curves)), abs=2e-6)
+    assert random["stderr"] == pytest.approx(np.std(sharpness, ddof=1) / 3**0.5, abs=2e-6)
+    assert found["landscape/random/variance"]["value"] == pytest.approx(variance_over_directions(curves), rel=0.01)
+    top = loss_curve(model, rows, svd_direction(model, 1), symmetric_grid(0.25, 5))
+    assert found["landscape/svd_1/sharpness"]["value"] == pytest.approx(expected_sharpness(top), abs=2e-6)
+    several = [
+        loss_curve(model, rows, svd_direction(model, k, True, "zero"), symmetric_grid(0.052, 5)) for k in (1, 2)
+    ]
+    assert found["landscape/svd_k/sharpness"]["value"] == pytest.approx(
+        expected_sharpness(mean_curve(several)), abs=2e-6
+    )
+    assert found["landscape/svd_k/variance"]["value"] == pytest.approx(variance_over_directions(several), rel=0.01)
+    assert found["landscape/svd_k/sharpness"]["settings"]["K"] == 2
+    center = found["landscape/random/center_loss"]
+    assert center["value"] == pytest.approx(rows.estimate(model).value, rel=1e-6)
+    assert center["stderr"] == pytest.approx(rows.estimate(model).stderr, rel=1e-4)
+    assert {r["space"] for r in found.values()} == {"native"}
+    table = pd.read_parquet(folder / "publish" / "metrics" / "landscape.parquet")
+    assert sorted(set(table["step"])) == [0, 2, 4, 6]
+    assert set(table["subject"]) == {"random", "random_mean", "svd_1", "svd_k"}
+    third = table[(table["step"] == 4) & (table["subject"] == "random") & (table["direction"] == 2)]
+    np.testing.assert_allclose(third["loss"], curves[2].loss, rtol=1e-5)
+
+
+def test_barriers_between_neighbouring_checkpoints(run):
+    folder, _, valid, _ = run
+    rows = EvaluationSet.from_dataset(valid, 4)
+    for now, before in ((4, 2), (6, 4)):
+        old, new = (lr.to_dense(load_model(folder / f"checkpoint-{step}")) for step in (before, now))
+        alphas = np.linspace(0, 1, 5)
+        expected = barrier(alphas, loss_path(new, old.state_dict(), new.state_dict(), rows, alphas))
+        found = {r["name"]: r for r in records(folder, "interpolation") if r["step"] == now}
+        height = found["interpolation/consecutive/barrier"]
+        assert height["value"] == pytest.approx(expected.value, abs=2e-6)
+        assert height["stderr"] > 0
+        assert (height["space"], height["settings"]["other_step"]) == ("dense", before)
+        assert found["interpolation/consecutive/barrier_chord"]["value"] == pytest.approx(expected.chord, abs=2e-6)
+        assert found["interpolation/consecutive/barrier_alpha"]["value"] == expected.alpha
+    assert sorted(values(folder, "interpolation/consecutive/barrier")) == [4, 6]
+
+
+def test_activations_against_a_baseline(run):
+    folder, _, valid, base_model = run
+    rows = EvaluationSet.from_dataset(valid, 4)
+    mean, layers = compare_activations(load_model(folder / "checkpoint-6"), base_model.eval(), rows)
+    found = {r["name"]: r for r in records(folder, "activation") if r["step"] == 6}
+    for name in ("relative_l2", "cosine", "cka", "cka_debiased"):
+        assert found[f"activation/{name}"]["value"] == pytest.approx(getattr(mean, name).value, rel=1e-5)
+        assert found[f"activation/{name}"]["stderr"] == pytest.approx(getattr(mean, name).stderr, rel=1e-3)
+    table = pd.read_parquet(folder / "publish" / "metrics" / "activation.parquet")
+    last = table[table["step"] == 6].sort_values("layer")
+    assert last["layer"].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(last["activation/cka"], [layer.cka.value for layer in layers], rtol=1e-5)
+
+
+def test_curvature(run):
+    folder, _, valid, _ = run
+    model, rows = load_model(folder / "checkpoint-6"), EvaluationSet.from_dataset(valid, 4)
+    expected = hessian_trace(model, rows.differentiable, samples=2, seed=0)
+    (trace,) = [r for r in records(folder, "curvature") if r["step"] == 6 and r["name"] == "curvature/trace"]
+    assert trace["value"] == pytest.approx(expected.value, rel=1e-4)
+    assert trace["stderr"] == pytest.approx(expected.stderr, rel=1e-3)
+
+
+def test_the_report_has_the_sixteen_but_the_barrier_to_another_run(run):
+    folder, trainer, _, _ = run
+    names = {m["name"] for m in lr.load_report(folder)["metrics"]}
+    from hf_lowrank.report import HEADLINE_METRICS
+
+    assert {m.name for m in HEADLINE_METRICS} - names == {"interpolation/cross_method/barrier"}
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert names - {"validation_loss", "perplexity"} <= logged
+
+
+def test_the_validation_rows_are_kept_for_measuring_later(run):
+    folder, trainer, _, _ = run
+    kept = pd.read_parquet(folder / "evaluation.parquet")
+    assert [list(row) for row in kept["input_ids"]] == trainer.eval_dataset["input_ids"]
+
+
+# Resuming
+
+
+class Kill(TrainerCallback):
+    """Ends the process's part in the run, as a kill does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_measures_on_as_if_nothing_had_happened(run, tmp_path):
+    whole, _, valid, base_model = run
+    trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, **SAVING), callbacks=[Kill(5)])
+    lr.attach(trainer, *callbacks(valid, base_model))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    # killed at step 5, resumed from 2: what was measured at 4 is measured again
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, **SAVING))
+    lr.attach(trainer, *callbacks(valid, base_model))
+    trainer.train(resume_from_checkpoint=lr.last_checkpoint(tmp_path))
+    for family in ("landscape", "interpolation", "activation", "curvature"):
+        assert records(tmp_path, family) == records(whole, family), family
+
+
+def test_a_resumed_run_without_them_drops_what_lies_beyond_its_checkpoint(run, tmp_path):
+    whole, _, _, _ = run
+    folder = shutil.copytree(whole, tmp_path / "run")
+    trainer = make_trainer(METHODS["sltrain"], arguments(folder, **SAVING))
+    lr.attach(trainer)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert sorted(values(folder, "landscape/random/sharpness")) == [0, 2]
+    assert not (folder / "publish" / "metrics" / "interpolation.json").exists()
+
+
+# The budget
+
+
+class Slow(MetricCallback):
+    """Takes a while for a number."""
+
+    name = "slow"
+
+    def measure(self, model, args, state):
+        time.sleep(0.05)
+        return Measurement([Record("slow/number", float(state.global_step), None, state.global_step)], [])
+
+
+class Slower(Slow):
+    name = "slower"
+
+
+@pytest.mark.parametrize(("budget", "least", "most"), [(None, 13, 13), (0.0, 2, 2), (50.0, 13, 13)])
+def test_a_budget_thins_measurements_out_and_says_so_once(budget, least, most, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(base, "GRACE", 0.0)
+    callback = Slow(every=1, budget=budget)
+    trainer = Trainer(model=gpt2(), args=arguments(tmp_path, max_steps=12), train_dataset=dataset())
+    lr.attach(trainer, callback)
+    with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        trainer.train()
+    steps = sorted(r.step for r in callback.records)
+    assert least <= len(steps) <= most
+    # the start and the end are always measured
+    assert (steps[0], steps[-1]) == (0, 12)
+    assert callback.skipped == 13 - len(steps)
+    assert caplog.text.count("some are left out") == (1 if callback.skipped else 0)
+
+
+def test_the_budget_is_for_all_callbacks_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "GRACE", 0.18)
+    made = [Slow(every=1), Slower(every=1)]
+    trainer = Trainer(model=gpt2(), args=arguments(tmp_path, max_steps=12), train_dataset=dataset())
+    for callback in made:
+        trainer.add_callback(callback)
+    trainer.train()
+    between = sum(len(callback.records) - 2 for callback in made)
+    assert between <= 4
+    assert made[0]._clock is made[1]._clock
+    # a second run starts with a budget of its own
+    spent = made[0]._clock
+    trainer.train()
+    assert made[0]._clock is made[1]._clock is not spent
+
+
+@pytest.mark.parametrize("arguments_", [{"every": 0}, {"every": 1, "budget": -1}, {"every": 1, "budget": math.nan}])
+def test_numbers_that_make_no_sense(arguments_):
+    with pytest.raises(ValueError, match=r"every=0|budget="):
+        lr.SpectralCallback(**arguments_)
+
+
+# What goes wrong
+
+
+def test_one_that_fails_costs_itself_alone(tmp_path, caplog):
+    valid = dataset(8, seed=1)
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=2))
+    bad = lr.LandscapeCallback([{"input_ids": [10**6, 1, 2]}], every=1, **SMALL, **FEW)
+    good = lr.CurvatureCallback(valid, every=1, samples=2, iterations=2, **FEW)
+    lr.attach(trainer, bad, good)
+    with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        trainer.train()
+    assert "landscape failed at step 0 and is switched off" in caplog.text
+    assert bad.failed
+    assert good.failed is None
+    assert sorted({r.step for r in good.records}) == [0, 1, 2]
+
+
+def test_what_cannot_work_is_said_before_training(tmp_path):
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path))
+    with pytest.raises(ValueError, match="evaluation data set is empty"):
+        lr.attach(trainer, lr.LandscapeCallback([]))
+    with pytest.raises(ValueError, match=r"hidden_size is 32 there, 16 here"):
+        lr.attach(trainer, lr.ActivationCallback(dataset(4), llama(hidden_size=32)))
+    with pytest.raises(FileNotFoundError, match="no/such"):
+        lr.ActivationCallback(dataset(4), "./no/such/run")
+    with pytest.raises(ValueError, match="it is 'native' or 'dense'"):
+        lr.LandscapeCallback(dataset(4), space="denes")
+    with pytest.raises(ValueError, match=r"directions=-1"):
+        lr.LandscapeCallback(dataset(4), directions=-1)
+    with pytest.raises(ValueError, match="points=2"):
+        lr.InterpolationCallback(dataset(4), points=2)
+
+
+def test_a_baseline_with_checkpoints_is_taken_at_the_same_step(run, tmp_path):
+    folder, _, valid, _ = run
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=4))
+    lr.attach(trainer, lr.ActivationCallback(valid, folder, every=2, **FEW))
+    trainer.train()
+    found = {r["step"]: r["settings"]["baseline_step"] for r in records(tmp_path, "activation")}
+    # none was saved at step 0: what the run published is taken
+    assert found == {0: None, 2: 2, 4: 4}
+
+
+def test_a_dense_landscape_of_a_method_without_a_dense_form_is_a_marked_row(tmp_path):
+    trainer = make_trainer(METHODS["cola"], arguments(tmp_path, max_steps=1))
+    callback = lr.LandscapeCallback(dataset(8), space="dense", **SMALL, **FEW)
+    lr.attach(trainer, callback)
+    trainer.train()
+    assert callback.failed is None
+    (record,) = [r for r in records(tmp_path, "landscape") if r["step"] == 1]
+    assert (record["value"], record["space"]) == (None, "dense")
+    assert "CoLA has no dense form" in record["settings"]["note"]
+
+
+def test_a_dense_landscape_is_that_of_the_dense_model(tmp_path):
+    trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, max_steps=1))
+    lr.attach(trainer, lr.LandscapeCallback(dataset(8), space="dense", **SMALL, **FEW))
+    trainer.train()
+    dense, rows = lr.to_dense(trainer.model).eval(), EvaluationSet.from_dataset(dataset(8), 4)
+    curves = [loss_curve(dense, rows, random_direction(dense, i), symmetric_grid(0.003, 5)) for i in range(3)]
+    (found,) = [
+        r for r in records(tmp_path, "landscape") if (r["step"], r["name"]) == (1, "landscape/random/sharpness")
+    ]
+    assert found["value"] == pytest.approx(expected_sharpness(mean_curve(curves)), abs=2e-6)
+    assert found["space"] == "dense"
