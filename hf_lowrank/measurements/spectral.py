@@ -1,13 +1,19 @@
 """Spectra of every target matrix and of its updates (H8 to H13)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_lowrank.measurements.base import Measurement, Record, finite
-from hf_lowrank.metrics.spectra import relative_norm, singular_vectors, spectral_metrics, subspace_overlap
+from hf_lowrank.metrics.spectra import (
+    measure_each,
+    relative_norm,
+    singular_vectors,
+    spectral_metrics,
+    subspace_overlap,
+)
 from hf_lowrank.sharding import gathered, rank_and_world
 from hf_lowrank.targets import Target, dense_weights
 
@@ -65,12 +71,19 @@ def measure_spectra(
     rank, world = rank_and_world() if shared else (0, 1)
     rows: list[tuple[int, dict[str, Any]]] = []
     kept: dict[str, Tensor] = {}
-    for i, (target, weight) in enumerate(dense_weights(model, target_modules)):
-        if i % world != rank:
-            continue
-        row, vectors = _row(target, weight, previous, initial)
+
+    def mine() -> Iterator[tuple[tuple[int, Target], Tensor]]:
+        # where weights are sharded every process must come along for the others' matrices
+        for i, (target, weight) in enumerate(dense_weights(model, target_modules)):
+            if i % world == rank:
+                kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
+                yield (i, target), weight
+
+    for (i, target), found in measure_each(lambda at, weight: _row(at[1], weight, previous, initial), mine()):
+        if isinstance(found, Exception):
+            raise found
+        row, vectors = found
         rows.append((i, {"step": step, "space": _space(target), **row}))
-        kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
         kept.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         progress()
     if shared:

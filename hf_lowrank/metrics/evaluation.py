@@ -342,7 +342,8 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             "attention_mask": (row["attention_mask"] if "attention_mask" in row else [1] * length, 0),
         }
         for key, (value, fill) in values.items():
-            columns.setdefault(key, []).append(F.pad(torch.as_tensor(value), (0, longest - length), value=fill))
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            columns.setdefault(key, []).append(F.pad(tensor, (0, longest - length), value=fill))
     stacked = {key: torch.stack(parts) for key, parts in columns.items()}
     if bool((stacked["attention_mask"] == 1).all()):
         # nothing is padded, and a mask costs some attention kernels their fastest path

@@ -88,13 +88,13 @@ def singular_values(weight: Tensor) -> Tensor:
 
 
 def top_singular_triplets(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-k singular triplets: W V = U diag(S), float64.
+    """Top-k singular triplets, float64: W V = U diag(S) and Wᵀ U = V diag(S).
 
     For k <= q / 2 the subspace comes from the eigenvectors of the smaller float64 Gram matrix and the triplets from
-    the SVD of W inside it, two to four times as fast as the full SVD. The subspace is off by an angle of about
-    1e-16 s_1^2 / (s_k^2 - s_(k+1)^2), where the full SVD's is 1e-16 s_1 / (s_k - s_(k+1)); the columns of U and of V
-    are orthonormal to 1e-14, and S is right to 1e-14 s_1. Where s_k < 1e-4 s_1, and for larger k, it is the full SVD.
-    Signs are arbitrary, and so are the vectors of equal values.
+    the SVD of W inside it, 1.5 to 5 times as fast as the full SVD. The subspace is off by an angle of at most about
+    1e-14 s_1^2 / (s_k^2 - s_(k+1)^2), where the full SVD's is 1e-14 s_1 / (s_k - s_(k+1)); the columns of U and of V
+    are orthonormal to 1e-14, S is right to 1e-14 s_1, and the equations hold to 1e-14 s_1^2 / s_k. Where
+    s_k < 1e-4 s_1, and for larger k, it is the full SVD. Signs are arbitrary, and so are the vectors of equal values.
 
     Args:
         weight: (m, n), any floating dtype; on a device without float64 it is moved to the CPU.

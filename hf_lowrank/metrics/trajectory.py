@@ -294,8 +294,9 @@ def _differences(sources: Sequence[_Reader], names: Sequence[str]) -> Iterator[t
 def _gram(sources: Sequence[_Reader], names: Sequence[str]) -> NDArray[np.float64]:
     G = np.zeros((len(sources), len(sources)))
     for name, at, D in _differences(sources, names):
-        # numpy takes half the time of torch: it sees that the product is symmetric
-        part = D.numpy() @ D.numpy().T
+        with np.errstate(invalid="ignore", over="ignore"):
+            # numpy takes half the time of torch: it sees that the product is symmetric
+            part = D.numpy() @ D.numpy().T
         if not np.isfinite(part).all():
             for source in sources:
                 if not torch.isfinite(source.read(name, at).double()).all():
