@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def run(name, monkeypatch, *argv):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
-    monkeypatch.setattr(module, "TOKENS", 64)
+    monkeypatch.setattr(module, "TOKENS", 64, raising=False)
     module.main()
 
 
@@ -27,6 +28,32 @@ def quiet():
 
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_metrics(monkeypatch, tmp_path):
+    output = tmp_path / "metrics.json"
+    few = ["--rounds", 1, "--sequences", 1, "--points", 3, "--parts", "spectra", "landscape"]
+    run("metrics", monkeypatch, "--sizes", "tiny", "--device", "cpu", "--output", output, *few)
+    result = json.loads(output.read_text())["tiny"]
+    assert result["spectra"]["largest_error"] < 1e-4
+    assert result["spectra"]["matrices"] == 14
+    for part in ("spectra", "landscape"):
+        assert all(value > 0 for value in result[part]["ratios"].values())
+
+
+@pytest.mark.slow
+def test_memory_of_metrics(tmp_path):
+    output = tmp_path / "metrics.json"
+    few = ["--rounds", "1", "--batch", "64", "--parts", "logits", "trajectory", "cka", "--device", "cpu"]
+    command = [sys.executable, BENCHMARKS / "metrics.py", "--sizes", "tiny", "--output", output]
+    subprocess.run([*command, *few], check=True)
+    result = json.loads(output.read_text())["tiny"]
+    # 64 x 256 tokens at vocabulary 32000: the whole batch's logits would be 2 GB
+    assert result["logits"]["bytes"]["its logits alone"] == 64 * 256 * 32000 * 4
+    assert 0 < result["logits"]["bytes"]["a loss"] < 0.5 * 2**30
+    assert result["cka"]["ratios"]["eight times the positions"] < 1.5
+    assert result["trajectory"]["bytes"]["trajectory PCA"] > 0
 
 
 @pytest.mark.usefixtures("quiet")

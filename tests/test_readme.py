@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from tiny_runs import arguments, dataset, llama
 from transformers import HfArgumentParser
 
 from hf_lowrank.arguments import parse_recipe
+from hf_lowrank.cli import app
 from hf_lowrank.hub.card import METHODS as CARDS
 from hf_lowrank.methods import METHODS
 
@@ -34,6 +36,8 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
     args = arguments(tmp_path / "runs" / "snippets", max_steps=2)
     # a rank of 32 does not fit the smallest model, so this one is a little wider
     model = llama(hidden_size=64, intermediate_size=96)
+    # the baseline that activations are compared with
+    llama(hidden_size=64, intermediate_size=96, seed=1).save_pretrained(tmp_path / "runs" / "tiny-fullrank")
     names = {
         "model": model, "args": args, "train": dataset(), "valid": dataset(8, seed=1), "repo": args.output_dir,
     }  # fmt: skip
@@ -50,6 +54,10 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
 def test_every_recipe_command_parses(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
+    if words[0] == "hf-lowrank":
+        command = typer.main.get_command(app).commands[words[1]]
+        assert command.make_context(words[1], words[2:]).params
+        return
     assert words[:3] == ["accelerate", "launch", "recipes/pretrain.py"]
     assert Path(words[2]).is_file()
     recipe = parse_recipe([*words[3:], "--use_cpu", "--bf16", "false"], ROOT / "recipes" / "configs")
@@ -71,13 +79,15 @@ def test_every_relative_link_leads_somewhere():
 
 
 def test_flags_named_in_the_text_exist():
-    named = set(re.findall(r"`--([a-z_]+)", README))
+    named = set(re.findall(r"`--([a-z_-]+)", README))
     recipe = parse_recipe.__globals__
     parser = HfArgumentParser(
         [recipe["RecipeArguments"], recipe["DataArguments"], recipe["TrainingArguments"]], allow_abbrev=False
     )
     flags = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    assert named <= flags | {"repo-id"}
+    for command in typer.main.get_command(app).commands.values():
+        flags |= {option.lstrip("-") for p in command.params for option in p.opts}
+    assert named <= flags
 
 
 def test_no_path_of_a_machine_in_the_project():

@@ -1,6 +1,7 @@
 """A run on the bench: which units of work it needs, and how each is done."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hf_lowrank.measurements.spectral import Earlier, measure_spectra
 from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.evaluation import EvaluationSet
-from hf_lowrank.metrics.trajectory import trajectory_pca
+from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
 from hf_lowrank.targets import find_targets
 
 __all__ = ["Bench"]
@@ -164,7 +165,7 @@ class Bench:
         if unit.subject == "trajectory":
             names = [name for name, _ in model.named_parameters()]
             order = sorted(unit.checkpoints, key=lambda c: c.step)
-            pca = trajectory_pca([c.weights for c in order], min(settings.trajectory, len(order) - 1), names)
+            pca = _components([c.weights for c in order], min(settings.trajectory, len(order) - 1), names)
             _, space = in_space(model, "native")
             return measure_trajectory(model, self.evaluation, pca, settings, unit.step, space, progress)
         if unit.space == "dense" and (why := no_dense_form(model)):
@@ -209,6 +210,16 @@ class Bench:
                 (unit.other, unit.checkpoints[1].step), "dense", progress, noted,
             )  # fmt: skip
         return found
+
+
+def _components(checkpoints: list[list[Path]], k: int, names: list[str]) -> TrajectoryPCA:
+    """The first k components, or one where the checkpoints lie on a line."""
+    try:
+        return trajectory_pca(checkpoints, k, names)
+    except ValueError:
+        if k == 1:
+            raise
+        return trajectory_pca(checkpoints, 1, names)
 
 
 def _marked(unit: Unit, note: str) -> Measurement:

@@ -375,6 +375,14 @@ def test_matrices_are_pulled_when_a_thread_is_about_to_be_free(slow):
     assert not alive
 
 
+def test_an_accelerators_matrices_are_measured_by_the_callers_thread():
+    given = [("cpu", torch.ones(2, 2)), ("accelerator", torch.empty(2, 2, device="meta")), ("cpu", torch.ones(3, 3))]
+    found = [
+        (name, ident == threading.get_ident()) for name, ident in measure_each(lambda *_: threading.get_ident(), given)
+    ]
+    assert found == [("cpu", False), ("accelerator", True), ("cpu", False)]
+
+
 def test_errors_of_the_iterable_are_the_callers():
     def broken():
         yield from weights(1).items()
