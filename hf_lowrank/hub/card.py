@@ -99,7 +99,7 @@ _CAPTIONS = {
     "curvature_over_steps.png": "Top eigenvalue and trace of the Hessian over training",
     "interpolation_paths.png": "Loss on straight lines to the neighbouring checkpoint and to other runs",
     "barriers_over_steps.png": "Loss barriers to the neighbouring checkpoint and to other runs over training",
-    "barrier_map.png": "Loss barriers between runs, as trained and after aligning hidden units",
+    "barrier_map.png": "Loss barriers between runs, as trained and after aligning units and heads",
     "spectra_over_steps.png": "Spectral metrics over training: mean and spread over the weight matrices",
     "spectra_over_depth.png": "Spectral metrics over depth at the last measured step, by kind of module",
     "similarity_over_steps.png": "Activations compared with the baseline's over training: mean and range over layers",

@@ -7,6 +7,7 @@ L(theta + x d) in nats over a grid of x.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,10 +91,17 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={normalize!r}: it is one of {', '.join(NORMALIZATIONS)}")
     reshard(model)
+    parameters = parameters_of(model)
+    # a generator draws on one thread, and each parameter has its own
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        shapes = [p.shape for p in parameters.values()]
+        numbers = pool.map(
+            lambda name, shape: torch.randn(shape, generator=_generator(seed, name)), parameters, shapes
+        )
     direction, squares = {}, 0.0
-    for name, p in parameters_of(model).items():
+    for (name, p), drawn in zip(parameters.items(), numbers, strict=True):
         dtype = torch.promote_types(p.dtype, torch.float32)
-        drawn = torch.randn(p.shape, generator=_generator(seed, name)).to(device=p.device, dtype=dtype)
+        drawn = drawn.to(device=p.device, dtype=dtype)
         if normalize in ("filter", "layer"):
             weight = whole(p.detach()).to(dtype)
             by_row = normalize == "filter" and p.ndim > 1

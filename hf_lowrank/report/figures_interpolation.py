@@ -60,7 +60,7 @@ def interpolation_paths(interpolation: pd.DataFrame) -> Figure | None:
         else:
             _draw_peers(axes, rows, list(peers))
             notes = [f"step {int(rows['step'].iloc[0]):,}"]
-            axes.set_xlabel("α on the straight line between the runs")
+            axes.set_xlabel("α from this run (0) to the other (1)")
         panel_title(axes, _SUBJECTS[subject], *notes, *_space_note(rows, spaces))
         axes.set_ylabel("loss (nats)")
         # methods, seeds and alignment are read against each other
@@ -175,7 +175,7 @@ def barriers_over_steps(records: pd.DataFrame) -> Figure | None:
         for index, (peer, shown) in enumerate(peers.items())
     }
     if barriers["subject"].str.endswith(_ALIGNED).any():
-        legend["after aligning hidden units"] = Line2D(
+        legend["after aligning units and heads"] = Line2D(
             [], [], color="0.3", marker="o", markersize=3.5, **_ALIGNED_LOOK
         )
     legend_below(figure, list(legend.values()), list(legend))
@@ -206,15 +206,17 @@ def _draw_barriers(axes: Axes, rows: pd.DataFrame, peers: Sequence[str]) -> None
 
 
 def barrier_map(barriers: pd.DataFrame) -> Figure | None:
-    """Draw the barrier of every pair of runs at the last step as a heat map, plain and, where there is, aligned."""
-    barriers = barriers.dropna(subset=["barrier"]) if len(barriers) else barriers
-    if barriers.empty:
+    """Draw the barrier of every pair of runs as a heat map, plain and, where there is, aligned.
+
+    Each pair is shown at its own last step: runs of different lengths have no last one in common.
+    """
+    if barriers.empty or barriers["barrier"].isna().all():
         return None
-    last = barriers["step"].max()
-    barriers = barriers[barriers["step"] == last]
+    barriers = barriers.dropna(subset=["barrier"]).sort_values("step", kind="stable")
+    barriers = barriers.drop_duplicates(["run_a", "run_b", "aligned"], keep="last").sort_index()
     names = short_names(_runs(barriers))
     aligned = barriers["aligned"].eq(True)
-    titled = {"as trained": barriers[~aligned], "after aligning hidden units": barriers[aligned]}
+    titled = {"as trained": barriers[~aligned], "after aligning units and heads": barriers[aligned]}
     panels = {title: _square(rows, list(names)) for title, rows in titled.items() if len(rows)}
     stacked = len(names) > 8
     side, margin = max(0.5 * len(names), 1.8), 0.075 * max(map(len, names.values()))
@@ -232,7 +234,9 @@ def barrier_map(barriers: pd.DataFrame) -> Figure | None:
         axes.set_xticks(range(len(names)), shown if below else [], rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), shown if left else [])
     figure.colorbar(ScalarMappable(norm, _HEAT), ax=grid, label="barrier (nats)", aspect=30, pad=0.02)
-    figure_title(figure, f"Loss barriers between runs at step {int(last):,}")
+    first, last = int(barriers["step"].min()), int(barriers["step"].max())
+    at = f"at step {last:,}" if first == last else f"at each pair's last step, {first:,} to {last:,}"
+    figure_title(figure, f"Loss barriers between runs {at}")
     if any(np.isnan(square).any() for square in panels.values()):
         legend_below(figure, [Patch(facecolor="white", edgecolor="0.75", hatch="////")], ["not measured"])
     return figure

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hf_lowrank.report import HEADLINE_METRICS, draw_figures
-from hf_lowrank.report.figures_axes import STYLE
+from hf_lowrank.report.figures_axes import STYLE, evenly, short_names
 from hf_lowrank.report.figures_tables import one_space
 from hf_lowrank.report.figures_training import loss as loss_figure
 
@@ -153,3 +153,18 @@ def test_perplexity_axis_marks_what_the_loss_axis_shows() -> None:
     assert right.get_ylim() == loss.get_ylim()
     for tick, label in zip(right.get_yticks(), right.get_yticklabels(), strict=True):
         assert np.exp(tick) == pytest.approx(float(label.get_text().replace(",", "")), rel=1e-3)
+
+
+def test_names_stay_short_and_different() -> None:
+    assert short_names(["a", "b", "a"]) == {"a": "a", "b": "b"}
+    assert short_names(["_a$b"]) == {"_a$b": r" _a\$b"}
+    long = [f"llama_60m_c4_{method}_rank128_lr0.01_warmup1000_seed0" for method in ("galore", "fira", "apollo")]
+    assert list(short_names(long).values())[1].startswith("…fira_rank128"), "without what all begin with"
+    same = [f"{'x' * 30}{middle}{'y' * 30}" for middle in "abc"]
+    assert len(set(short_names(same).values())) == 3
+    assert all(len(text) < 45 for text in short_names([*same, *long, "two\nlines", ""]).values())
+
+
+def test_evenly_keeps_both_ends() -> None:
+    assert evenly([1, 2, 3], 6) == [1, 2, 3]
+    assert evenly(range(0, 1001, 10), 6) == [0, 200, 400, 600, 800, 1000]

@@ -17,7 +17,7 @@ from hf_lowrank.hub.card import _CAPTIONS
 from hf_lowrank.report import draw_figures
 from hf_lowrank.report.figures import _PICTURES
 from hf_lowrank.report.figures_activation import similarity_over_depth, similarity_over_steps
-from hf_lowrank.report.figures_axes import STYLE, evenly, short_names
+from hf_lowrank.report.figures_axes import STYLE
 from hf_lowrank.report.figures_interpolation import barrier_map, barriers_over_steps, interpolation_paths
 from hf_lowrank.report.figures_landscape import curvature_over_steps, landscape_curves, sharpness_over_steps
 from hf_lowrank.report.figures_tables import lines
@@ -357,7 +357,7 @@ def test_paths_and_barriers_are_told_apart() -> None:
     assert last == pytest.approx(4 + 20 / 4)
     assert legend(figure) == ["a", "b"]
     figure = figure_of(barriers_over_steps, records([*barriers(peers=["a"]), *barriers(peers=["b"])]))
-    assert legend(figure) == ["a (other seed)", "b (other seed)", "after aligning hidden units"]
+    assert legend(figure) == ["a (other seed)", "b (other seed)", "after aligning units and heads"]
 
 
 def test_barrier_map_is_symmetric_and_grouped_by_method() -> None:
@@ -370,6 +370,15 @@ def test_barrier_map_is_symmetric_and_grouped_by_method() -> None:
     assert legend(figure) == ["not measured"]
 
 
+def test_barrier_map_shows_each_pair_at_its_own_last_step() -> None:
+    table = between_runs(aligned=(False,))
+    earlier = table.assign(step=50, barrier=9.0)
+    shorter = table["run_b"] == "a1"
+    figure = figure_of(barrier_map, pd.concat([table[~shorter], earlier], ignore_index=True))
+    assert sorted({text.get_text() for text in figure.axes[0].texts}) == ["2.00", "9.00"]
+    assert figure.get_suptitle().endswith("at each pair's last step, 50 to 100")
+
+
 def test_similarity_names_its_baseline() -> None:
     table = activation()
     figure = figure_of(similarity_over_depth, table)
@@ -380,17 +389,3 @@ def test_similarity_names_its_baseline() -> None:
     assert title.endswith("compared with fullrank at step 100, the first of 2 baselines")
     title = figure_of(similarity_over_depth, table.assign(baseline="", baseline_step=-1)).get_suptitle()
     assert title.endswith("compared with the baseline")
-
-
-def test_names_stay_short_and_different() -> None:
-    assert short_names(["a", "b", "a"]) == {"a": "a", "b": "b"}
-    assert short_names(["_a$b"]) == {"_a$b": r" _a\$b"}
-    assert list(short_names(LONG).values())[1].startswith("…fira_rank128"), "without what all begin with"
-    same = [f"{'x' * 30}{middle}{'y' * 30}" for middle in "abc"]
-    assert len(set(short_names(same).values())) == 3
-    assert all(len(text) < 45 for text in short_names([*same, *LONG, *ODD]).values())
-
-
-def test_evenly_keeps_both_ends() -> None:
-    assert evenly([1, 2, 3], 6) == [1, 2, 3]
-    assert evenly(range(0, 1001, 10), 6) == [0, 200, 400, 600, 800, 1000]
