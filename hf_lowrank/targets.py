@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.sharding import reshard
 
-__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "whole_layer"]
+__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights", "whole_layer"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,23 @@ def dense_weights(model: nn.Module, target_modules: list[str] | str | None = Non
     reshard(model)
     for target in find_targets(model, target_modules):
         yield target, replace(target, module=whole_layer(target.module)).dense_weight()
+
+
+def native_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
+    """Each matrix that is trained in the targets' place, one at a time and whole: a method's factors, or W itself.
+
+    A factor's target has the factor's name and shape.
+    """
+    reshard(model)
+    for target in find_targets(model, target_modules):
+        layer = whole_layer(target.module)
+        if not isinstance(layer, ReparameterizedLinear):
+            yield target, replace(target, module=layer).dense_weight()
+            continue
+        for name, p in layer.named_parameters():
+            if p.ndim == 2:
+                names = f"{target.name}.{name}", f"{target.kind}.{name}"
+                yield replace(target, name=names[0], kind=names[1], rows=p.shape[0], cols=p.shape[1]), p.detach()
 
 
 def whole_layer(module: nn.Module) -> nn.Module:

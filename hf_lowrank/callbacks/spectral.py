@@ -26,6 +26,7 @@ class SpectralCallback(MetricCallback):
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
         target_modules: layers to measure, as in a method's config; default: every linear layer inside the repeated
             blocks.
+        space: `dense`, or `native` as in the study, where each factor of a reparameterised layer counts by itself.
         budget: share of the training time for all metric callbacks together; None for no limit.
     """
 
@@ -35,9 +36,14 @@ class SpectralCallback(MetricCallback):
         self,
         every: int = 500,
         target_modules: list[str] | str | None = None,
+        *,
+        space: str = "dense",
         budget: float | None = BUDGET,
     ) -> None:
         super().__init__(every, budget)
+        if space not in ("dense", "native"):
+            raise ValueError(f"space={space!r}: it is 'dense' or 'native'")
+        self.space = space
         self.target_modules = target_modules
         self._last: int | None = None
 
@@ -57,6 +63,7 @@ class SpectralCallback(MetricCallback):
             previous=self._earlier(previous, self._last, step),
             initial=self._earlier(initial, 0, step),
             target_modules=self.target_modules,
+            space=self.space,
             shared=args.world_size > 1,
         )
         previous.save(kept, step)

@@ -23,7 +23,7 @@ from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
-from hf_lowrank.targets import find_targets
+from hf_lowrank.targets import find_targets, native_weights
 
 __all__ = ["Bench"]
 
@@ -73,6 +73,11 @@ class Bench:
         replaced = self.run.method in METHODS and METHODS[self.run.method].replaces_layers
         return ("native", "dense") if native and replaced else ("dense",)
 
+    @property
+    def has_dense_form(self) -> bool:
+        """Whether dense matrices compute what the run's models compute."""
+        return self.run.method not in METHODS or METHODS[self.run.method].has_dense_form
+
     def model(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """A checkpoint's model as trained; the two that were asked for last are kept."""
         if checkpoint not in self._models:
@@ -104,16 +109,20 @@ class Bench:
         pair = (now,) if before is None else (now, before)
         checkpoints = self.run.checkpoints
         if family == "spectral":
-            yield Unit(family, now.step, pair)
+            yield from (Unit(family, now.step, pair, space=space) for space in self.spaces())
         elif family == "activation":
             if (other := self.baseline_at(now.step)) is not None:
                 yield Unit(family, now.step, (now, other))
         elif family == "interpolation":
             if before is not None:
-                yield Unit(family, now.step, pair, subject="consecutive")
+                spaces = self.spaces() if self.has_dense_form else ("native",)
+                yield from (Unit(family, now.step, pair, space=space, subject="consecutive") for space in spaces)
             for run in self.partners(now.step):
                 at = run.at(now.step)
                 yield Unit(family, now.step, (now,) if at is None else (now, at), subject="cross", other=run.name)
+        elif family == "curvature":
+            spaces = self.spaces() if self.has_dense_form else ("native",)
+            yield from (Unit(family, now.step, (now,), space=space) for space in spaces)
         elif family == "landscape":
             yield from (Unit(family, now.step, (now,), space=space) for space in self.spaces())
             if now is checkpoints[-1] and self.preset.landscape.trajectory and before is not None:
@@ -139,13 +148,21 @@ class Bench:
 
     def _spectral(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
         now, *before = unit.checkpoints
-        previous = None
+        space, previous = str(unit.space), None
         if before:
             # the vectors of its own update are not at hand: overlaps of updates are measured during training
-            weights = {t.name: t for t in find_targets(self.model(before[0]))}
-            previous = Earlier(before[0].step, lambda name: weights[name].dense_weight() if name in weights else None)
-        found, _ = measure_spectra(self.model(now), unit.step, previous=previous, progress=progress)
+            weights = dict(self._weights(before[0], space))
+            previous = Earlier(before[0].step, lambda name: weights[name]() if name in weights else None)
+        found, _ = measure_spectra(self.model(now), unit.step, previous=previous, space=space, progress=progress)
         return found
+
+    def _weights(self, checkpoint: Checkpoint, space: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """What gives each matrix of a checkpoint: the dense ones are made one at a time."""
+        model = self.model(checkpoint)
+        if space == "dense":
+            yield from ((t.name, t.dense_weight) for t in find_targets(model))
+        else:
+            yield from ((t.name, weight.clone) for t, weight in native_weights(model))
 
     def _activation(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
         assert self.reference is not None
@@ -156,7 +173,7 @@ class Bench:
 
     def _curvature(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
         assert self.evaluation is not None
-        model, space = in_space(self.model(unit.checkpoints[0]), "native")
+        model, space = in_space(self.model(unit.checkpoints[0]), str(unit.space))
         return measure_curvature(model, self.evaluation, self.preset.curvature, unit.step, space, progress)
 
     def _landscape(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
@@ -180,8 +197,7 @@ class Bench:
             return _marked(unit, f"{unit.other} has no checkpoint of step {unit.step}")
         now, other = (self.model(checkpoint) for checkpoint in unit.checkpoints)
         if unit.other is None:
-            space = "dense" if no_dense_form(now) is None else "native"
-            ends, before = [in_space(model, space) for model in (other, now)], unit.checkpoints[1].step
+            ends, before = [in_space(m, str(unit.space)) for m in (other, now)], unit.checkpoints[1].step
             states = (_state(ends[0][0]), _state(ends[1][0]))
             return measure_interpolation(
                 ends[1][0], states, self.evaluation, settings.grid(), "consecutive", unit.step,

@@ -40,11 +40,16 @@ class Checkpoint:
         """Where config.json and the weights lie."""
         return self.locate()
 
+    @property
+    def trained(self) -> Path:
+        """Where the model as trained lies: a published folder holds the dense form beside it."""
+        native = self.folder / "native"
+        return native if (native / "config.json").is_file() else self.folder
+
     @cached_property
     def weights(self) -> list[Path]:
         """The safetensors files of the model as trained."""
-        native = self.folder / "native"
-        return weight_files(native if (native / "config.json").is_file() else self.folder)
+        return weight_files(self.trained)
 
     @cached_property
     def digest(self) -> str:
@@ -126,7 +131,7 @@ def open_run(source: str, output: Path | None = None, token: str | None = None) 
         raise FileNotFoundError(f"{source} does not exist: give a run's folder or a repository on the Hub")
     else:
         run = _on_hub(source, output, token)
-    newest = run.checkpoints[-1].folder / "config.json"
+    newest = run.checkpoints[-1].trained / "config.json"
     try:
         run.config = dict(json.loads(newest.read_text()))
     except (OSError, ValueError) as error:

@@ -81,8 +81,9 @@ class Unit:
             trajectory = subject.startswith("trajectory")
             return trajectory if self.subject == "trajectory" else not trajectory and space == self.space
         if self.family == "interpolation":
-            return subject == "consecutive" if self.other is None else other == self.other
-        return True
+            return subject == "consecutive" and space == self.space if self.other is None else other == self.other
+        # linearised stands where there is no dense matrix
+        return self.space is None or (space == "native") == (self.space == "native")
 
 
 def headline_of(unit: Unit) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from hf_lowrank.metrics.spectra import (
     subspace_overlap,
 )
 from hf_lowrank.sharding import gathered, rank_and_world
-from hf_lowrank.targets import Target, dense_weights
+from hf_lowrank.targets import Target, dense_weights, native_weights
 
 __all__ = ["Earlier", "measure_spectra"]
 
@@ -47,20 +47,22 @@ def measure_spectra(
     previous: Earlier | None = None,
     initial: Earlier | None = None,
     target_modules: list[str] | str | None = None,
+    space: str = "dense",
     shared: bool = False,
     progress: Callable[[], Any] = lambda: None,
 ) -> tuple[Measurement, dict[str, Tensor]]:
     """Singular-value metrics of every target, and of its change since `previous` and since `initial`.
 
     Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
-    as the product of its factors, in the space `linearised`. A matrix with NaN is a row with its error, and the
-    others are measured.
+    as the product of its factors, in the space `linearised`. Native space: each factor by itself. A matrix with NaN is
+    a row with its error, and the others are measured.
 
     Args:
         model: whole, or sharded by FSDP2.
         step: the optimizer step of the model.
         previous, initial: earlier weights; rows about updates are left out where there are none.
         target_modules: layers to measure, as in a method's config.
+        space: `dense` or `native`.
         shared: every process calls this and measures its share of the matrices; all get the whole result.
         progress: called after every matrix.
 
@@ -74,7 +76,8 @@ def measure_spectra(
 
     def mine() -> Iterator[tuple[tuple[int, Target], Tensor]]:
         # where weights are sharded every process must come along for the others' matrices
-        for i, (target, weight) in enumerate(dense_weights(model, target_modules)):
+        weights = dense_weights if space == "dense" else native_weights
+        for i, (target, weight) in enumerate(weights(model, target_modules)):
             if i % world == rank:
                 kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
                 yield (i, target), weight
@@ -83,7 +86,7 @@ def measure_spectra(
         if isinstance(found, Exception):
             raise found
         row, vectors = found
-        rows.append((i, {"step": step, "space": _space(target), **row}))
+        rows.append((i, {"step": step, "space": _space(target) if space == "dense" else space, **row}))
         kept.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         progress()
     if shared:

@@ -86,11 +86,13 @@ def records(folder, family):
     return json.loads((folder / "publish" / "metrics" / f"{family}.json").read_text())
 
 
-def named(folder, family, name, step=4, **settings):
+def named(folder, family, name, step=4, space=None, **settings):
     (found,) = [
         r
         for r in records(folder, family)
-        if (r["name"], r["step"]) == (name, step) and settings.items() <= r["settings"].items()
+        if (r["name"], r["step"]) == (name, step)
+        and settings.items() <= r["settings"].items()
+        and space in (None, r["space"])
     ]
     return found
 
@@ -114,7 +116,8 @@ def test_all_sixteen_are_there_at_every_checkpoint(measured):
         # what compares with the checkpoint before begins with the second
         pairs = "update/" in metric.name or "consecutive" in metric.name
         assert steps == ({4} if pairs else {2, 4}), metric.name
-    assert {m["space"] for m in report["metrics"] if m["name"].startswith("landscape/random")} == {"native", "dense"}
+    for name in ("landscape/random", "spectral/update", "interpolation/consecutive", "curvature/trace"):
+        assert {m["space"] for m in report["metrics"] if m["name"].startswith(name)} == {"native", "dense"}, name
     assert (measured / "sparse" / "publish" / "README.md").read_text().count("H7") >= 1
 
 
@@ -127,10 +130,22 @@ def test_standard_errors_stand_with_what_is_estimated(measured):
 
 def test_spectra_are_those_of_the_checkpoints(measured):
     new, old = (dict(_dense(measured / "sparse" / f"checkpoint-{s}")) for s in (4, 2))
-    update = named(measured / "sparse", "spectral", "spectral/update/stable_rank")
+    update = named(measured / "sparse", "spectral", "spectral/update/stable_rank", space="dense")
     expected = np.mean([spectral_metrics(new[k].double() - old[k].double()).stable_rank for k in new])
     assert update["value"] == pytest.approx(expected, rel=1e-4)
     assert update["settings"]["since"] == 2
+
+
+def test_native_spectra_are_those_of_the_factors(measured):
+    table = pd.read_parquet(measured / "sparse" / "publish" / "metrics" / "spectral.parquet")
+    table = table[(table["step"] == 4) & (table["space"] == "native")].set_index("name")
+    model = load_model(measured / "sparse" / "checkpoint-4")
+    assert set(table["module"]) >= {"self_attn.q_proj.A", "self_attn.q_proj.B", "mlp.down_proj.A"}
+    for name in ("A", "B"):
+        factor = getattr(model.model.layers[1].mlp.up_proj, name)
+        row = table.loc[f"model.layers.1.mlp.up_proj.{name}"]
+        assert (row["rows"], row["cols"]) == tuple(factor.shape)
+        assert row["spectral/weight/stable_rank"] == pytest.approx(spectral_metrics(factor).stable_rank)
 
 
 def _dense(folder):
@@ -162,7 +177,7 @@ def test_a_method_without_a_dense_form_is_marked_where_only_dense_counts(measure
     assert {r["value"] for r in dense} == {None}
     native = named(measured / "cola", "landscape", "landscape/random/sharpness", step=4, directions=2)
     assert native["space"] == "native"
-    assert {r["space"] for r in records(measured / "cola", "spectral")} == {"linearised", "dense"} - {"dense"}
+    assert {r["space"] for r in records(measured / "cola", "spectral")} == {"linearised", "native"}
     assert named(measured / "cola", "interpolation", "interpolation/consecutive/barrier")["space"] == "native"
 
 
@@ -228,7 +243,7 @@ def test_other_settings_or_weights_are_measured_again(runs):
     save_file(weights, path, metadata={"format": "pt"})
     seen = Seen()
     run_it([runs / "full"], watcher=seen, **only, preset=replace(PRESET, curvature=CurvatureSettings(2, 3, 3)))
-    assert [unit for _, unit in seen.units] == ["step 4: loss", "step 4: curvature"]
+    assert [unit for _, unit in seen.units] == ["step 4: loss", "step 4: curvature dense"]
 
 
 def test_what_was_measured_while_training_stays_where_nothing_newer_is(tmp_path):
