@@ -230,12 +230,8 @@ def test_other_settings_or_weights_are_measured_again(runs):
     run_it([runs / "full"], **only)
     seen = Seen()
     run_it([runs / "full"], watcher=seen, **only, preset=replace(PRESET, curvature=CurvatureSettings(2, 3, 3)))
-    assert [unit for _, unit in seen.units] == [
-        "step 2: loss",
-        "step 2: curvature",
-        "step 4: loss",
-        "step 4: curvature",
-    ]
+    todo = [f"step {step}: {what}" for step in (2, 4) for what in ("loss", "curvature dense")]
+    assert [unit for _, unit in seen.units] == todo
     assert len([r for r in records(runs / "full", "curvature") if r["step"] == 4]) == 2
     path = runs / "full" / "checkpoint-4" / "model.safetensors"
     weights = load_file(path)
