@@ -116,6 +116,10 @@ def run_measure(
     if options.device == "cpu":
         keep_freed_memory()
     console = Console()
+    if baseline is None and "activation" in options.families:
+        if only is not None:
+            raise ValueError("--only activation compares with a full-rank run: name it with --baseline")
+        console.print("no --baseline: activations and barriers to a full-rank run are left out")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         measured, failures = measure(runs, baseline, options, _Bar(progress))

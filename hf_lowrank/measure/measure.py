@@ -99,8 +99,8 @@ def measure(
     if options.output is not None and len(sources) > 1:
         raise ValueError(f"--output {options.output} is for one run, {len(sources)} are given: drop one of them")
     runs = [open_run(source, options.output, options.token) for source in sources]
-    _tell_apart(sources, runs)
     reference = None if baseline is None else _same_or_opened(baseline, sources, runs, options)
+    _tell_apart([*sources, str(baseline)], runs if reference is None or reference in runs else [*runs, reference])
     if reference is None and options.families == ("activation",):
         raise ValueError("activations are compared with a baseline and none is given: add --baseline RUN")
     benches = [
@@ -113,8 +113,11 @@ def measure(
         rows = rows_of(bench.run, options.data)
         bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
         bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
-        failures += _measure_run(bench, todo, watcher)
-        write_run(bench.run)
+        try:
+            failures += _measure_run(bench, todo, watcher)
+        finally:
+            # interrupted as well: what was measured so far belongs into the report
+            write_run(bench.run)
         bench.release()
     if len(runs) + (reference is not None and reference not in runs) > 1:
         write_map([*runs, *([reference] if reference is not None and reference not in runs else [])], runs)
@@ -124,7 +127,7 @@ def measure(
 def _tell_apart(sources: list[str], runs: list[RunSource]) -> None:
     """Runs of one name are called by where they lie."""
     names = [run.name for run in runs]
-    for source, run in zip(sources, runs, strict=True):
+    for source, run in zip(sources, runs, strict=False):
         if names.count(run.name) > 1:
             run.name = source
 

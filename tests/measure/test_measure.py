@@ -395,6 +395,7 @@ def test_the_command_measures_and_prints(runs, capsys):
     ("words", "message"),
     [
         (["--only", "spectra"], "did you mean 'spectral'"),
+        (["--only", "loss,activation"], "name it with --baseline"),
         (["--preset", "quik"], "did you mean 'quick'"),
         (["--steps", "two"], "whole numbers"),
         (["--sequences", "0"], "give 1 or more"),
