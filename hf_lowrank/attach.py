@@ -36,9 +36,14 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
             raise ValueError(
                 f"{callback!r} is no TrainerCallback: give instances, SpectralCallback(every=500) for one"
             )
+    names: set[str] = set()
     for callback in callbacks:
         if isinstance(callback, MetricCallback):
+            if callback.name in names:
+                raise ValueError(f"two {type(callback).__name__} write the same files: {callback.alternative}")
+            names.add(callback.name)
             callback.bind(trainer)
+    for callback in callbacks:
         trainer.add_callback(callback)
     # a method's own callback, which prepare has handed to the Trainer
     for callback in trainer.callback_handler.callbacks:

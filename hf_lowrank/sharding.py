@@ -3,6 +3,7 @@
 Without a process group there is one process, and nothing is communicated.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +12,24 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gathered", "is_sharded", "like", "local", "rank_and_world", "reshard", "summed", "whole"]
+__all__ = [
+    "OtherProcessError",
+    "agreed",
+    "gathered",
+    "is_sharded",
+    "like",
+    "local",
+    "rank_and_world",
+    "reshard",
+    "summed",
+    "whole",
+]
 
 T = TypeVar("T")
+
+
+class OtherProcessError(RuntimeError):
+    """Another process failed where this one did not."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -61,6 +77,29 @@ def summed(tensor: Tensor) -> Tensor:
     total = tensor.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def agreed(action: Callable[[], T], shared: bool = True) -> T:
+    """What an action gives, unless it fails on any process: it is then an error on all, and none is waited for.
+
+    Args:
+        action: without communication in it, or one that fails alike everywhere.
+        shared: whether the other processes do the same.
+    """
+    if not shared:
+        return action()
+    error, result = None, []
+    try:
+        result.append(action())
+    except Exception as raised:
+        error = raised
+    messages = gathered(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise OtherProcessError(f"process {rank}: {message}")
+    return result[0]
 
 
 def gathered(value: T) -> list[T]:

@@ -150,9 +150,8 @@ def callbacks(valid, baseline):
     return [
         lr.SpectralCallback(every=2, budget=None),
         lr.LandscapeCallback(
-            valid, every=2, directions=2, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3, **few
+            valid, every=2, directions=2, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3, space="both", **few
         ),
-        lr.LandscapeCallback(valid, every=2, directions=1, points=3, svd_k=(), space="dense", **few),
         lr.InterpolationCallback(valid, points=3, **few),
         lr.ActivationCallback(valid, baseline, every=2, **few),
         lr.CurvatureCallback(valid, every=2, samples=2, iterations=3, **{**few, "sequences": 3}),

@@ -11,6 +11,7 @@ from hf_lowrank.checkpoints import check_same_size, list_checkpoints, load_model
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.measurements.activation import measure_activations
 from hf_lowrank.measurements.base import Measurement
+from hf_lowrank.sharding import agreed
 
 __all__ = ["ActivationCallback"]
 
@@ -82,7 +83,7 @@ class ActivationCallback(EvaluationCallback):
             baseline, baseline_step = self.baseline, None
         else:
             folder, baseline_step = self._checkpoint(step)
-            baseline = load_model(folder)
+            baseline = agreed(lambda: load_model(folder), args.world_size > 1)
         home = next(baseline.parameters()).device
         torch.nn.Module.to(baseline, device)
         try:

@@ -42,8 +42,10 @@ MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "token_type_ids", "posi
 class _Clock:
     """How long a run has taken and how much of that its metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: TrainerState) -> None:
         self.started, self.spent, self.exempt = time.monotonic(), 0.0, 0.0
+        self.state = state
+        self.members: dict[str, MetricCallback] = {}
 
     def training(self) -> float:
         """Seconds of training alone."""
@@ -88,6 +90,8 @@ class MetricCallback(TrainerCallback):
     """
 
     name: ClassVar[str]
+    # what to do instead of giving two of the same kind
+    alternative: ClassVar[str] = "give one of them"
 
     def __init__(self, every: int, budget: float | None = BUDGET) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -104,7 +108,7 @@ class MetricCallback(TrainerCallback):
         self._measured_at: int | None = None
         self._cost = 0.0
         self._warned = False
-        self._clock = _Clock()
+        self._clock = _Clock(TrainerState())
 
     def bind(self, trainer: Trainer) -> None:
         """Log through a Trainer; called by `hf_lowrank.attach` before training.
@@ -127,13 +131,18 @@ class MetricCallback(TrainerCallback):
         self.records, self.rows, self.failed, self._measured_at = [], [], None, None
         self.skipped, self._cost = 0, 0.0
         self.folder = metrics_folder(str(args.output_dir))
-        self._join_clock(str(args.output_dir))
+        self._join_clock(str(args.output_dir), state)
         if state.is_world_process_zero:
             self._read_back(state.global_step)
         self._measured_at = gathered(self._measured_at)[0]
-        self._guarded(lambda: self.restore(_bare(kwargs["model"]), args, state), state)
+        self._guarded(lambda: self._restore(_bare(kwargs["model"]), args, state), state)
         if state.global_step == 0:
             self._first(args, state, kwargs["model"])
+
+    def _restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        if self._clock.members.setdefault(self.name, self) is not self:
+            raise ValueError(f"two {type(self).__name__} write the same files: {self.alternative}")
+        self.restore(model, args, state)
 
     def _first(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
         self._run(args, state, model, exempt=True)
@@ -141,21 +150,23 @@ class MetricCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        last = state.global_step == state.max_steps
-        if state.global_step % self.every == 0 and (last or self._fits(state)):
+        # now and not when training has ended: Trainer may have put the best weights in the place of the last by then
+        last = state.global_step == state.max_steps or control.should_training_stop
+        if last or (state.global_step % self.every == 0 and self._fits(state)):
             self._run(args, state, kwargs["model"], exempt=last)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._measured_at != state.global_step:
+        if self._measured_at != state.global_step and not args.load_best_model_at_end:
             self._run(args, state, kwargs["model"], exempt=True)
+        _clocks.pop(str(args.output_dir), None)
 
-    def _join_clock(self, output_dir: str) -> None:
-        """Share a clock with the run's other callbacks; the first of them to come a second time starts it anew."""
+    def _join_clock(self, output_dir: str, state: TrainerState) -> None:
+        """Share a clock with the callbacks that follow the same Trainer through the same run."""
         clock = _clocks.get(output_dir)
-        if clock is None or clock is self._clock:
-            clock = _clocks[output_dir] = _Clock()
+        if clock is None or clock.state is not state or clock is self._clock:
+            clock = _clocks[output_dir] = _Clock(state)
         self._clock = clock
 
     def _fits(self, state: TrainerState) -> bool:
@@ -193,12 +204,16 @@ class MetricCallback(TrainerCallback):
 
         self._guarded(measure_and_write, state)
         self._cost = time.monotonic() - started
-        if exempt:
-            self._clock.exempt += self._cost
-        else:
-            self._clock.spent += self._cost
+        self._charge(self._cost, exempt)
         if self.failed is None:
             self._log({r.name: r.value for r in found[0].records if r.value is not None}, state)
+
+    def _charge(self, seconds: float, exempt: bool = False) -> None:
+        """Count time as this callback's; what has no budget takes none of the others'."""
+        if exempt or self.budget is None:
+            self._clock.exempt += seconds
+        else:
+            self._clock.spent += seconds
 
     def _guarded(self, action: Callable[[], None], state: TrainerState) -> None:
         """Do something that may fail; the callback is then off, on every process, and training goes on."""

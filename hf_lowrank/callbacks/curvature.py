@@ -8,7 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.curvature import CurvatureSettings, measure_curvature
-from hf_lowrank.measurements.spaces import unsharded
+from hf_lowrank.measurements.spaces import in_space, unsharded
 
 __all__ = ["CurvatureCallback"]
 
@@ -46,4 +46,5 @@ class CurvatureCallback(EvaluationCallback):
         self.settings = CurvatureSettings(sequences, samples, iterations, seed)
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        return measure_curvature(unsharded(model), self.evaluation(args), self.settings, state.global_step)
+        _, space = in_space(model, "native")
+        return measure_curvature(unsharded(model), self.evaluation(args), self.settings, state.global_step, space)

@@ -1,5 +1,6 @@
 """Barriers between neighbouring checkpoints during training (metrics.md's H6)."""
 
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +66,9 @@ class InterpolationCallback(EvaluationCallback):
         if self._measured_at != state.global_step and self._last is not None and self._fits(state):
             self._run(args, state, kwargs["model"])
         if self.failed is None:
+            started = time.monotonic()
             self._guarded(lambda: self._keep(kwargs["model"], args, state.global_step), state)
+            self._charge(time.monotonic() - started)
 
     def _keep(self, model: torch.nn.Module, args: TrainingArguments, step: int) -> None:
         chosen, _ = in_space(model, "dense" if no_dense_form(model) is None else "native")
@@ -84,11 +87,9 @@ class InterpolationCallback(EvaluationCallback):
         if not all(gathered(complete)):
             return Measurement([], [])
         before = {name: snapshot.get(self._last, name) for name in now}
-        device, aliases = next(chosen.parameters()).device, _aliases(chosen)
-        states: list[dict[str, Tensor]] = [
-            {name: state[aliases[name]].to(device) for name in aliases}  # type: ignore[union-attr]
-            for state in (before, now)
-        ]
+        # they stay on the CPU: only what is measured takes memory on a GPU
+        aliases = _aliases(chosen)
+        states: list[Any] = [{name: state[first] for name, first in aliases.items()} for state in (before, now)]
         noted = {} if why is None else {"note": why.text}
         return measure_interpolation(
             chosen,

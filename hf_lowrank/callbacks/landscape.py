@@ -8,7 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.landscape import LandscapeSettings, measure_landscape
-from hf_lowrank.measurements.spaces import in_space, no_dense_form
+from hf_lowrank.measurements.spaces import SPACES, in_space, no_dense_form, spaces_of
 
 __all__ = ["LandscapeCallback"]
 
@@ -21,8 +21,8 @@ class LandscapeCallback(EvaluationCallback):
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
         directions: number of random directions.
         sequences: how many rows of the data set, spread evenly.
-        space: `native`, the parameters as trained, or `dense`, the matrices they compute, for comparing methods; this
-            needs memory for a dense copy of a reparameterised model.
+        space: `native`, the parameters as trained, `dense`, the matrices they compute, for comparing methods (this
+            needs memory for a dense copy of a reparameterised model), or `both`.
         budget: share of the training time for all metric callbacks together; None for no limit.
         **settings: more fields of `LandscapeSettings`: radius, points, svd_k, normalize, seed, ...
 
@@ -31,6 +31,7 @@ class LandscapeCallback(EvaluationCallback):
     """
 
     name: ClassVar[str] = "landscape"
+    alternative: ClassVar[str] = "give one with space='both'"
 
     def __init__(
         self,
@@ -44,14 +45,17 @@ class LandscapeCallback(EvaluationCallback):
         **settings: Any,
     ) -> None:
         super().__init__(dataset, every, budget, sequences)
-        if space not in ("native", "dense"):
-            raise ValueError(f"space={space!r}: it is 'native' or 'dense'")
+        if space not in SPACES:
+            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
         self.space = space
         self.settings = LandscapeSettings(directions=directions, **settings)
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        step = state.global_step
-        if self.space == "dense" and (why := no_dense_form(model)):
-            return Measurement([why.record("landscape/random/sharpness", step)], [])
-        chosen, space = in_space(model, self.space)
-        return measure_landscape(chosen, self.evaluation(args), self.settings, step, space)
+        step, found = state.global_step, Measurement([], [])
+        for space in spaces_of(model, self.space):
+            if space == "dense" and (why := no_dense_form(model)):
+                found += Measurement([why.record("landscape/random/sharpness", step)], [])
+                continue
+            chosen, named = in_space(model, space)
+            found += measure_landscape(chosen, self.evaluation(args), self.settings, step, named)
+        return found

@@ -1,10 +1,8 @@
 """The report of a run, written as it goes: facts, metrics, figures, card and weights under `publish/`."""
 
-import json
 import logging
 import shlex
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,16 @@ from hf_lowrank.callbacks.facts import RunInfo, run_facts
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.push import push
-from hf_lowrank.measurements.base import Record
-from hf_lowrank.measurements.files import EVALUATION, forget, metrics_folder, read_records
-from hf_lowrank.metrics.evaluation import sequence_losses
+from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.files import (
+    EVALUATION,
+    forget,
+    metrics_folder,
+    read_measurement,
+    read_records,
+    write_measurement,
+)
+from hf_lowrank.metrics.evaluation import predicts_next_token, sequence_losses
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.report import ReportError, draw_figures, metric_entry, read_report, write_report
 from hf_lowrank.report.files import replacing
@@ -44,13 +49,6 @@ VALIDATION = "validation.json"
 # rows of the validation set that are kept, spread evenly
 KEPT_ROWS = 1000
 LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-
-
-def _predicts_next_token(model: torch.nn.Module) -> bool:
-    """False for an encoder, a classifier and the like, whose loss is none of the next token."""
-    can_generate = getattr(model, "can_generate", None)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return can_generate is not None and can_generate() and not encoder_decoder
 
 
 def _step(item: Record | dict[str, Any]) -> int:
@@ -170,7 +168,8 @@ class ReportCallback(TrainerCallback):
             return []
         model = trainer.model
         assert model is not None
-        if not _predicts_next_token(trainer.accelerator.unwrap_model(model)):
+        bare = trainer.accelerator.unwrap_model(model)
+        if not hasattr(bare, "can_generate") or not predicts_next_token(bare):
             return []
         training = model.training
         model.eval()
@@ -198,8 +197,12 @@ class ReportCallback(TrainerCallback):
         return [Record(**entry) for entry in entries]
 
     def _write_records(self, records: list[Record]) -> None:
-        with replacing(self.publish / "metrics" / VALIDATION) as path:
-            path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+        folder, name = self.publish / "metrics", Path(VALIDATION).stem
+        step = self.trainer.state.global_step
+        # what was measured of earlier checkpoints stays
+        forget(folder, name, lambda item: _step(item) == step)
+        earlier = read_measurement(folder, name)
+        write_measurement(folder, name, Measurement([*(earlier.records if earlier else []), *records], []))
 
     def write_report(self) -> None:
         """Write report.json and the training curve for the state the Trainer is in."""

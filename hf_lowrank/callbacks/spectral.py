@@ -8,6 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lowrank.callbacks.base import BUDGET, MetricCallback, output_folder
 from hf_lowrank.callbacks.snapshots import Snapshot
 from hf_lowrank.measurements.base import Measurement
+from hf_lowrank.measurements.spaces import SPACES, spaces_of
 from hf_lowrank.measurements.spectral import Earlier, measure_spectra
 from hf_lowrank.sharding import gathered
 
@@ -26,11 +27,13 @@ class SpectralCallback(MetricCallback):
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
         target_modules: layers to measure, as in a method's config; default: every linear layer inside the repeated
             blocks.
-        space: `dense`, or `native` as in the study, where each factor of a reparameterised layer counts by itself.
+        space: `dense`, `native` as in the study, where each factor of a reparameterised layer counts by itself, or
+            `both`.
         budget: share of the training time for all metric callbacks together; None for no limit.
     """
 
     name: ClassVar[str] = "spectral"
+    alternative: ClassVar[str] = "give one with space='both'"
 
     def __init__(
         self,
@@ -41,8 +44,8 @@ class SpectralCallback(MetricCallback):
         budget: float | None = BUDGET,
     ) -> None:
         super().__init__(every, budget)
-        if space not in ("dense", "native"):
-            raise ValueError(f"space={space!r}: it is 'dense' or 'native'")
+        if space not in SPACES:
+            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
         self.space = space
         self.target_modules = target_modules
         self._last: int | None = None
@@ -57,15 +60,14 @@ class SpectralCallback(MetricCallback):
         step, folder = state.global_step, output_folder(args) / "spectral_snapshots"
         previous, initial = Snapshot(folder, "previous"), Snapshot(folder, "initial")
         # a snapshot from beyond the checkpoint that the run was resumed from is of another history
-        found, kept = measure_spectra(
-            model,
-            step,
-            previous=self._earlier(previous, self._last, step),
-            initial=self._earlier(initial, 0, step),
-            target_modules=self.target_modules,
-            space=self.space,
-            shared=args.world_size > 1,
-        )
+        before, start = self._earlier(previous, self._last, step), self._earlier(initial, 0, step)
+        found = Measurement([], [])
+        kept: dict[str, torch.Tensor] = {}
+        for space in spaces_of(model, self.space):
+            part, weights = measure_spectra(
+                model, step, before, start, self.target_modules, space, shared=args.world_size > 1
+            )
+            found, kept = found + part, kept | weights
         previous.save(kept, step)
         if step == 0:
             initial.save(kept, step)

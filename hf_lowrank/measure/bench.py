@@ -1,6 +1,6 @@
 """A run on the bench: which units of work it needs, and how each is done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,12 @@ class Bench:
         native = (self.run.config.get("lowrank") or {}).get("form") == "native"
         replaced = self.run.method in METHODS and METHODS[self.run.method].replaces_layers
         return ("native", "dense") if native and replaced else ("dense",)
+
+    def sequences(self, unit: Unit) -> EvaluationSet:
+        """What a unit is measured on: all rows for the loss, a few for what takes many forward passes."""
+        chosen = self.whole if unit.family == "loss" else self.evaluation
+        assert chosen is not None
+        return chosen
 
     @property
     def has_dense_form(self) -> bool:
@@ -153,7 +159,9 @@ class Bench:
             # the vectors of its own update are not at hand: overlaps of updates are measured during training
             weights = dict(self._weights(before[0], space))
             previous = Earlier(before[0].step, lambda name: weights[name]() if name in weights else None)
-        found, _ = measure_spectra(self.model(now), unit.step, previous=previous, space=space, progress=progress)
+        found, _ = measure_spectra(
+            self.model(now), unit.step, previous=previous, space=space, keep=False, progress=progress
+        )
         return found
 
     def _weights(self, checkpoint: Checkpoint, space: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -217,15 +225,25 @@ class Bench:
         subject = "cross_seed" if peer.settings() == self.run.settings() else "cross_method"
         (mine, _), (theirs, _) = (in_space(model, "dense") for model in (now, other))
         a, b = _state(mine), _state(theirs)
-        found = Measurement([], [])
         noted: dict[str, Any] = {"other_method": peer.method, "other_seed": peer.seed}
-        aligned = align(mine, a, b)
-        for suffix, end in (("", b), ("_aligned", aligned.state)):
-            found += measure_interpolation(
-                mine, (a, end), self.evaluation, self.preset.interpolation.cross_grid(), subject + suffix, unit.step,
-                (unit.other, unit.checkpoints[1].step), "dense", progress, noted,
-            )  # fmt: skip
-        return found
+        other_end = (unit.other, unit.checkpoints[1].step)
+
+        def barrier(end: Mapping[str, Tensor], name: str) -> Measurement:
+            assert self.evaluation is not None
+            grid = self.preset.interpolation.cross_grid()
+            return measure_interpolation(
+                mine, (a, end), self.evaluation, grid, name, unit.step, other_end, "dense", progress, noted
+            )
+
+        found = barrier(b, subject)
+        try:
+            aligned = align(mine, a, b).state
+        # a layout whose symmetries are not known here
+        except ValueError as error:
+            name = f"interpolation/{subject}_aligned/barrier"
+            note = {"note": str(error), "other": unit.other}
+            return found + Measurement([Record(name, None, None, unit.step, note, "dense")], [])
+        return found + barrier(aligned, f"{subject}_aligned")
 
 
 def _components(checkpoints: list[list[Path]], k: int, names: list[str]) -> TrajectoryPCA:

@@ -110,9 +110,10 @@ def measure(
     watcher.total(sum(map(len, units)))
     failures = 0
     for bench, todo in zip(benches, units, strict=True):
-        rows = rows_of(bench.run, options.data)
-        bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
-        bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
+        if any(unit.family != "spectral" for unit in todo):
+            rows = rows_of(bench.run, options.data)
+            bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
+            bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
         try:
             failures += _measure_run(bench, todo, watcher)
         finally:
@@ -146,7 +147,7 @@ def _measure_run(bench: Bench, units: list[Unit], watcher: Watcher) -> int:
     for unit in units:
         try:
             fingerprint = _fingerprint(bench, unit)
-            done = state.holds(unit.key, fingerprint)
+            done = state.holds(unit.key, fingerprint) and _is_there(folder, unit)
             watcher.unit(run.name, unit.label, done)
             if done:
                 continue
@@ -164,8 +165,19 @@ def _measure_run(bench: Bench, units: list[Unit], watcher: Watcher) -> int:
 
 def _failed(unit: Unit, error: str) -> Measurement:
     """Rows that say that a unit's headline metrics could not be measured, and why."""
-    records = [Record(name, None, None, unit.step, {"note": error}, unit.space) for name in headline_of(unit)]
+    note = {"note": error} if unit.other is None else {"note": error, "other": unit.other}
+    records = [Record(name, None, None, unit.step, note, unit.space) for name in headline_of(unit)]
     return Measurement(records, [])
+
+
+def _is_there(folder: Path, unit: Unit) -> bool:
+    """Whether a unit's records are still in the run's folder: training on may have dropped them."""
+    try:
+        found = read_measurement(folder, unit.file)
+    # damaged: as good as gone
+    except Exception:
+        return False
+    return found is not None and any(unit.owns_record(r) for r in found.records)
 
 
 def _replace(folder: Path, unit: Unit, found: Measurement) -> None:
@@ -184,12 +196,12 @@ def _replace(folder: Path, unit: Unit, found: Measurement) -> None:
 
 
 def _fingerprint(bench: Bench, unit: Unit) -> str:
-    assert bench.evaluation is not None
+    settings = getattr(bench.preset, unit.family, None)
     known = {
         "version": VERSION,
         "unit": unit.key,
-        "preset": asdict(bench.preset),
-        "evaluation": bench.evaluation.digest(),
+        "settings": None if settings is None else asdict(settings),
+        "evaluation": None if unit.family == "spectral" else bench.sequences(unit).digest(),
         "weights": [checkpoint.digest for checkpoint in unit.checkpoints],
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()

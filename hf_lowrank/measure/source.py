@@ -80,6 +80,7 @@ class RunSource:
     Attributes:
         name: of the run, as the report has it, or the folder's or repository's.
         output: folder that gets `publish/` and the state of the measurement.
+        root: the run's own folder, which keeps its validation rows; None for a repository.
         checkpoints: by step; at least one.
         report: the run's report, None where it has none.
         config: config.json of its newest checkpoint.
@@ -90,6 +91,7 @@ class RunSource:
     checkpoints: list[Checkpoint]
     report: dict[str, Any] | None
     config: dict[str, Any] = field(default_factory=dict)
+    root: Path | None = None
 
     @property
     def method(self) -> str:
@@ -131,12 +133,17 @@ def open_run(source: str, output: Path | None = None, token: str | None = None) 
         raise FileNotFoundError(f"{source} does not exist: give a run's folder or a repository on the Hub")
     else:
         run = _on_hub(source, output, token)
-    newest = run.checkpoints[-1].trained / "config.json"
-    try:
-        run.config = dict(json.loads(newest.read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: {newest} cannot be read ({error}): it is no checkpoint of a model") from None
-    return run
+    problem: Exception | None = None
+    for checkpoint in reversed(run.checkpoints):
+        newest = checkpoint.trained / "config.json"
+        try:
+            run.config = dict(json.loads(newest.read_text()))
+        # cut short while it was saved: the others can be measured
+        except (OSError, ValueError) as error:
+            problem = problem or error
+            continue
+        return run
+    raise ValueError(f"{source}: no config.json can be read ({problem}): it holds no checkpoint of a model")
 
 
 def _local(folder: Path, output: Path | None) -> RunSource:
@@ -154,7 +161,9 @@ def _local(folder: Path, output: Path | None) -> RunSource:
         checkpoints = [Checkpoint(step, lambda: published)]
         root = folder.parent if folder.name == "publish" else folder
     name = root.resolve().name if report is None else str(report["run"]["name"])
-    return RunSource(name, output or root, checkpoints, report)
+    # what a checkpoint's folder is given for belongs to its run
+    root = root.parent if re.fullmatch(r"checkpoint-\d+", root.resolve().name) else root
+    return RunSource(name, output or root, checkpoints, report, root=root)
 
 
 def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
@@ -180,7 +189,9 @@ def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
 
 def _report(folder: Path) -> dict[str, Any] | None:
     try:
-        return read_report(folder)
+        report = read_report(folder)
+        # one that an earlier measurement made from the checkpoints knows no more than these
+        return None if report["run"].get("generated_from") == "checkpoints" else report
     except FileNotFoundError:
         return None
 
@@ -198,8 +209,8 @@ def rows_of(run: RunSource, data: DataArguments | None = None) -> Any:
     Raises:
         DataError: the data cannot be had; the message says how to name them.
     """
-    kept = run.output / EVALUATION
-    if data is None and kept.is_file():
+    kept = next((f / EVALUATION for f in (run.root, run.output) if f is not None and (f / EVALUATION).is_file()), None)
+    if data is None and kept is not None:
         return pd.read_parquet(kept).to_dict("records")
     arguments = data if data is not None else _described(run)
     newest = run.checkpoints[-1].folder

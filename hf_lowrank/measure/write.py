@@ -4,10 +4,12 @@ import json
 import logging
 from datetime import UTC, datetime
 from itertools import permutations
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
@@ -61,6 +63,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
     unknown = {"name": None, "betas": None, "eps": None, "weight_decay": None, "max_grad_norm": None}
     parameters = _parameters(run)
     facts = {
+        "generated_from": "checkpoints",
         "name": run.name,
         "method": run.method,
         "method_config": run.settings(),
@@ -96,8 +99,19 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
 
 
 def _parameters(run: RunSource) -> int:
-    model = run.checkpoints[-1].load("cpu")
-    return sum(p.numel() for p in model.parameters())
+    """Numbers in the weights of the newest checkpoint that can be read, tied ones once."""
+    for checkpoint in reversed(run.checkpoints):
+        try:
+            return sum(_numbers(path) for path in checkpoint.weights)
+        except (OSError, ValueError, SafetensorError):
+            continue
+    return 0
+
+
+def _numbers(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        return sum(prod(s.get_shape()) for s in slices if s.get_dtype().startswith(("F", "BF")))
 
 
 def write_map(among: list[RunSource], into: list[RunSource]) -> None:

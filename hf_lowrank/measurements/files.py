@@ -48,6 +48,8 @@ def write_measurement(folder: Path, name: str, measurement: Measurement) -> None
     if measurement.rows:
         with replacing(folder / f"{name}.parquet") as path:
             pd.DataFrame(measurement.rows).to_parquet(path, index=False)
+    else:
+        (folder / f"{name}.parquet").unlink(missing_ok=True)
     records = [metric_entry(**asdict(record)) for record in measurement.records]
     with replacing(folder / f"{name}.json") as path:
         path.write_text(json.dumps(records, indent=1) + "\n")

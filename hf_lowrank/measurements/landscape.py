@@ -165,7 +165,8 @@ def _random(lines: _Lines, settings: LandscapeSettings, step: int, space: str, c
         curves.append(lines.curve(grid, lines.along(direction, grid)))
     mean = mean_curve(curves)
     sharpness = np.array([expected_sharpness(curve) for curve in curves])
-    others = [[c for j, c in enumerate(curves) if j != i] for i in range(len(curves))] if len(curves) > 1 else []
+    # of a single curve that is left there is no variance
+    others = [[c for j, c in enumerate(curves) if j != i] for i in range(len(curves))] if len(curves) > 2 else []
     stderr = sharpness.std(ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else float("nan")
     noted = {
         "directions": settings.directions,

@@ -11,7 +11,9 @@ from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.prepare import method_of
 from hf_lowrank.sharding import is_sharded
 
-__all__ = ["NoDenseForm", "in_space", "is_reparameterized", "no_dense_form", "unsharded"]
+__all__ = ["SPACES", "NoDenseForm", "in_space", "is_reparameterized", "no_dense_form", "spaces_of", "unsharded"]
+
+SPACES = ("native", "dense", "both")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ def unsharded(model: torch.nn.Module) -> torch.nn.Module:
     gathered = gather_model(model, keep=True)
     assert gathered is not None
     return gathered.to(device)  # type: ignore[arg-type]
+
+
+def spaces_of(model: torch.nn.Module, space: str) -> tuple[str, ...]:
+    """The spaces to look at for `native`, `dense` or `both`: where layers are plain the two are one, and dense.
+
+    Raises:
+        ValueError: another word.
+    """
+    if space not in SPACES:
+        raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
+    if not is_reparameterized(model):
+        return ("dense",)
+    return ("native", "dense") if space == "both" else (space,)
 
 
 def in_space(model: torch.nn.Module, space: str) -> tuple[torch.nn.Module, str]:

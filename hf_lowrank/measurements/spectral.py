@@ -49,6 +49,7 @@ def measure_spectra(
     target_modules: list[str] | str | None = None,
     space: str = "dense",
     shared: bool = False,
+    keep: bool = True,
     progress: Callable[[], Any] = lambda: None,
 ) -> tuple[Measurement, dict[str, Tensor]]:
     """Singular-value metrics of every target, and of its change since `previous` and since `initial`.
@@ -63,6 +64,7 @@ def measure_spectra(
         previous, initial: earlier weights; rows about updates are left out where there are none.
         target_modules: layers to measure, as in a method's config.
         space: `dense` or `native`.
+        keep: return the weights; otherwise nothing beyond a few matrices is held.
         shared: every process calls this and measures its share of the matrices; all get the whole result.
         progress: called after every matrix.
 
@@ -79,7 +81,8 @@ def measure_spectra(
         weights = dense_weights if space == "dense" else native_weights
         for i, (target, weight) in enumerate(weights(model, target_modules)):
             if i % world == rank:
-                kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
+                if keep:
+                    kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
                 yield (i, target), weight
 
     for (i, target), found in measure_each(lambda at, weight: _row(at[1], weight, previous, initial), mine()):
@@ -87,7 +90,7 @@ def measure_spectra(
             raise found
         row, vectors = found
         rows.append((i, {"step": step, "space": _space(target) if space == "dense" else space, **row}))
-        kept.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
+        kept.update({} if not keep else {f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         progress()
     if shared:
         rows = sorted((row for part in gathered(rows) for row in part), key=lambda item: item[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.metrics.evaluation import EvaluationSet, without_autocast, without_logits
 from hf_lowrank.metrics.perplexity import Estimate
-from hf_lowrank.sharding import summed
+from hf_lowrank.sharding import agreed, summed
 
 __all__ = [
     "SIMILARITIES", "Similarity", "StreamingCKA", "compare_activations", "cosine_similarity", "hidden_states",
@@ -241,6 +241,16 @@ def compare_activations(
     Raises:
         ValueError: the models have different layers or hidden sizes, or give no hidden states.
     """
+    sums = agreed(lambda: _accumulated(model, baseline, evaluation, groups, progress), evaluation.shared)
+    if evaluation.shared:
+        sums.over_processes(next(model.parameters()).device)
+    return _similarities(sums)
+
+
+def _accumulated(
+    model: nn.Module, baseline: nn.Module, evaluation: EvaluationSet, groups: int, progress: Callable[[], Any]
+) -> _Sums:
+    """The sums over this process's sequences."""
     models = {m: next(m.parameters()).device for m in (model, baseline)}
     groups = max(1, min(groups, len(evaluation)))
     group_of = torch.arange(len(evaluation)) * groups // len(evaluation)
@@ -261,9 +271,7 @@ def compare_activations(
                     sums.add(layer, group, *(h.to(x.device)[rows.to(x.device)][kept.to(x.device)] for h in (x, y)))
             progress()
     assert sums is not None
-    if evaluation.shared:
-        sums.over_processes(models[model])
-    return _similarities(sums)
+    return sums
 
 
 def _check_alike(x: list[Tensor], y: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
-from hf_lowrank.sharding import summed
+from hf_lowrank.sharding import agreed, summed
 
 __all__ = ["hessian_trace", "top_eigenvalue"]
 
@@ -55,6 +55,10 @@ class _Hessian:
         self.pairs = [(g, i) for i, g in enumerate(grads) if g is not None and g.requires_grad]
 
     def __matmul__(self, v: list[Tensor]) -> list[Tensor]:
+        product = agreed(lambda: self._product(v), self.shared)
+        return [summed(part) for part in product] if self.shared else product
+
+    def _product(self, v: list[Tensor]) -> list[Tensor]:
         product = [torch.zeros_like(p) for p in self.parameters]
         if self.pairs:
             found = torch.autograd.grad(
@@ -65,7 +69,7 @@ class _Hessian:
                 allow_unused=True,
             )
             product = [zero if f is None else f for zero, f in zip(product, found, strict=True)]
-        return [summed(part) for part in product] if self.shared else product
+        return product
 
 
 def _dot(u: list[Tensor], v: list[Tensor]) -> float:
@@ -94,7 +98,7 @@ def hessian_trace(
         raise ValueError(f"samples={samples!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian, found = _Hessian(model, loss_fn, shared), []
+        hessian, found = agreed(lambda: _Hessian(model, loss_fn, shared), shared), []
         for _ in range(samples):
             v = [_signs(p, generator) for p in hessian.parameters]
             found.append(_dot(v, hessian @ v))
@@ -133,7 +137,7 @@ def top_eigenvalue(
         raise ValueError(f"iterations={iterations!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian = _Hessian(model, loss_fn, shared)
+        hessian = agreed(lambda: _Hessian(model, loss_fn, shared), shared)
         v = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
         length = math.sqrt(_dot(v, v))
         v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]

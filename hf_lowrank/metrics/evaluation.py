@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
 from hf_lowrank.sharding import rank_and_world, summed
 
-__all__ = ["EvaluationSet", "sequence_losses", "sequences_at_once", "without_autocast", "without_logits"]
+__all__ = [
+    "EvaluationSet",
+    "predicts_next_token",
+    "sequence_losses",
+    "sequences_at_once",
+    "without_autocast",
+    "without_logits",
+]
 
 # logits held at once: 128 MB in float32
 LOGITS = 2**25
@@ -29,6 +36,13 @@ TOKENS = 8192
 
 # whether a model's logits are its head's output as it is, by model
 _plain_head: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """False for an encoder, a classifier and the like, whose loss is none of the next token."""
+    can_generate = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is None or (can_generate() and not encoder_decoder)
 
 
 @contextmanager
@@ -170,6 +184,9 @@ class EvaluationSet:
         lengths = {key: len(value) for key, value in rows.items()}
         if "input_ids" not in rows or "labels" not in rows or len(set(lengths.values())) != 1:
             raise ValueError(f"evaluation rows {lengths}: give input_ids and labels, the same number of each")
+        if rows["labels"].shape != rows["input_ids"].shape:
+            shape = tuple(rows["labels"].shape)
+            raise ValueError(f"labels of shape {shape} are none of the next token: give rows of a language model")
         if lengths["input_ids"] == 0 or not (rows["labels"][:, 1:] != IGNORED).any():
             raise ValueError(
                 f"the evaluation set predicts no token ({lengths['input_ids']} sequences): every label is -100 or "
@@ -263,6 +280,10 @@ class EvaluationSet:
         The same on every process where the set is shared; an error on one of them is raised on all.
         """
         losses, tokens = torch.zeros(len(self), dtype=torch.float64), torch.zeros(len(self), dtype=torch.float64)
+        if not predicts_next_token(model):
+            raise ValueError(
+                f"{type(model).__name__} does not predict the next token: its loss cannot be measured here"
+            )
         device, failure = next(model.parameters()).device, None
         with without_autocast(model):
             # one forward pass a batch, and so equally many on every process
@@ -315,9 +336,12 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _take(dataset: Any, sequences: int | None) -> list[Any]:
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"evaluation data of several splits ({', '.join(map(str, dataset))}): give one of them")
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences={sequences}: give 1 or more, or None for all")
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not streamed:
         count = min(len(dataset), sequences or len(dataset))
         return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, count).round()] if count else []
     if not isinstance(dataset, Iterable):
@@ -336,6 +360,8 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     columns: dict[str, list[Tensor]] = {}
     for row in rows:
         length = len(row["input_ids"])
+        if "labels" in row and np.shape(row["labels"]) != (length,):
+            raise ValueError(f"labels {row['labels']!r} are none of the next token: give rows of a language model")
         values = {
             "input_ids": (row["input_ids"], 0),
             "labels": (row["labels"] if "labels" in row else row["input_ids"], IGNORED),

@@ -308,12 +308,67 @@ def test_what_cannot_work_is_said_before_training(tmp_path):
         lr.attach(trainer, lr.ActivationCallback(dataset(4), llama(hidden_size=32)))
     with pytest.raises(FileNotFoundError, match="no/such"):
         lr.ActivationCallback(dataset(4), "./no/such/run")
-    with pytest.raises(ValueError, match="it is 'native' or 'dense'"):
+    with pytest.raises(ValueError, match="it is 'native', 'dense', 'both'"):
         lr.LandscapeCallback(dataset(4), space="denes")
     with pytest.raises(ValueError, match=r"directions=-1"):
         lr.LandscapeCallback(dataset(4), directions=-1)
     with pytest.raises(ValueError, match="points=2"):
         lr.InterpolationCallback(dataset(4), points=2)
+    with pytest.raises(ValueError, match="two LandscapeCallback write the same files: give one with space='both'"):
+        lr.attach(trainer, lr.LandscapeCallback(dataset(4)), lr.LandscapeCallback(dataset(4), space="dense"))
+    # nothing of all that is left in the Trainer
+    lr.attach(trainer, lr.LandscapeCallback(dataset(4), **SMALL, **FEW))
+
+
+def test_the_second_of_a_kind_is_off_under_a_bare_trainer(tmp_path, caplog):
+    made = [lr.SpectralCallback(every=1, budget=None), lr.SpectralCallback(every=1, space="native", budget=None)]
+    trainer = Trainer(
+        model=gpt2(), args=arguments(tmp_path, max_steps=1), train_dataset=dataset(), callbacks=[made[0]]
+    )
+    trainer.callback_handler.callbacks.append(made[1])
+    with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        trainer.train()
+    assert made[0].failed is None
+    assert "two SpectralCallback write the same files" in made[1].failed
+
+
+def test_both_spaces(tmp_path):
+    trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, max_steps=2))
+    lr.attach(
+        trainer,
+        lr.SpectralCallback(every=1, space="both", budget=None),
+        lr.LandscapeCallback(dataset(8), every=2, space="both", **SMALL, **FEW),
+    )
+    trainer.train()
+    for family in ("spectral", "landscape"):
+        assert {r["space"] for r in records(tmp_path, family) if r["step"] == 2} == {"native", "dense"}
+    found = [r for r in records(tmp_path, "spectral") if (r["step"], r["name"]) == (2, "spectral/update/stable_rank")]
+    assert {r["space"]: r["settings"]["since"] for r in found} == {"native": 1, "dense": 1}
+
+
+def test_the_last_step_is_measured_before_the_best_weights_take_its_place(tmp_path):
+    args = arguments(
+        tmp_path, max_steps=5, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer = make_trainer(METHODS["fullrank"], args)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            kept[state.global_step] = weights(model)
+
+    trainer.add_callback(Keep())
+    lr.attach(trainer, lr.SpectralCallback(every=100, budget=None))
+    trainer.train()
+    best = weights(trainer.model)
+    assert not all(torch.equal(best[k], v) for k, v in kept[5].items())
+    from hf_lowrank.metrics.spectra import spectral_metrics
+
+    table = pd.read_parquet(tmp_path / "publish" / "metrics" / "spectral.parquet")
+    (row,) = table[(table["step"] == 5) & (table["name"] == "model.layers.0.mlp.up_proj")].to_dict("records")
+    expected = spectral_metrics(kept[5]["model.layers.0.mlp.up_proj.weight"]).stable_rank
+    assert row["spectral/weight/stable_rank"] == pytest.approx(expected)
 
 
 def test_a_baseline_with_checkpoints_is_taken_at_the_same_step(run, tmp_path):

@@ -27,7 +27,7 @@ from hf_lowrank.targets import dense_weights
 
 PRESET = Preset(
     sequences=4,
-    landscape=LandscapeSettings(directions=2, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3),
+    landscape=LandscapeSettings(directions=3, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3),
     interpolation=InterpolationSettings(points=3, cross_points=3),
     curvature=CurvatureSettings(2, 2, 3),
 )
@@ -175,7 +175,7 @@ def test_a_method_without_a_dense_form_is_marked_where_only_dense_counts(measure
     assert "CoLA has no dense form" in row["settings"]["note"]
     dense = [r for r in records(measured / "cola", "landscape") if r["space"] == "dense"]
     assert {r["value"] for r in dense} == {None}
-    native = named(measured / "cola", "landscape", "landscape/random/sharpness", step=4, directions=2)
+    native = named(measured / "cola", "landscape", "landscape/random/sharpness", step=4, directions=3)
     assert native["space"] == "native"
     assert {r["space"] for r in records(measured / "cola", "spectral")} == {"linearised", "native"}
     assert named(measured / "cola", "interpolation", "interpolation/consecutive/barrier")["space"] == "native"
@@ -230,8 +230,7 @@ def test_other_settings_or_weights_are_measured_again(runs):
     run_it([runs / "full"], **only)
     seen = Seen()
     run_it([runs / "full"], watcher=seen, **only, preset=replace(PRESET, curvature=CurvatureSettings(2, 3, 3)))
-    todo = [f"step {step}: {what}" for step in (2, 4) for what in ("loss", "curvature dense")]
-    assert [unit for _, unit in seen.units] == todo
+    assert [unit for _, unit in seen.units] == ["step 2: curvature dense", "step 4: curvature dense"]
     assert len([r for r in records(runs / "full", "curvature") if r["step"] == 4]) == 2
     path = runs / "full" / "checkpoint-4" / "model.safetensors"
     weights = load_file(path)
@@ -364,6 +363,88 @@ def test_a_repository_with_revisions(hub, trained, tmp_path, monkeypatch):
     for family in ("validation", "spectral"):
         assert records(run.output, family) == records(tmp_path / "local", family)
     assert open_run("user/sparse@step-2").checkpoints[0].step == 2
+
+
+def test_what_is_no_longer_there_is_measured_again(runs):
+    run_it([runs / "full"], families=("loss", "spectral"))
+    (runs / "full" / "publish" / "metrics" / "spectral.json").unlink()
+    seen = Seen()
+    run_it([runs / "full"], families=("loss", "spectral"), watcher=seen)
+    assert [unit for _, unit in seen.units] == ["step 2: spectral dense", "step 4: spectral dense"]
+    # training on keeps the loss of earlier checkpoints
+    trainer = make_trainer(METHODS["fullrank"], arguments(runs / "full", **{**SAVING, "max_steps": 6}))
+    lr.attach(trainer)
+    trainer.train(resume_from_checkpoint=lr.last_checkpoint(runs / "full"))
+    losses = [r["step"] for r in records(runs / "full", "validation") if r["name"] == "validation_loss"]
+    assert losses == [2, 4, 6]
+
+
+def test_other_sequences_do_not_measure_spectra_again(runs):
+    run_it([runs / "full"], families=("loss", "spectral", "curvature"))
+    seen = Seen()
+    run_it(
+        [runs / "full"], families=("loss", "spectral", "curvature"), watcher=seen, preset=replace(PRESET, sequences=3)
+    )
+    assert [unit for _, unit in seen.units] == [f"step {step}: curvature dense" for step in (2, 4)]
+
+
+def test_spectra_need_no_data(tmp_path):
+    Trainer(model=gpt2(), args=arguments(tmp_path / "plain", **SAVING), train_dataset=dataset()).train()
+    _, failures = run_it([tmp_path / "plain"], families=("spectral",))
+    assert failures == 0
+    assert lr.load_report(tmp_path / "plain")["run"]["model"]["parameters"] == gpt2().num_parameters()
+
+
+def test_a_plain_run_that_went_on_has_a_report_of_where_it_is_now(tmp_path):
+    folder = tmp_path / "plain"
+    Trainer(model=gpt2(), args=arguments(folder, **SAVING), train_dataset=dataset()).train()
+    run_it([folder], families=("spectral",))
+    longer = arguments(folder, **{**SAVING, "max_steps": 6})
+    Trainer(model=gpt2(), args=longer, train_dataset=dataset()).train(resume_from_checkpoint=True)
+    # the newest is cut short: the others count
+    path = folder / "checkpoint-6" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    _, failures = run_it([folder], families=("spectral",))
+    assert failures == 1
+    report = lr.load_report(folder)
+    assert report["run"]["steps"] == 6
+    assert report["run"]["model"]["parameters"] == gpt2().num_parameters()
+    assert named(folder, "spectral", "spectral/update/stable_rank", step=4)["value"] is not None
+
+
+def test_another_folder_for_the_results_and_the_runs_own_rows(runs, tmp_path):
+    run_it([runs / "full"], families=("loss",), output=tmp_path / "out")
+    assert named(tmp_path / "out", "validation", "validation_loss")["settings"]["sequences"] == 8
+    assert not (runs / "full" / "measured.json").exists()
+    run_it([runs / "sparse" / "checkpoint-2"], families=("loss",))
+    assert named(runs / "sparse", "validation", "validation_loss", step=2)["settings"]["sequences"] == 8
+    assert not (runs / "sparse" / "checkpoint-2" / "publish").exists()
+
+
+def test_a_layout_that_cannot_be_aligned_has_its_plain_barrier(runs, monkeypatch):
+    def refuse(*_):
+        raise ValueError("block 0 has no known layout")
+
+    monkeypatch.setattr("hf_lowrank.measure.bench.align", refuse)
+    _, failures = run_it([runs / "sparse"], runs / "full", families=("interpolation",))
+    assert failures == 0
+    prefix = "interpolation/cross_method"
+    assert named(runs / "sparse", "interpolation", f"{prefix}/barrier", other="full")["value"] is not None
+    aligned = named(runs / "sparse", "interpolation", f"{prefix}_aligned/barrier", other="full")
+    assert (aligned["value"], aligned["settings"]["note"]) == (None, "block 0 has no known layout")
+
+
+def test_a_barrier_that_failed_leaves_one_row_that_a_later_one_replaces(runs):
+    path = runs / "full" / "checkpoint-4" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    for _ in range(2):
+        run_it([runs / "sparse"], runs / "full", families=("interpolation",))
+    failed = named(runs / "sparse", "interpolation", "interpolation/cross_method/barrier", other="full")
+    assert failed["value"] is None
+    path.write_bytes(whole)
+    run_it([runs / "sparse"], runs / "full", families=("interpolation",))
+    assert named(runs / "sparse", "interpolation", "interpolation/cross_method/barrier", other="full")["value"]
 
 
 # The command

@@ -158,6 +158,13 @@ def same(one, two):
     return tensors and grads and one[2:] == two[2:]
 
 
+def test_two_directions_are_too_few_for_an_error_of_their_variance():
+    model, rows = llama().eval(), EvaluationSet.from_dataset(dataset(4))
+    found = measure_landscape(model, rows, SMALL, 0)
+    assert value(found, "landscape/random/variance").stderr is None
+    assert value(found, "landscape/random/sharpness").stderr > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["fullrank", "sltrain", "cola-m", "lora"])
 @pytest.mark.parametrize("name", NAMES)

@@ -136,6 +136,8 @@ def test_the_digest_is_of_the_tokens():
         ([{"input_ids": [1]}], "predicts no token"),
         ([{"input_ids": [1, 2], "labels": [-100, -100]}], "predicts no token"),
         (3, "no data set"),
+        ({"validation": [], "test": []}, r"several splits \(validation, test\)"),
+        ([{"input_ids": [1, 2], "labels": 1}], "none of the next token"),
     ],
 )
 def test_what_is_no_evaluation_set(rows, message):
@@ -156,6 +158,15 @@ def test_the_standard_error_covers_the_truth():
         hits += abs(found.value - truth) < 1.96 * found.stderr
     # 40 sequences: the ratio's own skewness and the normal quantile cost a little
     assert 0.92 < hits / draws < 0.95 + 4 * math.sqrt(0.05 * 0.95 / draws)
+
+
+def test_a_model_of_something_else_is_refused():
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
+    with pytest.raises(ValueError, match="BertForMaskedLM does not predict the next token"):
+        EvaluationSet.from_dataset(dataset(2)).losses(model)
 
 
 def test_a_share_of_the_loss_has_a_graph():
