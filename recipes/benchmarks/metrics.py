@@ -29,6 +29,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.metrics.activations import StreamingCKA
 from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.landscape import loss_curve, random_direction, symmetric_grid
@@ -231,13 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["60m", "350m"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--points", type=int, default=5, help="of the landscape's grid")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=13, help="of the landscape's grid")
     parser.add_argument("--sequences", type=int, default=8, help="that a landscape is measured on")
     parser.add_argument("--batch", type=int, default=128, help="sequences of the loss whose memory is measured")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
+    # as the recipes and `hf-lowrank measure` do: otherwise glibc's moods with freed memory are what is compared
+    keep_freed_memory()
     logging.disable(logging.WARNING)
     device = torch.cuda.get_device_name() if options.device != "cpu" else platform.machine()
     result: dict[str, Any] = {
