@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class Snapshot:
     """Tensors of one step under a name, read one at a time.
 
-    Several processes write a file each, with what each of them has; whatever files can be seen from here are read,
-    so that another number of processes finds them too where the folder is shared.
+    Where several processes write (a part each, or one a machine), each has a file of its own; whatever files can be seen
+    from here are read, so that another number of processes finds them too where the folder is shared.
 
     Args:
         folder: made when something is saved.
@@ -35,7 +35,7 @@ class Snapshot:
     def path(self) -> Path:
         """This process's file."""
         rank, world = rank_and_world()
-        return self.folder / (self.name + ("" if world == 1 else f"-{rank}-of-{world}") + ".safetensors")
+        return self.folder / (self.name + ("" if rank == 0 else f"-{rank}-of-{world}") + ".safetensors")
 
     def _files(self) -> list[Path]:
         pattern = rf"{re.escape(self.name)}(-\d+-of-\d+)?\.safetensors"

@@ -60,14 +60,19 @@ class SpectralCallback(MetricCallback):
         step, folder = state.global_step, output_folder(args) / "spectral_snapshots"
         previous, initial = Snapshot(folder, "previous"), Snapshot(folder, "initial")
         # a snapshot from beyond the checkpoint that the run was resumed from is of another history
+        # one process a machine writes, the others there read
+        writes = args.local_process_index == 0
         before, start = self._earlier(previous, self._last, step), self._earlier(initial, 0, step)
         found = Measurement([], [])
         kept: dict[str, torch.Tensor] = {}
         for space in spaces_of(model, self.space):
             part, weights = measure_spectra(
-                model, step, before, start, self.target_modules, space, shared=args.world_size > 1
+                model, step, before, start, self.target_modules, space, shared=args.world_size > 1, keep=writes
             )
             found, kept = found + part, kept | weights
+        if not writes:
+            self._last = step
+            return found
         previous.save(kept, step)
         if step == 0:
             initial.save(kept, step)

@@ -64,25 +64,26 @@ def measure_spectra(
         previous, initial: earlier weights; rows about updates are left out where there are none.
         target_modules: layers to measure, as in a method's config.
         space: `dense` or `native`.
-        keep: return the weights; otherwise nothing beyond a few matrices is held.
+        keep: return the weights as well, all of them; otherwise nothing beyond a few matrices is held.
         shared: every process calls this and measures its share of the matrices; all get the whole result.
         progress: called after every matrix.
 
     Returns:
-        The measurement, and for the next one's `previous` the weights and the top singular vectors of the updates
-        that this process measured, on the CPU.
+        The measurement, and for the next one's `previous` the weights and the top singular vectors of the updates,
+        on the CPU; empty without `keep`.
     """
     rank, world = rank_and_world() if shared else (0, 1)
     rows: list[tuple[int, dict[str, Any]]] = []
     kept: dict[str, Tensor] = {}
+    top: dict[str, Tensor] = {}
 
     def mine() -> Iterator[tuple[tuple[int, Target], Tensor]]:
         # where weights are sharded every process must come along for the others' matrices
         weights = dense_weights if space == "dense" else native_weights
         for i, (target, weight) in enumerate(weights(model, target_modules)):
+            if keep:
+                kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
             if i % world == rank:
-                if keep:
-                    kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
                 yield (i, target), weight
 
     for (i, target), found in measure_each(lambda at, weight: _row(at[1], weight, previous, initial), mine()):
@@ -90,10 +91,12 @@ def measure_spectra(
             raise found
         row, vectors = found
         rows.append((i, {"step": step, "space": _space(target) if space == "dense" else space, **row}))
-        kept.update({} if not keep else {f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
+        top.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         progress()
-    if shared:
-        rows = sorted((row for part in gathered(rows) for row in part), key=lambda item: item[0])
+    parts = gathered((rows, top)) if shared else [(rows, top)]
+    rows = sorted((row for part, _ in parts for row in part), key=lambda item: item[0])
+    for _, vectors in parts if keep else []:
+        kept.update(vectors)
     plain = [row for _, row in rows]
     # the dense ones last: where a model has both, the log shows theirs
     spaces = sorted({row["space"] for row in plain}, reverse=True)
