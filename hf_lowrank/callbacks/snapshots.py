@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class Snapshot:
     """Tensors of one step under a name, read one at a time.
 
-    Where several processes write (a part each, or one a machine), each has a file of its own; whatever files can be seen
-    from here are read, so that another number of processes finds them too where the folder is shared.
+    Where several processes write (a part each, or one a machine), each has a file of its own; whatever files can be
+    seen from here are read, so that another number of processes finds them too where the folder is shared.
 
     Args:
         folder: made when something is saved.
