@@ -29,7 +29,7 @@ Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str] | Sequence[str | os.P
 # numbers in a block, those of all checkpoints together
 BLOCK = 2**20
 # numbers that are read from one checkpoint's files before these are mapped anew
-MAPPED = 2**20
+MAPPED = 2**21
 # eigenvalues of G below this share of the largest are rounding
 RESOLVED = 1e-13
 
@@ -279,14 +279,16 @@ def _blocks(shape: Sequence[int], limit: int) -> Iterator[At]:
 def _differences(sources: Sequence[_Reader], names: Sequence[str]) -> Iterator[tuple[str, At, Tensor]]:
     """Columns of D: (T, at most BLOCK / T), float64, valid until the next ones are asked for."""
     limit = max(BLOCK // len(sources), 1)
-    buffer = torch.empty(len(sources), limit, dtype=torch.float64)
+    buffer, latest = torch.empty(len(sources), limit, dtype=torch.float64), torch.empty(limit, dtype=torch.float64)
     for name in names:
         for at in _blocks(sources[-1].specs[name].shape, limit):
             blocks = [source.read(name, at) for source in sources]
             D = buffer[:, : blocks[-1].numel()]
-            for row, block in zip(D, blocks, strict=True):
-                row.copy_(block.flatten().cpu())
-            D[:-1] -= D[-1]
+            last = latest[: blocks[-1].numel()]
+            last.copy_(blocks[-1].flatten())
+            for row, block in zip(D, blocks[:-1], strict=False):
+                # widened and subtracted in one pass
+                torch.sub(block.flatten().cpu(), last, out=row)
             D[-1] = 0
             yield name, at, D
 
@@ -296,10 +298,12 @@ def _gram(sources: Sequence[_Reader], names: Sequence[str]) -> NDArray[np.float6
     for name, at, D in _differences(sources, names):
         with np.errstate(invalid="ignore", over="ignore"):
             # numpy takes half the time of torch: it sees that the product is symmetric
-            part = D.numpy() @ D.numpy().T
+            moved = D[:-1].numpy()
+            part = moved @ moved.T
         if not np.isfinite(part).all():
             for source in sources:
                 if not torch.isfinite(source.read(name, at).double()).all():
                     raise ValueError(f"{name} in {source.label} holds NaN or infinity: leave this checkpoint out")
-        G += part
+        # the last row of D is zero
+        G[:-1, :-1] += part
     return G
