@@ -21,7 +21,7 @@ class Record:
     """One number of the report.
 
     Attributes:
-        name: `dimension/subject/metric`, as metrics.md spells it.
+        name: `dimension/subject/metric`, in the study's terms.
         value: the number, None where it could not be measured.
         stderr: its standard error; None where it is exact for the given weights.
         step: optimizer step it was measured at.

@@ -1,6 +1,7 @@
 """A run's metrics on disk, in `<run>/publish/metrics/`.
 
-`<family>.json` holds the records that go into the report, `<family>.parquet` the rows behind them.
+`<family>.json` holds the records that go into the report, `<family>.parquet` the rows behind them. Downstream tasks
+have a file of another shape there (evaluations.py).
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.evaluations import EVALUATIONS
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.schema import metric_entry
 
@@ -29,7 +31,8 @@ def metrics_folder(output_dir: str | Path) -> Path:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """All records in a metrics folder, as plain data, by file and then in the order they were measured."""
-    return [record for path in sorted(folder.glob("*.json")) for record in json.loads(path.read_text())]
+    files = [path for path in sorted(folder.glob("*.json")) if path.name != EVALUATIONS]
+    return [record for path in files for record in json.loads(path.read_text())]
 
 
 def read_measurement(folder: Path, name: str) -> Measurement | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_lowrank.measurements.base import Measurement, record
 from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, barrier_weights, chord_weights, each_between
-from hf_lowrank.metrics.perplexity import mean_loss
+from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import evaluating
 
 __all__ = ["InterpolationSettings", "measure_interpolation"]
@@ -94,10 +94,6 @@ def measure_interpolation(
 
     with evaluating(model):
         found = each_between(model, states[0], states[1], alphas, losses)
-    sums, tokens = np.stack([at[0].numpy() for at in found]), found[0][1]
-    means = [mean_loss(*at) for at in found]
-    values = np.array([mean.value for mean in means])
-    top = barrier(alphas, values)
     noted = {
         "other": other[0],
         "other_step": other[1],
@@ -107,18 +103,27 @@ def measure_interpolation(
         **evaluation.settings(),
         **(settings or {}),
     }
-    over = {**noted, "stderr": "over sequences"}
-    prefix = f"interpolation/{subject}"
+    means = [mean_loss(*at) for at in found]
+    values = np.array([mean.value for mean in means])
+    sums, tokens = np.stack([at[0].numpy() for at in found]), found[0][1]
+
+    def weighted(weights: Any) -> Any:
+        return mean_loss(torch.from_numpy(weights @ sums), tokens)
+
+    prefix, over = f"interpolation/{subject}", {**noted, "stderr": "over sequences"}
     records = [
-        record(f"{prefix}/barrier", _weighted(barrier_weights(alphas, values), sums, tokens), step, over, space),
-        record(f"{prefix}/barrier_chord", _weighted(chord_weights(alphas, values), sums, tokens), step, over, space),
-        record(f"{prefix}/barrier_alpha", top.alpha, step, noted, space),
+        record(f"{prefix}/barrier", weighted(barrier_weights(alphas, values)), step, over, space),
+        record(f"{prefix}/barrier_chord", weighted(chord_weights(alphas, values)), step, over, space),
+        record(f"{prefix}/barrier_alpha", barrier(alphas, values).alpha, step, noted, space),
     ]
-    rows = [
+    return Measurement(records, _curve(alphas, means, {"step": step, "space": space, "subject": subject}, other))
+
+
+def _curve(alphas: Any, means: list[Estimate], at: Mapping[str, Any], other: tuple[str, int]) -> list[dict[str, Any]]:
+    """The losses as rows, position by position."""
+    return [
         {
-            "step": step,
-            "space": space,
-            "subject": subject,
+            **at,
             "other": other[0],
             "other_step": other[1],
             "alpha": float(alpha),
@@ -127,8 +132,3 @@ def measure_interpolation(
         }
         for alpha, mean in zip(alphas, means, strict=True)
     ]
-    return Measurement(records, rows)
-
-
-def _weighted(weights: Any, sums: Any, tokens: Tensor) -> Any:
-    return mean_loss(torch.from_numpy(weights @ sums), tokens)

@@ -3,7 +3,7 @@
 Shapes: N directions, p points of a grid, n sequences; losses are (p, n) sums in nats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import each_point, evaluating
 from hf_lowrank.metrics.trajectory import TrajectoryPCA
 
-__all__ = ["LandscapeSettings", "measure_landscape", "measure_trajectory"]
+__all__ = ["LandscapeSettings", "measure_landscape", "measure_trajectory", "over_directions"]
 
 Grid = NDArray[np.float64]
 
@@ -164,10 +164,6 @@ def _random(lines: _Lines, settings: LandscapeSettings, step: int, space: str, c
         direction = random_direction(lines.model, settings.seed + i, settings.normalize)
         curves.append(lines.curve(grid, lines.along(direction, grid)))
     mean = mean_curve(curves)
-    sharpness = np.array([expected_sharpness(curve) for curve in curves])
-    # of a single curve that is left there is no variance
-    others = [[c for j, c in enumerate(curves) if j != i] for i in range(len(curves))] if len(curves) > 2 else []
-    stderr = sharpness.std(ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else float("nan")
     noted = {
         "directions": settings.directions,
         "radius": settings.radius,
@@ -177,13 +173,29 @@ def _random(lines: _Lines, settings: LandscapeSettings, step: int, space: str, c
         **common,
     }
     values: dict[str, Estimate | float] = {
-        "sharpness": Estimate(float(sharpness.mean()), float(stderr)),
-        "variance": jackknife(variance_over_directions(curves), [variance_over_directions(o) for o in others]),
+        **over_directions(curves),
         **_shape(mean, lines.mean(lines.center)),
     }
     records = [record(f"landscape/random/{k}", v, step, _over(noted, k), space) for k, v in values.items()]
     rows = _rows(step, space, "random", dict(enumerate(curves))) + _rows(step, space, "random_mean", {0: mean})
     return Measurement(records, rows)
+
+
+def over_directions(curves: Sequence[LossCurve]) -> dict[str, Estimate]:
+    """`sharpness` of the mean curve and `variance` (H1, H2), with standard errors over random directions.
+
+    Raises:
+        ValueError: there is no curve, the grids differ, or the grid is not symmetric about an exact 0.
+    """
+    variance = variance_over_directions(curves)
+    sharpness = np.array([expected_sharpness(curve) for curve in curves])
+    # of a single curve that is left there is no variance
+    others = [[c for j, c in enumerate(curves) if j != i] for i in range(len(curves))] if len(curves) > 2 else []
+    stderr = sharpness.std(ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else float("nan")
+    return {
+        "sharpness": Estimate(float(sharpness.mean()), float(stderr)),
+        "variance": jackknife(variance, [variance_over_directions(o) for o in others]),
+    }
 
 
 def _over(noted: dict[str, Any], metric: str) -> dict[str, Any]:

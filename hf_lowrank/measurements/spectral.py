@@ -1,7 +1,7 @@
 """Spectra of every target matrix and of its updates (H8 to H13)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hf_lowrank.metrics.spectra import (
 from hf_lowrank.sharding import gathered, rank_and_world
 from hf_lowrank.targets import Target, dense_weights, native_weights
 
-__all__ = ["Earlier", "measure_spectra"]
+__all__ = ["Earlier", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
 
 # dimension of the two updates' subspaces that are compared
 OVERLAP_K = 8
@@ -97,13 +97,9 @@ def measure_spectra(
     rows = sorted((row for part, _ in parts for row in part), key=lambda item: item[0])
     for _, vectors in parts if keep else []:
         kept.update(vectors)
-    plain = [row for _, row in rows]
-    # the dense ones last: where a model has both, the log shows theirs
-    spaces = sorted({row["space"] for row in plain}, reverse=True)
     earlier = {"update": previous, "update_from_init": initial}
-    steps = {subject: None if weights is None else weights.step for subject, weights in earlier.items()}
-    averages = [_average([row for row in plain if row["space"] == space], step, space, steps) for space in spaces]
-    return Measurement([record for records in averages for record in records], plain), kept
+    since = {subject: None if weights is None else weights.step for subject, weights in earlier.items()}
+    return Measurement(_by_space([row for _, row in rows], step, since), [row for _, row in rows]), kept
 
 
 def _row(
@@ -120,11 +116,11 @@ def _row(
     }
     vectors: dict[str, Tensor] = {}
     try:
-        row.update({f"spectral/weight/{k}": float(v) for k, v in spectral_metrics(weight).to_dict().items()})
+        row |= weight_metrics(weight)
         if initial is not None:
-            _update_metrics(row, weight, initial.get(target.name), "update_from_init")
+            _put_update(row, weight, initial.get(target.name), "update_from_init")
         if previous is not None:
-            update = _update_metrics(row, weight, previous.get(target.name), "update")
+            update = _put_update(row, weight, previous.get(target.name), "update")
             if update is not None and update.any():
                 vectors = dict(zip(("left", "right"), singular_vectors(update, OVERLAP_K), strict=True))
                 for side, tensor in vectors.items():
@@ -138,23 +134,63 @@ def _row(
     return row, {side: tensor.cpu().contiguous() for side, tensor in vectors.items()}
 
 
-def _update_metrics(row: dict[str, Any], weight: Tensor, before: Tensor | None, subject: str) -> Tensor | None:
+def weight_metrics(weight: Tensor) -> dict[str, float]:
+    """Every scalar of a matrix's spectrum under its name in the report.
+
+    Raises:
+        ValueError: as for `spectral_metrics`.
+    """
+    return {f"spectral/weight/{key}": float(value) for key, value in spectral_metrics(weight).to_dict().items()}
+
+
+def update_metrics(weight: Tensor, before: Tensor, subject: str = "update") -> tuple[dict[str, float], Tensor]:
+    """Metrics of weight - before under their names in the report, and that difference in float64.
+
+    Args:
+        weight, before: (m, n), on one device.
+        subject: `update`, or `update_from_init`.
+
+    Raises:
+        ValueError: the shapes differ, or as for `spectral_metrics`.
+    """
+    if before.shape != weight.shape:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} and an earlier one of {tuple(before.shape)}: their difference "
+            "needs the same shape"
+        )
+    before = before.double()
+    update = weight.detach().double() - before
+    # the difference of two float32 matrices carries float32 noise: no need for a float64 SVD
+    metrics = spectral_metrics(update.float()).to_dict()
+    named = {
+        "relative_norm": relative_norm(update, before),
+        "norm": update.norm().item(),
+        "norm_before": before.norm().item(),
+        **{key: float(metrics[key]) for key in UPDATE_METRICS},
+    }
+    return {f"spectral/{subject}/{key}": value for key, value in named.items()}, update
+
+
+def _put_update(row: dict[str, Any], weight: Tensor, before: Tensor | None, subject: str) -> Tensor | None:
     """Put the metrics of weight - before into the row; None where the earlier weight does not fit."""
     if before is None or before.shape != weight.shape:
         return None
-    before = before.to(weight.device).double()
-    update = weight.detach().double() - before
-    row[f"spectral/{subject}/relative_norm"] = relative_norm(update, before)
-    row[f"spectral/{subject}/norm"] = update.norm().item()
-    row[f"spectral/{subject}/norm_before"] = before.norm().item()
-    # the difference of two float32 matrices carries float32 noise: no need for a float64 SVD
-    metrics = spectral_metrics(update.float()).to_dict()
-    row.update({f"spectral/{subject}/{key}": float(metrics[key]) for key in UPDATE_METRICS})
+    found, update = update_metrics(weight, before.to(weight.device), subject)
+    row |= found
     return update
 
 
-def _average(rows: list[dict[str, Any]], step: int, space: str, since: dict[str, int | None]) -> list[Record]:
-    """Plain means over the matrices; relative_norm is that of all matrices together, as H11 is defined."""
+def _by_space(rows: list[dict[str, Any]], step: int, since: dict[str, int | None]) -> list[Record]:
+    # the dense ones last: where a model has both, the log shows theirs
+    spaces = sorted({row["space"] for row in rows}, reverse=True)
+    means = [averages([row for row in rows if row["space"] == space], step, space, since) for space in spaces]
+    return [record for records in means for record in records]
+
+
+def averages(
+    rows: Sequence[Mapping[str, Any]], step: int, space: str, since: Mapping[str, int | None]
+) -> list[Record]:
+    """Plain means over the matrices that have a finite value; relative_norm is all matrices' together, as in H11."""
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("spectral/"))
     records = []
     for name in names:

@@ -292,6 +292,7 @@ class EvaluationSet:
                 chosen = indices if len(indices) else torch.arange(1)
                 try:
                     found, count = sequence_losses(model, self.batch(chosen, device))
+                # the others would wait in the next collective for a process that left the loop
                 except Exception as error:
                     if not self.shared:
                         raise

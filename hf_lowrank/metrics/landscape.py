@@ -37,11 +37,18 @@ class LossCurve:
         x: (points,) step lengths along the direction.
         loss: (points,) losses at theta + x d, in the unit of the loss function.
         stderr: (points,) standard errors of the losses, None where nothing is known of them.
+
+    Raises:
+        ValueError: not one loss a point.
     """
 
     x: NDArray[np.float64]
     loss: NDArray[np.float64]
     stderr: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 1 or self.x.shape != self.loss.shape:
+            raise ValueError(f"a grid of shape {self.x.shape} and losses of {self.loss.shape}: give one loss a point")
 
     @property
     def center_loss(self) -> float:

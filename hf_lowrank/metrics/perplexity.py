@@ -7,9 +7,11 @@ the token-weighted mean. Sequences are the sampling unit, so the standard error 
 import math
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["Estimate", "mean_loss", "perplexity"]
+__all__ = ["Estimate", "losses_of_logits", "mean_loss", "perplexity"]
 
 IGNORED = -100
 
@@ -46,3 +48,25 @@ def perplexity(loss: Estimate) -> Estimate:
     """exp of a mean loss in nats, the standard error to first order (delta method)."""
     value = math.exp(min(loss.value, 700.0))
     return Estimate(value, value * loss.stderr)
+
+
+@torch.no_grad()
+def losses_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of predicted tokens of each sequence, from logits that are in memory anyway.
+
+    `sequence_losses` finds the same without holding them. Beyond them one sequence's are kept in float32.
+
+    Args:
+        logits: (n, t, vocabulary), position i predicts token i + 1.
+        labels: (n, t), -100 where nothing is predicted.
+
+    Returns:
+        (n,) nats, float64 where the device has it, and (n,) counts.
+    """
+    targets = labels[:, 1:]
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    sums = [
+        F.cross_entropy(row[:-1].float(), target, ignore_index=IGNORED, reduction="none").sum(dtype=exact)
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(sums), (targets != IGNORED).sum(1)

@@ -1,18 +1,19 @@
-"""Spectra of weight matrices and of their updates (metrics.md's H8 to H13 and the scalars beside them).
+"""Spectra of weight matrices and of their updates (the study's H8 to H13 and the scalars beside them).
 
 Notation: W: (m, n), q = min(m, n), singular values s_1 >= ... >= s_q, p = s / sum s.
 """
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from hf_lowrank.metrics.threads import single_threads
 
 __all__ = [
     "SpectralMetrics",
@@ -263,12 +264,13 @@ def _measure_each(
         try:
             with torch.no_grad():
                 return measure(key, weight)
+        # one matrix must not cost the others: the caller gets it in the result's place
         except Exception as error:
             # its frames would keep the matrix
             return error.with_traceback(None)
 
     waiting: deque[tuple[K, Future[R | Exception]]] = deque()
-    with _single_threads(threads) as pool:
+    with single_threads(threads) as pool:
         for key, weight in weights:
             weight = _with_float64(weight)
             if weight.device.type == "cpu":
@@ -285,25 +287,6 @@ def _measure_each(
                 yield key, future.result()
         for key, future in waiting:
             yield key, future.result()
-
-
-def _single_threads(threads: int) -> ThreadPoolExecutor:
-    """Pool whose workers have one intra-op thread each; the caller's number of them stays as it is."""
-    before = torch.get_num_threads()
-    started = threading.Barrier(threads + 1, timeout=60)
-
-    def one_intra_op_thread() -> None:
-        # the first question to torch in a thread sets its number to the process's: a later one would undo this
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(threads, "spectra", one_intra_op_thread)
-    for _ in range(threads):
-        pool.submit(started.wait)
-    started.wait()
-    # each thread has its own number, but new ones begin with the last that was set
-    torch.set_num_threads(before)
-    return pool
 
 
 def power_law_alpha(values: Tensor) -> float:

@@ -3,15 +3,19 @@
 T: checkpoints; theta_t: (d,), all parameters of the t-th; D: (T, d), row t is theta_t - theta_T, so the last is zero.
 D is never there as a whole: G = D D^T: (T, T) is summed over blocks of columns, and from its eigenvalues lambda_i and
 eigenvectors u_i come the components v_i = D^T u_i / sqrt(lambda_i): (d,), one at a time.
+
+Files are read, not mapped: a mapped page costs a fault each time, and stays in memory for as long as the file is open.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,20 +24,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_lowrank.metrics.perturb import check_names
+from hf_lowrank.metrics.threads import single_threads
 
 __all__ = ["Checkpoint", "TrajectoryPCA", "trajectory_pca"]
 
 # name -> tensor; a safetensors file or a folder that holds some; or the files of one checkpoint
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-# numbers in a block, those of all checkpoints together
-BLOCK = 2**20
-# numbers that are read from one checkpoint's files before these are mapped anew
-MAPPED = 2**21
+# numbers in a block, those of all checkpoints together: as few as keep the calls' own time small, to stay in the cache
+BLOCK = 2**19
+# blocks that one thread takes at a time; what they add up to does not depend on the number of threads
+TOGETHER = 16
 # eigenvalues of G below this share of the largest are rounding
 RESOLVED = 1e-13
 
 At = tuple[slice, ...]
+R = TypeVar("R")
+
+
+class _Piece(NamedTuple):
+    """A run of a tensor's numbers: `at` cuts it out, and from the `start`-th on it is `numel` numbers, row by row."""
+
+    name: str
+    at: At
+    start: int
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -76,9 +91,13 @@ class TrajectoryPCA:
         for name in _common_names(sources, self._names):
             spec = sources[-1].specs[name]
             found[name] = torch.zeros(spec.shape, dtype=torch.promote_types(spec.dtype, torch.float32))
-        for name, at, D in _differences(sources, self._names):
-            part = found[name][at]
-            part.copy_((weights @ D).view(part.shape))
+
+        def project(piece: _Piece, D: Tensor) -> None:
+            part = found[piece.name][piece.at]
+            part.copy_((weights[:-1] @ D).view(part.shape))
+
+        for _ in _each_difference(sources, self._names, project):
+            pass
         return found
 
 
@@ -88,8 +107,8 @@ def trajectory_pca(
 ) -> TrajectoryPCA:
     """The top-k principal components of a run's checkpoints, as differences to the last one.
 
-    Through the Gram matrix in float64. Memory: a block of 1M numbers, and about as many of every file, mapped; time: a
-    few times that of reading the files. A component is right to about 1e-15 lambda_1 / lambda_i.
+    Through the Gram matrix in float64. Memory: two blocks of 4 MiB a thread; time: a few times that of reading the
+    files. A component is right to about 1e-15 lambda_1 / lambda_i.
 
     Args:
         checkpoints: in the order of training, each a state dict (kept, not copied), a safetensors file, a folder with
@@ -147,8 +166,9 @@ class _State:
                 self.tied.add(name)
             places.add(place)
 
-    def read(self, name: str, at: At) -> Tensor:
-        return self._state[name][at]
+    def read(self, piece: _Piece) -> Tensor:
+        """The numbers of a piece, (numel,), on the CPU."""
+        return self._state[piece.name][piece.at].flatten().cpu()
 
 
 class _Files:
@@ -158,38 +178,57 @@ class _Files:
         self.label = f"checkpoint {t} ({paths[0] if len(paths) == 1 else paths[0].parent})"
         self.specs: dict[str, Tensor] = {}
         self.tied: set[str] = set()
-        self._paths = paths
-        self._open()
-        for name, tensor in self._slices.items():
-            shape = tensor.get_shape()
-            # asked for its dtype, a slice gives the file format's word for it
-            dtype = tensor[(slice(0, 0),) * len(shape)].dtype
-            self.specs[name] = torch.empty(shape, dtype=dtype, device="meta")
-
-    def _open(self) -> None:
-        self._slices: dict[str, Any] = {}
-        self._read = 0
-        for path in self._paths:
+        # name -> file and the byte its numbers begin at
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in paths:
             try:
-                file = safe_open(path, "pt")
+                self._take(path)
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{self.label}: {path} cannot be read ({error}): it is missing or cut short; save it anew or "
-                    "leave this checkpoint out"
-                ) from None
-            for name in file.keys():  # noqa: SIM118
-                if name in self._slices:
-                    raise ValueError(f"{self.label}: {path} holds {name} once more; name each of its files once")
-                self._slices[name] = file.get_slice(name)
+                raise self._unreadable(path, error) from None
 
-    def read(self, name: str, at: At) -> Tensor:
-        block: Tensor = self._slices[name][at]
-        self._read += block.numel()
-        if self._read > MAPPED:
-            # pages that were read stay in this process's memory for as long as the files are mapped
-            block = block.clone()
-            self._open()
-        return block
+    def _unreadable(self, path: Path, error: Exception | str) -> ValueError:
+        return ValueError(
+            f"{self.label}: {path} cannot be read ({error}): it is missing or cut short; save it anew or leave this "
+            "checkpoint out"
+        )
+
+    def _take(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in self.specs:
+                    raise ValueError(f"{self.label}: {path} holds {name} once more; name each of its files once")
+                tensor = file.get_slice(name)
+                shape = tensor.get_shape()
+                # asked for its dtype, a slice gives the file format's word for it
+                dtype = tensor[(slice(0, 0),) * len(shape)].dtype
+                self.specs[name] = torch.empty(shape, dtype=dtype, device="meta")
+        # checked by safe_open: the header's length in 8 bytes, the header as JSON, the numbers in the order of rows
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        for name, described in header.items():
+            if name != "__metadata__":
+                self._places[name] = path, 8 + length + described["data_offsets"][0]
+
+    def read_into(self, piece: _Piece, raw: NDArray[np.uint8]) -> None:
+        """Fill `raw`, of the piece's number of bytes."""
+        path, begin = self._places[piece.name]
+        try:
+            # opened for every block: threads cannot share a position in a file
+            with open(path, "rb", buffering=0) as stream:
+                stream.seek(begin + piece.start * self.specs[piece.name].itemsize)
+                got = stream.readinto(raw.data)
+        except OSError as error:
+            raise self._unreadable(path, error) from None
+        if got != raw.nbytes:
+            raise self._unreadable(path, f"{got} of {raw.nbytes} bytes of {piece.name}")
+
+    def read(self, piece: _Piece) -> Tensor:
+        """The numbers of a piece, (numel,)."""
+        dtype = self.specs[piece.name].dtype
+        raw = np.empty(piece.numel * dtype.itemsize, dtype=np.uint8)
+        self.read_into(piece, raw)
+        return torch.from_numpy(raw).view(dtype)
 
 
 _Reader = _State | _Files
@@ -259,7 +298,7 @@ def _equal(one: _Reader, other: _Reader, name: str) -> bool:
     spec, expected = one.specs[name], other.specs[name]
     if spec.dtype != expected.dtype or spec.shape != expected.shape:
         return False
-    return all(torch.equal(one.read(name, at).cpu(), other.read(name, at).cpu()) for at in _blocks(spec.shape, BLOCK))
+    return all(torch.equal(one.read(piece), other.read(piece)) for piece in _pieces(name, spec.shape, BLOCK))
 
 
 def _blocks(shape: Sequence[int], limit: int) -> Iterator[At]:
@@ -276,34 +315,79 @@ def _blocks(shape: Sequence[int], limit: int) -> Iterator[At]:
     yield from ((slice(i, i + step),) for i in range(0, shape[0], step))
 
 
-def _differences(sources: Sequence[_Reader], names: Sequence[str]) -> Iterator[tuple[str, At, Tensor]]:
-    """Columns of D: (T, at most BLOCK / T), float64, valid until the next ones are asked for."""
+def _pieces(name: str, shape: Sequence[int], limit: int) -> Iterator[_Piece]:
+    start = 0
+    for at in _blocks(shape, limit):
+        numel = math.prod(len(range(*cut.indices(size))) for cut, size in zip(at, shape, strict=False))
+        numel *= math.prod(shape[len(at) :])
+        yield _Piece(name, at, start, numel)
+        start += numel
+
+
+class _Differences:
+    """Rows of D but the last, which is zero, column by column; one for each thread."""
+
+    def __init__(self, sources: Sequence[_Reader], limit: int) -> None:
+        self._sources = sources
+        self._D = torch.empty(len(sources), limit, dtype=torch.float64)
+        # what was read, in the files' own dtypes
+        self._raw = np.empty((len(sources), limit * 8), dtype=np.uint8)
+
+    def of(self, piece: _Piece) -> Tensor:
+        """Columns of D: (T - 1, numel), float64, valid until the next ones are asked for."""
+        rows = self._D[:, : piece.numel]
+        start = 0
+        # as many rows at once as can be widened by one call: threads wait for each other between calls
+        for dtype, group in groupby(self._sources, lambda source: source.specs[piece.name].dtype):
+            for _, alike in groupby(group, type):
+                together = list(alike)
+                end = start + len(together)
+                raw = self._raw[start:end, : piece.numel * dtype.itemsize]
+                for row, source, bytes_ in zip(rows[start:end], together, raw, strict=True):
+                    if isinstance(source, _Files):
+                        source.read_into(piece, bytes_)
+                    else:
+                        row.copy_(source.read(piece))
+                if isinstance(together[0], _Files):
+                    rows[start:end].copy_(torch.from_numpy(raw).view(dtype))
+                start = end
+        return rows[:-1].sub_(rows[-1])
+
+
+def _each_difference(
+    sources: Sequence[_Reader], names: Sequence[str], measure: Callable[[_Piece, Tensor], R]
+) -> Iterator[list[R]]:
+    """What `measure` finds on every piece and the columns of D, (T - 1, numel), that belong to it.
+
+    `measure` is called from several threads at once; what it returns comes in the order of the pieces, some at a time.
+    """
     limit = max(BLOCK // len(sources), 1)
-    buffer, latest = torch.empty(len(sources), limit, dtype=torch.float64), torch.empty(limit, dtype=torch.float64)
-    for name in names:
-        for at in _blocks(sources[-1].specs[name].shape, limit):
-            blocks = [source.read(name, at) for source in sources]
-            D = buffer[:, : blocks[-1].numel()]
-            last = latest[: blocks[-1].numel()]
-            last.copy_(blocks[-1].flatten())
-            for row, block in zip(D, blocks[:-1], strict=False):
-                # widened and subtracted in one pass
-                torch.sub(block.flatten().cpu(), last, out=row)
-            D[-1] = 0
-            yield name, at, D
+    pieces = [piece for name in names for piece in _pieces(name, sources[-1].specs[name].shape, limit) if piece.numel]
+    own = threading.local()
+
+    @torch.no_grad()
+    def some(first: int) -> list[R]:
+        if not hasattr(own, "differences"):
+            own.differences = _Differences(sources, limit)
+        return [measure(piece, own.differences.of(piece)) for piece in pieces[first : first + TOGETHER]]
+
+    with single_threads(torch.get_num_threads()) as pool:
+        yield from pool.map(some, range(0, len(pieces), TOGETHER))
 
 
 def _gram(sources: Sequence[_Reader], names: Sequence[str]) -> NDArray[np.float64]:
-    G = np.zeros((len(sources), len(sources)))
-    for name, at, D in _differences(sources, names):
-        with np.errstate(invalid="ignore", over="ignore"):
-            # numpy takes half the time of torch: it sees that the product is symmetric
-            moved = D[:-1].numpy()
-            part = moved @ moved.T
+    def product(piece: _Piece, D: Tensor) -> NDArray[np.float64]:
+        part: NDArray[np.float64] = (D @ D.T).numpy()
         if not np.isfinite(part).all():
             for source in sources:
-                if not torch.isfinite(source.read(name, at).double()).all():
-                    raise ValueError(f"{name} in {source.label} holds NaN or infinity: leave this checkpoint out")
-        # the last row of D is zero
-        G[:-1, :-1] += part
+                if not torch.isfinite(source.read(piece).double()).all():
+                    raise ValueError(
+                        f"{piece.name} in {source.label} holds NaN or infinity: leave this checkpoint out"
+                    )
+        return part
+
+    # the last row of D is zero
+    G = np.zeros((len(sources), len(sources)))
+    for parts in _each_difference(sources, names, product):
+        G[:-1, :-1] += sum(parts)
     return G

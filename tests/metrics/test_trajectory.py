@@ -127,31 +127,38 @@ def test_blocks_are_small_and_cover_every_number_once():
             assert (counts == 1).all(), (shape, limit)
 
 
-def test_reading_is_in_blocks_and_files_are_let_go(tmp_path, monkeypatch):
+def test_files_are_read_in_blocks_each_number_once(tmp_path, monkeypatch):
     states = walk()
-    forms, read, opened = saved(states, tmp_path), [], []
-    plain_read, plain_open = trajectory._Files.read, trajectory.safe_open
+    forms, read = saved(states, tmp_path), []
+    plain_read = trajectory._Files.read_into
 
-    def spied_read(*args):
-        block = plain_read(*args)
-        read.append(block.numel())
-        return block
-
-    def spied_open(*args):
-        opened.append(args)
-        return plain_open(*args)
+    def spied_read(files, piece, raw):
+        plain_read(files, piece, raw)
+        read.append((files.label, piece.name, *range(piece.start, piece.start + piece.numel)))
 
     monkeypatch.setattr(trajectory, "BLOCK", 96)
-    monkeypatch.setattr(trajectory, "MAPPED", 60)
-    monkeypatch.setattr(trajectory._Files, "read", spied_read)
-    monkeypatch.setattr(trajectory, "safe_open", spied_open)
+    monkeypatch.setattr(trajectory, "TOGETHER", 2)
+    monkeypatch.setattr(trajectory._Files, "read_into", spied_read)
     pca = trajectory_pca(forms["files"], k=3, names=list(SHAPES))
-    assert max(read) <= 96 // 6
-    assert sum(read) == 6 * len(flat(states[0]))
-    # anew whenever more than MAPPED numbers were read
-    assert len(opened) == 6 * (1 + len(flat(states[0])) // 60)
+    numbers = [(label, name, i) for label, name, *indices in read for i in indices]
+    assert len(set(numbers)) == len(numbers) == 6 * len(flat(states[0]))
+    assert max(len(indices) for _, _, *indices in read) <= 96 // 6
     states = [{name: state[name] for name in pca.direction(0)} for state in states]
     assert_is_svd(pca, states)
+
+
+def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectory, "BLOCK", 96)
+    monkeypatch.setattr(trajectory, "TOGETHER", 2)
+    files, before, found = saved(walk(), tmp_path)["files"], torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(trajectory_pca(files, k=3))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0].coordinates, found[1].coordinates)
+    for name, tensor in found[0].direction(2).items():
+        assert torch.equal(tensor, found[1].direction(2)[name])
 
 
 def test_names_tied_weights_and_what_has_no_fraction(tmp_path):
