@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hf_lowrank.report.baseline import baseline_of
 from hf_lowrank.report.headline import HEADLINE_METRICS, HeadlineMetric
 from hf_lowrank.report.schema import (
     SCHEMA_VERSION,
@@ -23,6 +24,7 @@ __all__ = [
     "HeadlineMetric",
     "HeadlineRow",
     "ReportError",
+    "baseline_of",
     "draw_figures",
     "fact_rows",
     "format_value",

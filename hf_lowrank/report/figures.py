@@ -4,7 +4,7 @@ matplotlib's object interface with the Agg canvas: pyplot's global state, and wh
 left alone. The same tables give the same bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +19,23 @@ from hf_lowrank.report.figures_tables import read_records, read_table
 from hf_lowrank.report.figures_training import SPECTRAL, loss, spectra_over_depth, spectra_over_steps
 from hf_lowrank.report.files import replacing
 
-__all__ = ["draw_figures"]
+__all__ = ["TABLES", "draw_figures", "save_figure"]
 
 _DPI = 150
+
+# table -> columns of numbers, of texts, and numbers that may be missing
+TABLES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
+    "training": (["step"], [], ["loss", "eval_loss", "learning_rate", "grad_norm"]),
+    "spectral": (["step", "layer"], ["space", "name", "module"], [metric.name for metric in SPECTRAL]),
+    "landscape": (["step", "direction", "x", "loss"], ["space", "subject"], []),
+    "interpolation": (["step", "other_step", "alpha", "loss"], ["space", "subject", "other"], ["stderr"]),
+    "barrier_map": (["step", "barrier"], ["run_a", "method_a", "run_b", "method_b", "aligned"], []),
+    "activation": (
+        ["step", "layer", "baseline_step"],
+        ["baseline"],
+        [*SIMILARITIES, *(f"{name}_stderr" for name in SIMILARITIES)],
+    ),
+}
 
 
 def draw_figures(publish: Path) -> list[Path]:
@@ -39,11 +53,16 @@ def draw_figures(publish: Path) -> list[Path]:
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            with replacing(path) as temporary:
-                # Software would put matplotlib's version into the file
-                figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-            drawn.append(path)
+            drawn.append(save_figure(figure, path))
     return drawn
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, the same bytes for the same figure; return the path."""
+    with replacing(path) as temporary:
+        # Software would put matplotlib's version into the file
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    return path
 
 
 # (picture, what draws it, its data)
@@ -65,28 +84,6 @@ _PICTURES: tuple[tuple[str, Callable[[pd.DataFrame], Figure | None], str], ...] 
 def _read(metrics: Path) -> dict[str, pd.DataFrame]:
     """Read all tables and lists of records before anything is drawn."""
     return {
-        "training.parquet": read_table(metrics / "training.parquet", ["step"], optional=["loss", "eval_loss"]),
-        "spectral.parquet": read_table(
-            metrics / "spectral.parquet",
-            ["step", "layer"],
-            ["space", "name", "module"],
-            optional=[metric.name for metric in SPECTRAL],
-        ),
-        "landscape.parquet": read_table(
-            metrics / "landscape.parquet", ["step", "direction", "x", "loss"], ["space", "subject"]
-        ),
-        "interpolation.parquet": read_table(
-            metrics / "interpolation.parquet",
-            ["step", "other_step", "alpha", "loss"],
-            ["space", "subject", "other"],
-        ),
-        "barrier_map.parquet": read_table(
-            metrics / "barrier_map.parquet",
-            ["step", "barrier"],
-            ["run_a", "method_a", "run_b", "method_b", "aligned"],
-        ),
-        "activation.parquet": read_table(
-            metrics / "activation.parquet", ["step", "layer", "baseline_step"], ["baseline"], optional=SIMILARITIES
-        ),
+        **{f"{name}.parquet": read_table(metrics / f"{name}.parquet", *columns) for name, columns in TABLES.items()},
         **{name: read_records(metrics / name) for name in ("landscape.json", "interpolation.json", "curvature.json")},
     }

@@ -17,6 +17,7 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
 from hf_lowrank.report.files import replacing
+from hf_lowrank.report.secrets import TOKEN
 
 __all__ = ["SCHEMA_VERSION", "ReportError", "metric_entry", "read_report", "validate_report", "write_report"]
 
@@ -82,7 +83,8 @@ def write_report(report: Mapping[str, Any], path: Path | str) -> Path:
     """
     path = Path(path)
     validate_report(report, where=str(path))
-    text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False)
+    # whatever was named after a token by mistake: reports are made to be shown
+    text = TOKEN.sub("<token>", json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
@@ -148,6 +150,8 @@ def _not_storable(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, float):
         if not math.isfinite(value):
             yield path, f"{value} is not a finite number; store null and say why in settings"
+    elif isinstance(value, int) and abs(value) >= 2**1023:
+        yield path, "the number is larger than any float"
     elif not isinstance(value, (str, int, type(None))):
         yield path, f"{_shown(value)} is a {type(value).__name__}, which JSON does not have"
 

@@ -17,6 +17,8 @@ __all__ = [
     "Fact",
     "HeadlineRow",
     "describe",
+    "evaluation_rows",
+    "evaluation_settings",
     "fact_rows",
     "format_bytes",
     "format_count",
@@ -83,6 +85,29 @@ def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
                     )
                 )
     return rows
+
+
+def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the downstream results of `report`, each task, metric and setting at its last evaluated step.
+
+    They stand in the order in which they were first evaluated; where one was evaluated twice at a step, the later
+    result counts.
+    """
+    last: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for entry in report["evaluations"]:
+        keys = ("task", "metric", "num_fewshot", "limit", "task_version")
+        # what is counted, unlike what is set, may change from step to step
+        settings = {k: v for k, v in entry.get("settings", {}).items() if k not in ("truncated_requests", "note")}
+        setting = (*(entry[key] for key in keys), describe(settings))
+        if setting not in last or _step(entry) >= _step(last[setting]):
+            last[setting] = entry
+    return [{"settings": {}, **entry} for entry in last.values()]
+
+
+def evaluation_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a downstream result depends on, without what its metric's name says."""
+    told = ("filter", "higher_is_better")
+    return {key: value for key, value in entry.get("settings", {}).items() if key not in told}
 
 
 def fact_rows(report: Mapping[str, Any]) -> list[Fact]:

@@ -1,0 +1,143 @@
+"""The runs of a comparison: reports and curves from folders and from the Hub, without their weights."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from hf_lowrank.hub.fetch import fetch
+from hf_lowrank.hub.listing import Listed, fetch_listed
+from hf_lowrank.report.charts import charts
+from hf_lowrank.report.compare import compare
+from hf_lowrank.report.curves import read_curves
+from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.schema import read_report
+from hf_lowrank.report.series import ComparedRun, collect
+
+__all__ = ["Gathered", "Skipped", "gather"]
+
+_WANTED = ["report.json", "metrics/*.parquet"]
+_LONGEST_NAME = 60  # characters of a run's name in a table
+_MOST_SERIES = 2000  # metrics, each in every setting, of a stranger's report
+
+# HfHubHTTPError's bases are OSError and the class of the HTTP library, which depends on huggingface_hub's version
+_UNREADABLE: tuple[Any, ...] = (ValueError, OSError, *HfHubHTTPError.__bases__)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A run that could not be compared, and why, on one line."""
+
+    source: str
+    reason: str
+
+
+@dataclass
+class Gathered:
+    """Runs with labels of their own, the sources they came from in the same order, and what was left out.
+
+    `skipped` were asked for by name, `passed_over` were listed by the Hub, `twice` were given more than once.
+    """
+
+    runs: list[ComparedRun] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    passed_over: list[Skipped] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+
+    def index(self, name: str) -> int | None:
+        """The place of a run by its source, its label or its own name; None where none or several have it."""
+        for names in (self.sources, [run.label for run in self.runs], [_name(run.report) for run in self.runs]):
+            if names.count(name) == 1:
+                return names.index(name)
+        return None
+
+
+def gather(sources: Sequence[str], listed: Sequence[Listed] = (), token: str | None = None) -> Gathered:
+    """Read runs, those given first; a source that cannot be read is skipped with its reason.
+
+    Args:
+        sources: run folders, published folders, folders of a report.json, `user/name`, `user/name@revision`.
+        listed: repositories that the Hub lists; a stranger's report that breaks anything is passed over.
+        token: of the Hub.
+    """
+    gathered = Gathered()
+    seen: set[str] = set()
+    for source in sources:
+        try:
+            run, identity = _given(source, token)
+        except _UNREADABLE as error:
+            gathered.skipped.append(Skipped(source, one_line(error)))
+            continue
+        _keep(gathered, run, source, identity, seen)
+    for repo in listed:
+        try:
+            folder, problems = fetch_listed(repo, token)
+            run = _read(folder, repo.repo_id, problems)
+            if (count := len(collect([run]))) > _MOST_SERIES:
+                raise ValueError(f"its report has {count:,} metrics, more than any real one")
+            charts(compare([run]))
+        # anybody can list a repository under the tag: whatever a stranger's files break, they break for themselves
+        except Exception as error:
+            gathered.passed_over.append(Skipped(repo.repo_id, one_line(error) or type(error).__name__))
+            continue
+        _keep(gathered, run, repo.repo_id, repo.repo_id, seen)
+    labels = _labels(gathered.runs, gathered.sources)
+    gathered.runs = [replace(run, label=label) for run, label in zip(gathered.runs, labels, strict=True)]
+    return gathered
+
+
+def _given(source: str, token: str | None) -> tuple[ComparedRun, str]:
+    """Return a run and what tells whether it was given before."""
+    path = Path(source).expanduser()
+    local = path.parent if path.name == "report.json" and path.is_file() else path
+    if local.is_dir():
+        folder = fetch(local)
+        return _read(folder, None), str(folder.resolve())
+    return _read(fetch(source, token=token, allow_patterns=_WANTED), source), source.removesuffix("@main")
+
+
+def _read(folder: Path, repo: str | None, problems: Sequence[str] = ()) -> ComparedRun:
+    if repo is not None and not (folder / "report.json").is_file():
+        raise FileNotFoundError(f"{repo} has no report.json: it was not published by hf_lowrank")
+    if not (folder / "report.json").is_file():
+        raise FileNotFoundError(f"no report.json in {folder}: `hf-lowrank measure` writes one for any Trainer's run")
+    report = read_report(folder)
+    tables, broken = read_curves(folder / "metrics")
+    return ComparedRun(_name(report), report, tables, repo, [*problems, *broken])
+
+
+def _keep(gathered: Gathered, run: ComparedRun, source: str, identity: str, seen: set[str]) -> None:
+    if identity in seen:
+        gathered.twice.append(source)
+        return
+    seen.add(identity)
+    gathered.runs.append(run)
+    gathered.sources.append(source)
+
+
+def _name(report: Any) -> str:
+    name = one_line(report["run"]["name"]) or "unnamed run"
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _labels(runs: Sequence[ComparedRun], sources: Sequence[str]) -> list[str]:
+    """Return a label a run: its name, and where several share it also where it comes from, as short as tells it."""
+    names = [run.label for run in runs]
+    parts = [[part for part in one_line(source).split("/") if part not in (".", "", "publish")] for source in sources]
+    labels = list(names)
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        shared = Counter(labels)
+        for index, label in enumerate(labels):
+            if shared[label] > 1:
+                labels[index] = f"{names[index]} ({'/'.join(parts[index][-length:])})"
+    seen = Counter[str]()
+    total = Counter(labels)
+    for index, label in enumerate(labels):
+        seen[label] += 1
+        if total[label] > 1:
+            labels[index] = f"{label} #{seen[label]}"
+    return labels
