@@ -13,7 +13,7 @@ What is served. KIND is models, datasets or spaces; REPO is namespace/name; REV 
     POST*   /api/repos/create                   409 when it exists; the first commit holds .gitattributes
     DELETE* /api/repos/delete
     POST    /api/validate-yaml                  the card's metadata: YAML and the shape of model-index
-    GET     /api/KIND                           ?filter=TAG &author= &search= &limit= &expand=
+    GET     /api/KIND                           ?filter=TAG &author= &search= &sort= &limit= &expand=
     GET     /api/KIND/REPO[/revision/REV]       sha, siblings, tags, cardData, ...; ?blobs= &expand=
     PUT*    /api/KIND/REPO/settings             visibility
     GET     /api/KIND/REPO/tree/REV[/PATH]      ?recursive= &expand=
@@ -36,6 +36,7 @@ and no refs/... as a REV.
 from __future__ import annotations
 
 import base64
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -228,6 +229,11 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
     first: Callable[[], object] = lambda: None
+    # bytes of the request's body that are read before the connection is closed, and the request forgotten
+    unheard_after: int | None = None
+    spoil: Callable[[bytes], bytes] = lambda body: body
+    # bytes of the answer's body, and the seconds before the others
+    pause: tuple[int, float] = (0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -411,7 +417,14 @@ def validate_yaml(hub: LoopbackHub, request: Request) -> Response:
 @route("GET", "/api/KIND")
 def list_repos(hub: LoopbackHub, request: Request, kind: str) -> Response:
     query, listed = request.query, []
-    for (its_kind, name), repo in sorted(hub.repos.items()):
+    order = {
+        "createdAt": lambda item: list(item[1].head.history())[-1].date,
+        "lastModified": lambda item: item[1].head.date,
+    }
+    by = order.get(query.get("sort", [""])[0])
+    # the Hub sorts from the newest to the oldest
+    repos = sorted(hub.repos.items()) if by is None else sorted(hub.repos.items(), key=by, reverse=True)
+    for (its_kind, name), repo in repos:
         info = describe_repo(repo, repo.head)
         if (
             its_kind == kind
@@ -633,16 +646,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         url = urlsplit(self.path)
-        request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.read_body())
         path = unquote(url.path)
         fault = self.hub.take_fault(f"{self.command} {path}")
+        if fault.unheard_after is not None:
+            self.rfile.read(min(fault.unheard_after, int(self.headers.get("Content-Length", 0))))
+            fault.first()
+            self.hang_up()
+            return
+        request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.read_body())
+        meant = self.hub.repos
         fault.first()
+        if self.hub.repos is not meant:
+            # it stalled into the next test
+            self.hang_up()
+            return
         if fault.status is not None:
             response = Response.of({"error": f"injected {fault.status}"}, fault.status, fault.headers)
         else:
             response = self.hub.answer(request)
         self.hub.requests.append(Seen(self.command, path, response.status))
-        self.write(response, fault.cut_after)
+        response.body = fault.spoil(response.body)
+        self.write(response, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815
 
@@ -656,20 +680,51 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def write(self, response: Response, cut_after: int | None) -> None:
+    def write(self, response: Response, fault: Fault) -> None:
         self.send_response(response.status)
         for key, value in response.headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body[:cut_after])
-        if cut_after is not None:
-            self.close_connection = True
+            size, seconds = fault.pause
+            if seconds:
+                self.wfile.write(response.body[:size])
+                time.sleep(seconds)
+            self.wfile.write(response.body[size if seconds else 0 : fault.cut_after])
+        if fault.cut_after is not None:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: `hub.requests` is the log."""
+
+
+class Server(ThreadingHTTPServer):
+    """Knows its connections, so that they can be broken off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.connections: set[socket.socket] = set()
+        super().__init__(*args, **kwargs)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            self.connections.discard(request)
+
+    def break_off(self) -> None:
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quiet: a client that gave up is part of a test."""
 
 
 class LoopbackHub:
@@ -685,18 +740,22 @@ class LoopbackHub:
     page_size = 1000
 
     def __init__(self, home: str | Path | None = None) -> None:
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}), bind_and_activate=False
-        )
-        self.server.daemon_threads = True
-        self.server.server_bind()
+        self.server = self.bound(0)
+        self.alive = False
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.home = Path(home or tempfile.mkdtemp(prefix="loopback-hub-"))
         self.lock = threading.RLock()
         self.reset()
 
+    def bound(self, port: int) -> Server:
+        """A server that has the port but does not listen yet: connections are refused."""
+        server = Server(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": self}), bind_and_activate=False)
+        server.daemon_threads = True
+        server.server_bind()
+        return server
+
     def reset(self, home: str | Path | None = None) -> None:
-        """Forget repositories, requests and faults; `home` becomes the new HF_HOME."""
+        """Forget repositories, requests and faults; `home` becomes the new HF_HOME. A dead hub stays dead."""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Seen] = []
         self.faults: list[Fault] = []
@@ -706,11 +765,20 @@ class LoopbackHub:
     def start(self) -> LoopbackHub:
         self.server.server_activate()
         threading.Thread(target=self.server.serve_forever, args=(0.02,), name="loopback-hub", daemon=True).start()
+        self.alive = True
         return self
 
     def stop(self) -> None:
+        self.alive = False
         self.server.shutdown()
         self.server.server_close()
+
+    def die(self) -> None:
+        """Break off every connection and refuse new ones, until `start` is called; what it holds stays."""
+        port = self.server.server_port
+        self.stop()
+        self.server.break_off()
+        self.server = self.bound(port)
 
     def __enter__(self) -> LoopbackHub:
         return self.start()
@@ -762,9 +830,33 @@ class LoopbackHub:
         """Carry the request out, but close the connection after `after` bytes of the answer's body."""
         self.faults.append(Fault(match, times, cut_after=after))
 
-    def stall(self, match: str, seconds: float, times: int = 1) -> None:
-        """Answer that much later."""
-        self.meanwhile(match, lambda: time.sleep(seconds), times)
+    def hang_up(self, match: str, after: int = 0, times: int = 1) -> None:
+        """Close the connection after `after` bytes of what is sent, an upload's body, and do not carry it out."""
+        self.faults.append(Fault(match, times, unheard_after=after))
+
+    def stall(self, match: str, seconds: float, times: int = 1, after: int | None = None) -> None:
+        """Answer that much later, or stop for that long after `after` bytes of the answer's body."""
+        if after is None:
+            self.meanwhile(match, lambda: time.sleep(seconds), times)
+        else:
+            self.faults.append(Fault(match, times, pause=(after, seconds)))
+
+    def shorten(self, match: str, after: int, times: int = 1) -> None:
+        """Answer with the first `after` bytes of the body, as if they were all of it."""
+        self.faults.append(Fault(match, times, spoil=lambda body: body[:after]))
+
+    def corrupt(self, match: str, times: int = 1) -> None:
+        """Answer with as many bytes as there are, one of them wrong."""
+
+        def spoil(body: bytes) -> bytes:
+            middle = len(body) // 2
+            return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+
+        self.faults.append(Fault(match, times, spoil=spoil))
+
+    def die_at(self, match: str, after: int = 0) -> None:
+        """Die (see `die`) in the next request that `match` finds, after `after` bytes of what is sent."""
+        self.faults.append(Fault(match, 1, unheard_after=after, first=self.die))
 
     def meanwhile(self, match: str, action: Callable[[], object], times: int = 1) -> None:
         """Run `action` before the next `times` requests that `match` finds are carried out."""

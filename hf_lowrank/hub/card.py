@@ -5,7 +5,6 @@ stored report can be rendered again at any time. Whatever the template prints is
 """
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_lowrank.hub.benchmarks import write_benchmarks
+from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
+from hf_lowrank.report.baseline import Comparison, comparisons, differences
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
 from hf_lowrank.report.schema import read_report
@@ -25,7 +27,10 @@ from hf_lowrank.report.tables import (
     Fact,
     HeadlineRow,
     describe,
+    evaluation_rows,
+    evaluation_settings,
     fact_rows,
+    format_bytes,
     format_count,
     format_value,
     headline_rows,
@@ -40,6 +45,7 @@ class Paper:
 
     title: str
     arxiv: str
+    authors: str
 
     @property
     def url(self) -> str:
@@ -50,6 +56,7 @@ class Paper:
         return (
             f"@misc{{{key},\n"
             f"  title         = {{{self.title}}},\n"
+            f"  author        = {{{self.authors.replace(', ', ' and ')}}},\n"
             f"  year          = {{20{self.arxiv[:2]}}},\n"
             f"  eprint        = {{{self.arxiv}}},\n"
             f"  archivePrefix = {{arXiv}},\n"
@@ -67,28 +74,58 @@ class MethodInfo:
     dense: bool = True
 
 
-STUDY = Paper("Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training", "2605.13652")
+STUDY = Paper(
+    "Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training",
+    "2605.13652",
+    "Namrata Shivagunde, Vijeta Deshpande, Sherin Muckatira, Anna Rumshisky",
+)
+GALORE = Paper(
+    "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+    "2403.03507",
+    "Jiawei Zhao, Zhenyu Zhang, Beidi Chen, Zhangyang Wang, Anima Anandkumar, Yuandong Tian",
+)
+FIRA = Paper(
+    "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+    "2410.01623",
+    "Xi Chen, Kaituo Feng, Changsheng Li, Xunhao Lai, Xiangyu Yue, Ye Yuan, Guoren Wang",
+)
+APOLLO = Paper(
+    "APOLLO: SGD-like Memory, AdamW-level Performance",
+    "2412.05270",
+    "Hanqing Zhu, Zhenyu Zhang, Wenyan Cong, Xi Liu, Sem Park, Vikas Chandra, Bo Long, David Z. Pan, Zhangyang Wang, "
+    "Jinwon Lee",
+)
+COLA = Paper(
+    "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation",
+    "2502.10940",
+    "Ziyue Liu, Ruijie Zhang, Zhengyang Wang, Mingsong Yan, Zi Yang, Paul D. Hovland, Bogdan Nicolae, "
+    "Franck Cappello, Sui Tang, Zheng Zhang",
+)
+SLTRAIN = Paper(
+    "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
+    "2406.02214",
+    "Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",
+)
+LORA = Paper(
+    "LoRA: Low-Rank Adaptation of Large Language Models",
+    "2106.09685",
+    "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",
+)
+RELORA = Paper(
+    "ReLoRA: High-Rank Training Through Low-Rank Updates",
+    "2307.05695",
+    "Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky",
+)
 
 METHODS: Mapping[str, MethodInfo] = {
     "fullrank": MethodInfo("full-rank training"),
-    "galore": MethodInfo(
-        "GaLore", Paper("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", "2403.03507")
-    ),
-    "fira": MethodInfo(
-        "Fira", Paper("Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", "2410.01623")
-    ),
-    "apollo": MethodInfo("APOLLO", Paper("APOLLO: SGD-like Memory, AdamW-level Performance", "2412.05270")),
-    "cola": MethodInfo(
-        "CoLA",
-        Paper("CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", "2502.10940"),
-        dense=False,
-    ),
-    "sltrain": MethodInfo(
-        "SLTrain",
-        Paper("SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", "2406.02214"),
-    ),
-    "lora": MethodInfo("LoRA", Paper("LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685")),
-    "relora": MethodInfo("ReLoRA", Paper("ReLoRA: High-Rank Training Through Low-Rank Updates", "2307.05695")),
+    "galore": MethodInfo("GaLore", GALORE),
+    "fira": MethodInfo("Fira", FIRA),
+    "apollo": MethodInfo("APOLLO", APOLLO),
+    "cola": MethodInfo("CoLA", COLA, dense=False),
+    "sltrain": MethodInfo("SLTrain", SLTRAIN),
+    "lora": MethodInfo("LoRA", LORA),
+    "relora": MethodInfo("ReLoRA", RELORA),
 }
 
 # in the order of the card; figures of other names follow under their own name
@@ -106,14 +143,16 @@ _CAPTIONS = {
     "similarity_over_depth.png": "Activations compared with the baseline's over depth",
 }
 
-# the Hub refuses other values of `license`: they go to `license_name` under `license: other`
-_HUB_LICENSES = frozenset(
-    [
-        *("apache-2.0", "mit", "openrail", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "mpl-2.0"),
-        *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
-        *("gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "other", "unknown"),
-    ]
-)
+
+@dataclass(frozen=True)
+class Baseline:
+    """The run that this one was measured against: what it was, what of the two compares, and in what they differ."""
+
+    name: str
+    method: str
+    facts: Sequence[str]
+    rows: Sequence[Comparison]
+    differences: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -132,9 +171,11 @@ class CardData:
     facts: Sequence[Fact]
     limits: Sequence[str]
     evaluations: Sequence[Mapping[str, Any]] = ()
+    baseline: Baseline | None = None
     figures: Sequence[tuple[str, str]] = ()
     command: Sequence[str] | None = None
     has_tokenizer: bool = False
+    prompt: str = "Once upon a time"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     eval_results: Sequence[EvalResult] = ()
 
@@ -153,7 +194,7 @@ class CardData:
                 validate_repo_id(repo_id)
             except HFValidationError as error:
                 raise ValueError(f"repo_id {repo_id!r} is not a Hub repository's name: {error}") from error
-        headline = headline_rows(report)
+        headline, evaluations = headline_rows(report), evaluation_rows(report)
         return cls(
             name=one_line(run["name"]) or "unnamed run",
             method=run["method"],
@@ -163,12 +204,14 @@ class CardData:
             headline=headline,
             facts=fact_rows(report),
             limits=_limits(report, headline),
-            evaluations=report["evaluations"],
+            evaluations=evaluations,
+            baseline=_baseline(report),
             figures=_captioned(figures),
             command=run["command"],
             has_tokenizer=data is not None and data["tokenizer_hash"] is not None,
-            metadata=_metadata(run, data),
-            eval_results=_eval_results(headline, data),
+            prompt="def " if data is not None and data.get("source") == "embedded" else "Once upon a time",
+            metadata=card_metadata(run, data),
+            eval_results=[*headline_results(headline, data), *evaluation_results(evaluations)],
         )
 
 
@@ -188,6 +231,7 @@ def render_card(data: CardData) -> str:
         fact={fact.key: fact.text for fact in data.facts},
         known={fact.key for fact in data.facts if fact.text != UNKNOWN},
         repo=Markdown(json.dumps(data.repo_id)),
+        prompt=Markdown(json.dumps(data.prompt)),
         study=Markdown(f"[{STUDY.title}]({STUDY.url})"),
         command=None if data.command is None else fenced(shlex.join(data.command), "bash"),
         bibtex=fenced("\n\n".join(paper.bibtex(key) for key, paper in papers.items()), "bibtex"),
@@ -197,7 +241,8 @@ def render_card(data: CardData) -> str:
 def write_card(publish: Path | str, repo_id: str | None = None) -> Path:
     """Render the card of the run in `publish` from its report.json and figures/ into README.md; return its path.
 
-    Raises what `read_report` raises, and `ValueError` for a `repo_id` that the Hub would refuse.
+    Results on registered benchmarks go beside it into `.eval_results/`, where the Hub's leaderboards find them. Raises
+    what `read_report` raises, and `ValueError` for a `repo_id` that the Hub would refuse.
     """
     publish = Path(publish)
     report = read_report(publish / "report.json")
@@ -206,6 +251,7 @@ def write_card(publish: Path | str, repo_id: str | None = None) -> Path:
     path = publish / "README.md"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    write_benchmarks(publish, report)
     return path
 
 
@@ -223,6 +269,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "code": code,
         "describe": describe,
+        "evaluated_with": lambda row: describe(evaluation_settings(row)),
         "or_blank": lambda value: "" if value is None else value,
         "url": lambda name: Markdown(quote(name, safe="")),
         "value": lambda row: format_value(row["value"], row["stderr"]),
@@ -230,67 +277,17 @@ def _environment() -> Environment:
     return environment
 
 
-def _metadata(run: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of `ModelCardData` that do not depend on results."""
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["hf-lowrank", f"lowrank-method:{slug(run['method'])}", slug(run["model"]["architecture"])],
-    }
-    if run["license"]:
-        name = slug(run["license"])
-        metadata["license"] = name if name in _HUB_LICENSES else "other"
-        if name not in _HUB_LICENSES:
-            metadata["license_name"] = name
-    if _is_on_hub(data):
-        assert data is not None
-        metadata["datasets"] = [data["name"]]
-    return metadata
-
-
-def _is_on_hub(data: Mapping[str, Any] | None) -> bool:
-    """Say whether the data's name is one of the Hub's: told by `source`, or else by looking like owner/name."""
-    if data is None or data.get("source") not in ("hub", None):
-        return False
-    try:
-        validate_repo_id(data["name"])
-    except HFValidationError:
-        return False
-    if data.get("source") == "hub":
-        return True
-    return re.fullmatch(r"[^/]+/[^/]+", data["name"]) is not None and not Path(data["name"]).suffix
-
-
-def _eval_results(headline: Sequence[HeadlineRow], data: Mapping[str, Any] | None) -> list[EvalResult]:
-    """Return one result a row that has a number, each under a data-set configuration of its own.
-
-    huggingface_hub joins results that differ in nothing but `dataset_args`, their source or their metric
-    (huggingface_hub issue 4975, still in 2.4.0); the configuration is what keeps them apart.
-    """
-    on_hub = _is_on_hub(data)
-    name = "not recorded" if data is None else one_line(data["name"])
-    config = None if data is None else data["config"]
-    results = []
-    for row in headline:
-        if row.value is None:
-            continue
-        space = None if row.space is None else f"{row.space} weights"
-        setting = [config, row.name, space, None if row.step is None else f"step {row.step}", describe(row.settings)]
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=name if on_hub else slug(name),
-                dataset_name=name,
-                dataset_config=one_line("; ".join(part for part in setting if part)),
-                dataset_revision=data["revision_or_hash"] if on_hub and data is not None else None,
-                metric_type=row.name,
-                metric_name=row.label if row.id is None else f"{row.id}: {row.label}",
-                metric_value=row.value,
-                metric_args=None if row.stderr is None else {"stderr": row.stderr},
-            )
-        )
-    return results
+def _baseline(report: Mapping[str, Any]) -> Baseline | None:
+    known = report.get("baseline")
+    if known is None:
+        return None
+    state, rate = format_bytes(known["optimizer_state_bytes"]), known["learning_rate"]
+    facts = [f"{format_count(known['parameters'])} parameters"] if known["parameters"] else []
+    facts += [f"{format_count(known['tokens_seen'])} tokens"] if known["tokens_seen"] is not None else []
+    facts += [f"peak learning rate {rate:g}"] if rate is not None else []
+    facts += [f"{state} of optimizer state"] if state is not None else []
+    label = METHODS.get(known["method"], MethodInfo(known["method"])).label
+    return Baseline(known["name"], label, facts, comparisons(report), differences(report))
 
 
 def _captioned(figures: Sequence[str]) -> list[tuple[str, str]]:
@@ -324,6 +321,8 @@ def _limits(report: Mapping[str, Any], headline: Sequence[HeadlineRow]) -> list[
     )
     if not report["evaluations"]:
         limits.append("It was not evaluated on downstream tasks.")
+    elif any(entry["limit"] is not None for entry in evaluation_rows(report)):
+        limits.append("Downstream results with a limit are of the first items of a task alone.")
     for row in headline:
         if row.value is None:
             note = row.settings.get("note")

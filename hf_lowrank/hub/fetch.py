@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import time
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -14,7 +16,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["ALLOWED", "FetchError", "fetch"]
+from hf_lowrank.hub.network import FAILURES, TIMEOUT, DamagedError, explain, patiently, status_of
+
+__all__ = ["ALLOWED", "FetchError", "download", "fetch"]
 
 ALLOWED = (
     *("*.safetensors", "*.json", "README.md", "*.txt", "*.model", "*.jinja", "*.parquet", "*.png"),
@@ -27,6 +31,9 @@ Of code only CoLA's modelling file at the root, so that what is fetched can be p
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 """Never downloaded, whatever `allow_patterns` says: loading them can run code."""
+
+
+_REFUSED = "the Hub refuses the token: log in again with `hf auth login`"
 
 
 class FetchError(OSError):
@@ -56,9 +63,9 @@ def fetch(
         FileNotFoundError: `source` looks like a path and is missing.
         NotADirectoryError: `source` is a file.
         ValueError: `source` is neither a folder nor a repository id, or a revision is given twice or for a folder.
-        FetchError: No such repository or revision, no right to it, not reachable and not in the cache, or a file in
-            it has a name that points out of the cache.
-        huggingface_hub.errors.HfHubHTTPError: The Hub fails otherwise.
+        FetchError: No such repository or revision, no right to it, not reachable and not in the cache, a file that
+            keeps arriving damaged, or one whose name points out of the cache. What failed for a moment was tried
+            again; what has arrived stays, so that calling again goes on from there.
     """
     local = Path(source).expanduser()
     if local.is_dir():
@@ -78,23 +85,28 @@ def fetch(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{source!r} is neither a local folder nor a Hub repository: {error}") from error
-    return _download(repo_id, inline or revision or "main", token, allow_patterns or list(ALLOWED))
+    return download(repo_id, inline or revision or "main", token, allow_patterns or list(ALLOWED))
 
 
-def _download(repo_id: str, revision: str, token: str | bool | None, allow_patterns: list[str]) -> Path:
-    """The snapshot of `repo_id` at `revision` in the cache, downloaded where it is not there yet."""
+def download(repo_id: str, revision: str, token: str | bool | None, allow_patterns: list[str]) -> Path:
+    """The snapshot of a repository in the cache, downloaded where it is not there yet; raises `FetchError`."""
     wanted = f"{repo_id} at revision {revision!r}"
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                allow_patterns=allow_patterns,
-                ignore_patterns=list(PICKLES),
-                library_name="hf_lowrank",
-            )
+
+    def snapshot() -> Path:
+        started = time.time()
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=allow_patterns,
+            ignore_patterns=list(PICKLES),
+            library_name="hf_lowrank",
         )
+        _drop_damaged(Path(folder), since=started)
+        return Path(folder)
+
+    try:
+        return patiently(snapshot)
     except RevisionNotFoundError as error:
         raise FetchError(f"{wanted} does not exist: {_revisions(repo_id, token)}") from error
     except RepositoryNotFoundError as error:
@@ -103,17 +115,18 @@ def _download(repo_id: str, revision: str, token: str | bool | None, allow_patte
             "the name, or log in with `hf auth login` to an account that may read it"
         ) from error
     except LocalEntryNotFoundError as error:
+        if status_of(error) in (401, 403):
+            raise FetchError(f"{wanted}: {_REFUSED}") from error
+        why = "the Hub cannot be reached: go online once to download it"
         if constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE=1 is set"
-        elif isinstance(error.__cause__, HfHubHTTPError):
-            why = f"the Hub answers {error.__cause__.response.status_code}"
-        else:
-            why = "the Hub cannot be reached"
-        raise FetchError(f"{wanted} is not complete in the cache and {why}: go online once to download it") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise FetchError(f"{wanted}: the Hub refuses the token: log in again with `hf auth login`") from error
-        raise
+            why = "HF_HUB_OFFLINE=1 is set: go online once to download it"
+        elif status_of(error) is not None or isinstance(error.__cause__, TIMEOUT):
+            why = explain(error, _secret(token))
+        raise FetchError(f"{wanted} is not complete in the cache and {why}") from error
+    except FAILURES as error:
+        if status_of(error) in (401, 403):
+            raise FetchError(f"{wanted}: {_REFUSED}") from error
+        raise FetchError(f"{wanted} cannot be downloaded: {explain(error, _secret(token))}") from error
     except ValueError as error:
         # the client's own check of names, which whoever owns the repository chooses
         if not str(error).startswith(("Invalid filename", "Invalid pointer path")):
@@ -121,11 +134,54 @@ def _download(repo_id: str, revision: str, token: str | bool | None, allow_patte
         raise FetchError(f"{wanted} has a file that would leave the cache, do not use it: {error}") from error
 
 
+def _secret(token: str | bool | None) -> str | None:
+    return token if isinstance(token, str) else None
+
+
+def _drop_damaged(snapshot: Path, since: float) -> None:
+    """Take files that have just arrived with other bytes than the Hub's out of the cache.
+
+    The client checks sizes alone. The cache names every file by its content, SHA-256 for LFS and git's SHA-1
+    otherwise. What lay in the cache already was checked when it arrived.
+
+    Args:
+        snapshot: The snapshot's folder.
+        since: Time (seconds since 1970) after which a file counts as new.
+
+    Raises:
+        DamagedError: There were some; they are gone, so that the next download brings them again.
+    """
+    damaged = []
+    for path in snapshot.rglob("*"):
+        # where there are no symbolic links the name of the content is not known
+        if not path.is_symlink():
+            continue
+        content = path.parent / path.readlink()
+        # file systems may round times down to two seconds
+        if content.is_file() and content.stat().st_mtime >= since - 2 and not _is_content(content, content.name):
+            content.unlink()
+            path.unlink()
+            damaged.append(path.relative_to(snapshot).as_posix())
+    if damaged:
+        raise DamagedError(f"{', '.join(sorted(damaged))} arrived damaged and is not kept: download it again")
+
+
+def _is_content(path: Path, etag: str) -> bool:
+    """Whether a file's content is the one that the Hub names `etag`; a name of another kind says nothing."""
+    with path.open("rb") as file:
+        if re.fullmatch(r"[0-9a-f]{64}", etag):
+            return hashlib.file_digest(file, "sha256").hexdigest() == etag
+        if re.fullmatch(r"[0-9a-f]{40}", etag):
+            content = file.read()
+            return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
+    return True
+
+
 def _revisions(repo_id: str, token: str | bool | None) -> str:
     """What may be asked for instead of a revision that is not there."""
     try:
         refs = HfApi(token=token).list_repo_refs(repo_id)
-    except OSError:
+    except FAILURES:
         return "see the repository's page for its branches and tags"
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
     return "it has " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

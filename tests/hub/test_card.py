@@ -13,12 +13,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # a dependency of rich
 
 from hf_lowrank.hub.card import METHODS, STUDY, CardData, render_card, write_card
-from hf_lowrank.report import ReportError, headline_rows, metric_entry, write_report
+from hf_lowrank.report import ReportError, baseline_of, headline_rows, metric_entry, validate_report, write_report
 from hf_lowrank.report.markdown import one_line
 
 GOLDEN = Path(__file__).with_name("golden") / "card.md"
@@ -39,7 +41,21 @@ NASTY = [
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    return json.loads(FULL.read_text())
+    report = json.loads(FULL.read_text())
+    report["evaluations"][0]["settings"] = {"seed": 42}
+    return report | {"baseline": baseline_of(full_rank(report))}
+
+
+def full_rank(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run that differs from `report`'s in its method, numbers and a setting."""
+    other = copy.deepcopy(report)
+    other["run"] |= {"name": "tiny-fullrank", "method": "fullrank", "learning_rate": 0.003}
+    other["run"]["optimizer_state_bytes"]["measured"] = 14722204
+    for entry in (*other["metrics"], *other["evaluations"]):
+        entry["value"] = None if entry["value"] is None else entry["value"] * 1.25
+        if entry["name" if "name" in entry else "task"].endswith("update/stable_rank"):
+            entry["settings"] = {**entry["settings"], "since": 100}
+    return other
 
 
 def card_of(report: dict[str, Any], repo_id: str | None = "user/tiny-galore") -> str:
@@ -72,16 +88,125 @@ def test_rendering_is_pure(report: dict[str, Any]) -> None:
 def test_model_index_keeps_every_result_apart(report: dict[str, Any]) -> None:
     data = ModelCard(card_of(report)).data
     expected = [row for row in headline_rows(report) if row.value is not None]
-    assert len(data.eval_results) == len(expected) == 10
+    assert len(data.eval_results) == len(expected) + 1 == 11
     results = data.to_dict()["model-index"][0]["results"]
-    assert len(results) == len(expected), "none was merged into another"
-    assert len({result["dataset"]["config"] for result in results}) == len(expected)
-    for result, row in zip(results, expected, strict=True):
+    assert len(results) == len(expected) + 1, "none was merged into another"
+    assert len({result["dataset"]["config"] for result in results}) == len(expected) + 1
+    for result, row in zip(results[:-1], expected, strict=True):
         (metric,) = result["metrics"]
         assert metric["type"] == row.name
         assert metric["value"] == row.value
         assert isinstance(metric["value"], float)
         assert metric.get("args", {}).get("stderr") == row.stderr
+
+
+def test_downstream_results_are_told_apart_by_their_settings(report: dict[str, Any]) -> None:
+    (first,) = report["evaluations"]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"value": 0.5},  # evaluated again: this one counts
+        {"step": 150, "value": 0.1},  # an earlier checkpoint
+        {"metric": "perplexity,none", "value": 9.0, "stderr": None},
+        {"num_fewshot": 5},
+        {"limit": 100},
+        {"settings": {"seed": 43, "higher_is_better": True, "truncated_requests": 3}},
+        {"settings": {"seed": 43, "higher_is_better": True}, "value": 0.7},
+        {"task": "copa", "task_version": None, "step": None},
+        {"task": "copa", "value": None, "stderr": None, "num_fewshot": 3},
+    ]
+    report["evaluations"] = [first | change for change in changes]
+    card = card_of(report)
+    index = ModelCard(card).data.to_dict()["model-index"][0]["results"][-5:]
+    found = {
+        (result["dataset"]["config"], metric["type"]): metric["value"]
+        for result in index
+        for metric in result["metrics"]
+    }
+    name = "lambada_openai"
+    assert found == {
+        (f"{name}; 0-shot; step 300; version 1.0; seed=42", "acc"): 0.5,
+        (f"{name}; 0-shot; step 300; version 1.0; seed=42", "perplexity,none"): 9.0,
+        (f"{name}; 5-shot; step 300; version 1.0; seed=42", "acc"): first["value"],
+        (f"{name}; 0-shot; limit 100; step 300; version 1.0; seed=42", "acc"): first["value"],
+        (f"{name}; 0-shot; step 300; version 1.0; seed=43", "acc"): 0.7,
+        ("copa; 0-shot; seed=42", "acc"): first["value"],
+    }
+    rows = re.findall(r"^\| (?:lambada|copa).*$", card, re.MULTILINE)
+    assert len(rows) == 7, "the one that could not be had is shown as well"
+    assert "| copa | acc | n/a | 3 |" in card
+    assert "with a limit are of the first items" in card
+    report["evaluations"] = []
+    assert "Downstream tasks" not in card_of(report)
+
+
+def test_baseline(report: dict[str, Any]) -> None:
+    card = card_of(report)
+    section = card.split("### Beside its baseline")[1].split("![")[0]
+    assert "The baseline is tiny-fullrank: full-rank training, " in section
+    assert "14.04 MiB of optimizer state" in section
+    assert "37.00 ± 0.42 | 46.25 ± 0.42 | -9.25 ± 0.59" in section
+    assert "lambada\\_openai" in section
+    # the same items, answered by another form of the weights
+    report["evaluations"][0]["settings"] |= {"form": "native", "dtype": "float32", "truncated_requests": 1}
+    assert "lambada\\_openai" in card_of(report).split("### Beside its baseline")[1]
+    # measured with other settings there, and not measured here
+    assert "spectral/update/stable_rank" not in section
+    assert "landscape/random" not in section
+    assert "differ in more than" not in section
+
+    report["baseline"]["tokens_seen"] = 10
+    report["baseline"]["data"] |= {"tokenizer_hash": "sha256:other"}
+    section = card_of(report).split("### Beside its baseline")[1]
+    assert "**The two runs differ in more than the method: tokenizer (sha256:77aa here, sha256:other there)" in section
+    assert "tokens seen (1,228,800 (1.23 M) here, 10 there)" in section
+    report["baseline"] |= {"metrics": [], "evaluations": [], "data": None}
+    section = card_of(report).split("### Beside its baseline")[1]
+    assert "data (not recorded for the baseline)" in section
+    assert "Nothing was measured on both in the same way." in section
+    del report["baseline"]
+    assert "baseline" not in card_of(report).split("## The run")[0]
+
+
+def test_a_baseline_holds_what_was_measured_of_it_alone(report: dict[str, Any]) -> None:
+    del report["baseline"]
+    report["metrics"] += [
+        metric_entry("activation/cka", 0.5, step=300),
+        metric_entry("interpolation/cross_method/barrier", 0.5, step=300, space="dense"),
+        metric_entry("interpolation/consecutive/barrier", 0.5, step=300, space="dense"),
+        metric_entry("perplexity", 40.0, step=299),
+    ]
+    baseline = baseline_of(report)
+    names = [entry["name"] for entry in baseline["metrics"]]
+    assert "interpolation/consecutive/barrier" in names
+    assert not [name for name in names if name.startswith(("activation/", "interpolation/cross"))]
+    assert [entry["value"] for entry in baseline["metrics"] if entry["name"] == "perplexity"] == [37.0]
+    validate_report(report | {"baseline": baseline})
+    with pytest.raises(ReportError, match=r"baseline\.method is missing"):
+        validate_report(report | {"baseline": {"name": "x"}})
+
+
+GSM8K: dict[str, Any] = {
+    "task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.0125, "stderr": 0.003, "num_fewshot": 5,
+    "limit": None, "step": 300, "task_version": "3.0",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="older clients do not know these files")
+def test_only_whole_registered_benchmarks_become_eval_results(report: dict[str, Any], tmp_path: Path) -> None:
+    flexible = {"metric": "exact_match,flexible-extract", "value": 0.5}
+    report["evaluations"] += [GSM8K, GSM8K | flexible | {"limit": 10}]
+    write_report(report, tmp_path / "report.json")
+    write_card(tmp_path)
+    (path,) = (tmp_path / ".eval_results").iterdir()
+    assert path.name == "gsm8k.yaml"
+    (entry,) = huggingface_hub.parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 1.25)
+    assert entry.notes == "lm-evaluation-harness, 5-shot, strict-match"
+    assert entry.date == report["run"]["date"]
+    report["evaluations"] = [GSM8K | flexible, GSM8K | {"value": None, "stderr": None}]
+    write_report(report, tmp_path / "report.json")
+    write_card(tmp_path)
+    assert [path.name for path in (tmp_path / ".eval_results").iterdir()] == ["gsm8k_flexible_extract.yaml"]
 
 
 def test_metadata(report: dict[str, Any]) -> None:
@@ -148,6 +273,7 @@ def test_every_method(report: dict[str, Any], method: str) -> None:
         if paper is not None:
             assert f"eprint        = {{{paper.arxiv}}}" in card
             assert f"]({paper.url})" in card
+            assert paper.authors.count(", ") == card.split(f"{{{paper.title}}},")[1].split("\n")[1].count(" and ") > 2
     dense = info is None or info.dense
     assert ("dense=True" in card) == dense
     assert ("trust_remote_code=True" in card) != dense
@@ -155,8 +281,10 @@ def test_every_method(report: dict[str, Any], method: str) -> None:
 
 def test_snippets_use_only_what_is_there(report: dict[str, Any]) -> None:
     code = "\n".join(python_blocks(card_of(report)))
-    called = {node.func.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
-    assert called == {"from_pretrained", "load_report"}
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    loading = {"AutoModelForCausalLM.from_pretrained", "lr.from_pretrained", "lr.load_report"}
+    generating = {"AutoTokenizer.from_pretrained", "tokenizer", "tokenizer.decode", "model.generate", "print"}
+    assert called == loading | generating
     report["data"]["tokenizer_hash"] = None
     assert "AutoTokenizer" not in card_of(report)
 
@@ -213,7 +341,9 @@ def test_values_come_out_as_text(report: dict[str, Any], text: str) -> None:
     run["model"] |= {"architecture": text, "size": text}
     run["command"] = ["python", "train.py", "--name", text]
     report["data"] |= {"name": text, "config": text, "tokenizer_name": text}
-    report["evaluations"][0]["task"] = text
+    report["evaluations"][0] |= {"task": text, "metric": text, "task_version": text, "settings": {"note": text}}
+    report["baseline"] |= {"name": text, "method": text, "data": report["data"]}
+    report["baseline"]["evaluations"] = report["evaluations"]
     report["metrics"] += [
         metric_entry("spectral/weight/stable_rank", 1.0, step=300, space="native", settings={"note": text}),
         metric_entry("perplexity", None, step=301, settings={"note": text}),
@@ -227,11 +357,25 @@ def test_values_come_out_as_text(report: dict[str, Any], text: str) -> None:
 
     rendered, expected = body_html(card), body_html(plain)
     shown = html.unescape(re.sub(r"<[^>]+>", "", rendered))
-    assert shown.count(one_line(text)) >= 12
+    assert shown.count(one_line(text)) >= 20
     for markup in ("<script", "<strong", "<em>", "<h1", "<h2", "<hr", "<img", "<a ", "<table", "<pre", "<th>", "<!--"):
         assert rendered.count(markup) == expected.count(markup), markup
     for block in python_blocks(card):
         ast.parse(block)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_differences_from_the_baseline_and_captions_come_out_as_text(report: dict[str, Any], text: str) -> None:
+    file = f"{text.replace('/', '')}.png"
+    plain = body_html(render_card(CardData.from_report(report, ["x.png"])))
+    report["baseline"]["data"] = report["baseline"]["data"] | {"name": text}
+    rendered = body_html(render_card(CardData.from_report(report, [file])))
+    shown = html.unescape(re.sub(r"<[^>]+>", "", rendered))
+    assert f"data (python-stdlib here, {one_line(text)} there)" in shown
+    alt = html.unescape(re.findall(r'<img src="[^"]*" alt="([^"]*)"', rendered)[-1])
+    assert alt == one_line(Path(file).stem)
+    for markup in ("<script", "<em>", "<h1", "<h2", "<hr", "<img", "<a ", "<table", "<pre", "<!--"):
+        assert rendered.count(markup) == plain.count(markup), markup
 
 
 @pytest.mark.parametrize("text", NASTY)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 import hf_lowrank as lr
 import hf_lowrank.callbacks.report
 from hf_lowrank.cli import app
+from hf_lowrank.hub import network
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.models import build_model
+from hf_lowrank.report import baseline_of, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n\0stand-in"
 IDS = torch.arange(24).reshape(2, 12) * 5 % VOCABULARY
@@ -277,9 +280,23 @@ def test_trainers_push_to_hub_publishes_the_same(hub, tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(trainer.model))
 
 
+def test_pushing_again_later_changes_nothing_and_keeps_the_baseline(hub, tmp_path):
+    trainer = trainer_for(METHODS["fullrank"], tmp_path / "run", push_to_hub=False, hub_model_id="user/run")
+    trainer.train()
+    report = lr.load_report(tmp_path / "run")
+    # as `hf-lowrank measure --baseline` leaves it
+    write_report({**report, "baseline": baseline_of(report)}, tmp_path / "run" / "publish" / "report.json")
+    commits = [trainer.push_to_hub().oid for _ in range(2)]
+    assert len(set(commits)) == 1
+    published = lr.load_report("user/run")
+    assert published["baseline"]["name"] == report["run"]["name"]
+    assert published["run"] == report["run"]
+
+
 def test_a_repo_without_a_name_is_named_after_the_output_folder(hub, tmp_path):
     trainer_for(METHODS["fullrank"], tmp_path / "my-run", hub_strategy="end").train()
     assert held_by(hub.repo("user/my-run")) == published(tmp_path / "my-run")
+    assert 'from_pretrained("user/my-run")' in (tmp_path / "my-run" / "publish" / "README.md").read_text()
 
 
 def test_a_branch_can_be_pushed_to(hub, tmp_path):
@@ -310,40 +327,102 @@ def test_a_resumed_run_pushes_on(hub, tmp_path):
 # ---- when the Hub fails ----
 
 
-def test_a_failing_hub_never_stops_training_and_the_log_says_how_to_push(hub, tmp_path, caplog):
-    trainer = trainer_for(METHODS["fullrank"], tmp_path / "run", hub_model_id="user/run", hub_strategy="every_save")
+@pytest.fixture
+def impatient(monkeypatch):
+    """Seconds between two tries become hundredths."""
+    monkeypatch.setattr(network, "FIRST_WAIT", 0.01)
+
+
+def saving(folder, **changes):
+    names = dict(hub_model_id="user/run", hub_strategy="every_save")
+    return trainer_for(METHODS["fullrank"], folder, **{**names, **changes})
+
+
+def test_a_failing_hub_never_stops_training_and_the_log_says_how_to_push(hub, tmp_path, caplog, impatient):
+    trainer = saving(tmp_path / "run", hub_revision="trial", hub_private_repo=True)
     hub.fail(".", status=503, times=10_000)
     with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
         result = trainer.train()
     assert result.global_step == 4
     assert held_by(hub.repo("user/run")) == {}, "made by the Trainer when it was set up"
     failures = [r.getMessage() for r in caplog.records if "push to user/run failed" in r.getMessage()]
-    assert len(failures) == 3
+    # at a save, perhaps at the next if the first had failed by then, and at the end
+    assert 2 <= len(failures) <= 3
+    assert "the Hub answers 503" in failures[0]
     command = re.search(r"hf-lowrank push .*", failures[-1])[0]
-    assert shlex.split(command) == ["hf-lowrank", "push", str(tmp_path / "run"), "--repo-id", "user/run"]
+    same = ["--revision", "trial", "--private", "--checkpoints"]
+    assert shlex.split(command) == ["hf-lowrank", "push", str(tmp_path / "run"), "--repo-id", "user/run", *same]
+    assert not list((tmp_path / "run").glob(".pushing*"))
 
     hub.faults.clear()
     done = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
     assert done.exit_code == 0
     repo = hub.repo("user/run")
+    assert held_by(repo, "trial") == published(tmp_path / "run")
+    assert set(repo.tags) == {"step-2", "step-4"}
+
+
+def test_what_failed_at_a_save_is_made_up_for_later_with_its_tag(hub, tmp_path, caplog, impatient):
+    trainer = saving(tmp_path / "run")
+    hub.fail("POST /api/models/user/run/commit/", status=503, times=3)
+    with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        trainer.train()
+    assert caplog.text.count("push to user/run failed") == 1
+    repo = hub.repo("user/run")
     assert held_by(repo) == published(tmp_path / "run")
-    assert set(repo.tags) == {"step-4"}
+    assert [commit.title for commit in repo.head.history()][-2::-1] == ["step 2", "step 4", "end of training"]
+    assert set(repo.tags) == {"step-2", "step-4"}
 
 
-def test_a_hub_that_fails_once_is_made_up_for_at_the_next_save(hub, tmp_path, caplog):
-    trainer = trainer_for(METHODS["fullrank"], tmp_path / "run", hub_model_id="user/run", hub_strategy="every_save")
-    hub.fail("POST /api/models/user/run/commit/", status=503)
+def test_a_silent_hub_does_not_hold_up_training(hub, tmp_path, caplog, monkeypatch):
+    """What is pushed is the state of the save, not what is written while the Hub keeps silent."""
+    trainer = saving(tmp_path / "run", save_steps=1, max_steps=3)
+    monkeypatch.setattr(network, "SILENCE", 1.0)
+    hub.stall("POST /api/repos/create", seconds=2.0)
+    steps_done = []
+    hub.meanwhile("POST /api/models/user/run/preupload/", lambda: steps_done.append(trainer.state.global_step))
     with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
         trainer.train()
     assert caplog.text.count("push to user/run failed") == 1
-    assert held_by(hub.repo("user/run")) == published(tmp_path / "run")
-    assert set(hub.repo("user/run").tags) == {"step-4"}
+    assert "the Hub does not answer" in caplog.text
+    assert steps_done[0] >= 2, "training went on meanwhile"
+    repo = hub.repo("user/run")
+    assert set(repo.tags) == {"step-1", "step-2", "step-3"}
+    for step in (1, 2, 3):
+        assert json.loads(repo.files(f"step-{step}")["report.json"])["run"]["steps"] == step
 
 
-def test_a_token_without_rights_never_stops_training(hub, tmp_path, caplog, monkeypatch):
-    trainer = trainer_for(METHODS["fullrank"], tmp_path / "run", hub_model_id="user/run", hub_strategy="end")
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+def test_a_hub_that_dies_in_an_upload_and_comes_back(hub, tmp_path, caplog, impatient):
+    trainer = saving(tmp_path / "run")
+    hub.die_at("PUT /lfs/", after=100)
+    come_back = threading.Timer(1.5, hub.start)
+    come_back.start()
+    trainer.train()
+    come_back.join()
+    repo = hub.repo("user/run")
+    assert held_by(repo) == published(tmp_path / "run")
+    assert set(repo.tags) == {"step-2", "step-4"}
+
+
+def test_somebody_elses_repo_is_left_alone_and_training_goes_on(hub, tmp_path, caplog):
+    hub.plant("user/run", {"README.md": b"# theirs"})
     with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
+        result = saving(tmp_path / "run", hub_strategy="end").train()
+    assert result.global_step == 4
+    assert hub.repo("user/run").files()["README.md"] == b"# theirs"
+    assert caplog.text.count("hf_lowrank did not push (README.md)") == 1
+    assert "--yes" in caplog.text
+
+
+def test_a_token_without_rights_never_stops_training_nor_shows(hub, tmp_path, caplog, monkeypatch):
+    secret = "hf_" + "a1B2" * 9
+    trainer = saving(tmp_path / "run", hub_strategy="end", hub_token=hub.token)
+    trainer.args.hub_token = secret
+    with caplog.at_level(logging.DEBUG):
         trainer.train()
     assert caplog.text.count("push to user/run failed") == 1
-    assert "hf_wrong" not in caplog.text
+    assert "401" in caplog.text
+    assert secret not in caplog.text
+    texts = [path for path in (tmp_path / "run" / "publish").rglob("*") if path.suffix in (".json", ".md")]
+    assert texts
+    assert not any(secret in path.read_text() for path in texts)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import LoopbackHub
 
-from hf_lowrank.hub.push import push_folder
+from hf_lowrank.hub.network import status_of
+from hf_lowrank.hub.push import OverwriteError, PushError, push_folder
 
 REPO = "user/tiny"
 CARD = "---\nlibrary_name: transformers\nlicense: apache-2.0\ntags: [low-rank]\n---\n# tiny\n"
@@ -30,6 +30,7 @@ def run(tmp_path: Path) -> Path:
         "publish/figures/old.png": b"\x89PNG\r\n\x1a\n\0\0old",
         "publish/figures/kept.png": b"\x89PNG\r\n\x1a\n\0\0kept",
         "checkpoint-10/optimizer.pt": b"secret",
+        "publish/.report.json.1234.tmp": b"killed in mid-write",
         "training_args.bin": b"secret",
     }
     for path, content in files.items():
@@ -41,7 +42,8 @@ def run(tmp_path: Path) -> Path:
 def published(run: Path) -> dict[str, bytes]:
     """What of the run should be on the Hub."""
     folder = run / "publish"
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in files.items() if not path.endswith(".tmp")}
 
 
 def without_gitattributes(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -217,56 +219,123 @@ def test_refuses_a_card_that_the_hub_would_not_take(hub: LoopbackHub, run: Path)
     assert set(hub.repo(REPO).files()) == {".gitattributes"}
 
 
-# ---- what the Hub refuses and how a caller goes on ----
+# ---- what the Hub refuses; tests/hub/test_faults.py has what fails ----
 
 
 @pytest.mark.parametrize(("token", "message"), [(False, "Invalid username"), ("hf_other", "Invalid credentials")])
-def test_401_passes_through_and_names_no_token(hub: LoopbackHub, run: Path, token: str | bool, message: str) -> None:
-    with pytest.raises(HfHubHTTPError, match=message) as caught:
+def test_a_401_says_how_to_log_in_and_names_no_token(
+    hub: LoopbackHub, run: Path, token: str | bool, message: str
+) -> None:
+    with pytest.raises(PushError, match=f"user/tiny: .* 401 .*{message}.*`hf auth login`") as caught:
         push_folder(run, REPO, token=token)
-    assert caught.value.response.status_code == 401
+    assert status_of(caught.value) == 401
     assert "hf_" not in str(caught.value)
     assert hub.repos == {}
 
 
 def test_another_users_namespace_is_a_403(hub: LoopbackHub, run: Path) -> None:
-    with pytest.raises(HfHubHTTPError, match="rights to write to other/tiny") as caught:
+    with pytest.raises(PushError, match="rights to write to other/tiny") as caught:
         push_folder(run, "other/tiny")
-    assert caught.value.response.status_code == 403
+    assert status_of(caught.value) == 403
 
 
-@pytest.mark.parametrize("where", ["/repos/create", "^GET /api/models/user/tiny/revision", "/commit/main", "/tag/"])
-def test_after_a_503_the_same_call_finishes_the_work(hub: LoopbackHub, run: Path, where: str) -> None:
-    hub.fail(where, status=503)
-    with pytest.raises(HfHubHTTPError) as caught:
-        push_folder(run, REPO, tag="step-10")
-    assert caught.value.response.status_code == 503
-
-    commit = push_folder(run, REPO, tag="step-10")
-    repo = hub.repo(REPO)
-    assert without_gitattributes(repo.files()) == published(run)
-    assert [one.title for one in repo.head.history()] == ["Publish run at step-10", "initial commit"]
-    assert repo.tags["step-10"].oid == commit.oid == repo.head.oid
+# ---- other people's work ----
 
 
-def test_a_lost_answer_to_the_commit_leads_to_no_second_one(hub: LoopbackHub, run: Path) -> None:
-    hub.cut("/commit/main")
-    with pytest.raises(Exception, match="peer closed connection"):
-        push_folder(run, REPO)
-    push_folder(run, REPO)
-    assert len(list(hub.repo(REPO).head.history())) == 2
+def other_run(run: Path, name: str, method: str = "galore") -> None:
+    (run / "publish/report.json").write_text(json.dumps({"run": {"name": name, "method": method}}))
 
 
-def test_a_push_in_between_is_a_412_and_loses_nothing(hub: LoopbackHub, run: Path) -> None:
+def test_a_commit_in_between_stays(hub: LoopbackHub, run: Path) -> None:
     push_folder(run, REPO)
     (run / "publish/config.json").write_text('{"changed": true}')
     hub.meanwhile("/preupload/", lambda: hub.plant(REPO, {"LICENSE": b"text"}))
-    with pytest.raises(HfHubHTTPError) as caught:
-        push_folder(run, REPO)
-    assert caught.value.response.status_code == 412
     push_folder(run, REPO)
+    assert hub.count("/commit/", status=412) == 1
     assert hub.repo(REPO).files()["config.json"] == b'{"changed": true}'
     assert hub.repo(REPO).files()["LICENSE"] == b"text"
+    titles = [one.title for one in hub.repo(REPO).head.history()]
+    assert titles == ["Publish run", "by hand", "Publish run", "initial commit"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_card_edited_on_the_hub_is_not_overwritten_unasked(hub: LoopbackHub, run: Path, when: str) -> None:
+    push_folder(run, REPO)
+    (run / "publish/config.json").write_text('{"changed": true}')
+    by_hand = CARD.encode() + b"read me\n"
+    if when == "before":
+        hub.plant(REPO, {"README.md": by_hand})
+    else:
+        hub.meanwhile("/preupload/", lambda: hub.plant(REPO, {"README.md": by_hand}))
+    with pytest.raises(OverwriteError, match=r"user/tiny .*somebody else changed README\.md .*`--yes`") as caught:
+        push_folder(run, REPO)
+    assert "\n" not in str(caught.value)
+    assert hub.repo(REPO).files()["README.md"] == by_hand
+    assert hub.repo(REPO).files()["config.json"] == b"{}"
+
+    push_folder(run, REPO, overwrite=True)
+    assert without_gitattributes(hub.repo(REPO).files()) == published(run)
+    push_folder(run, REPO)
+
+
+def test_an_edit_that_the_run_has_too_is_no_question(hub: LoopbackHub, run: Path) -> None:
+    push_folder(run, REPO)
+    by_hand = {"README.md": CARD.encode() + b"read me\n", "model.safetensors": b"\0" + bytes(9)}
+    hub.plant(REPO, by_hand)
+    for path, content in by_hand.items():
+        (run / "publish" / path).write_bytes(content)
+    push_folder(run, REPO)
+    assert hub.repo(REPO).head.title == "by hand"
+
+
+def test_somebody_elses_repository_is_asked_for(hub: LoopbackHub, run: Path) -> None:
+    hub.plant(REPO, {"pytorch_model.bin": b"\0theirs", "README.md": b"# theirs"})
+    with pytest.raises(OverwriteError, match=r"hf_lowrank did not push \(README\.md, pytorch_model\.bin\)"):
+        push_folder(run, REPO)
+    with pytest.raises(OverwriteError, match="did not push"):
+        push_folder(run, REPO, revision="trial")
+    assert hub.count("^PUT /lfs/|/commit/") == 0
+
+    push_folder(run, REPO, overwrite=True)
+    files = hub.repo(REPO).files()
+    assert files.pop("pytorch_model.bin") == b"\0theirs"
+    assert without_gitattributes(files) == published(run)
+
+
+def test_another_run_is_asked_for_except_on_a_branch_of_its_own(hub: LoopbackHub, run: Path) -> None:
+    other_run(run, "first")
+    first = push_folder(run, REPO)
+    other_run(run, "second", "sltrain")
+    with pytest.raises(OverwriteError, match=r"another run \(galore 'first', and this is sltrain 'second'\)"):
+        push_folder(run, REPO)
+    push_folder(run, REPO, revision="second")
+    other_run(run, "third")
+    with pytest.raises(OverwriteError, match="another run"):
+        push_folder(run, REPO, revision="second")
+    assert hub.repo(REPO).head.oid == first.oid
+    push_folder(run, REPO, overwrite=True)
+    assert b"third" in hub.repo(REPO).files()["report.json"]
+
+
+def test_another_run_of_the_same_name_is_asked_for(hub: LoopbackHub, run: Path) -> None:
+    other_run(run, "one")
+    push_folder(run, REPO)
+    report = json.loads((run / "publish" / "report.json").read_text())
+    report["run"]["seeds"] = {"seed": 7, "data_seed": None}
+    (run / "publish" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(OverwriteError, match="another run of the name 'one', with other settings"):
+        push_folder(run, REPO)
+
+
+def test_what_was_measured_of_a_published_run_joins_its_weights(hub: LoopbackHub, run: Path, tmp_path: Path) -> None:
+    push_folder(run, REPO)
+    before = without_gitattributes(hub.repo(REPO).files())
+    measured = tmp_path / "measured" / "publish"
+    measured.mkdir(parents=True)
+    (measured / "report.json").write_bytes((run / "publish" / "report.json").read_bytes())
+    (measured / "README.md").write_text(CARD + "measured\n")
+    push_folder(measured, REPO)
+    assert without_gitattributes(hub.repo(REPO).files()) == {**before, "README.md": (CARD + "measured\n").encode()}
 
 
 # ---- read back by others ----

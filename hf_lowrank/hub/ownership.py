@@ -1,0 +1,142 @@
+"""Whose a repository on the Hub is: what of it a push may replace or delete, and what it must ask about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import GitCommitInfo, HfApi, ModelInfo
+from huggingface_hub.hf_api import RepoFile
+
+__all__ = ["MARK", "OverwriteError", "State", "deletable", "objections", "read_state", "run_of"]
+
+MARK = "Pushed by hf_lowrank"
+"""Begins the description of our commits."""
+
+
+class OverwriteError(ValueError):
+    """A push would change what somebody else, or another run, has put on the Hub; `overwrite=True` does it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A branch as it was when it was read.
+
+    Attributes:
+        repo_id, branch, head: Where; `head` is the newest commit's hash.
+        paths: Every file in it but `.gitattributes`, which the Hub itself writes.
+        history: Its commits, newest first.
+        untouched: It is a branch that holds nothing but what it has from `main`.
+    """
+
+    repo_id: str
+    branch: str
+    head: str
+    paths: frozenset[str]
+    history: tuple[GitCommitInfo, ...]
+    untouched: bool
+
+    @property
+    def ours(self) -> set[str]:
+        """The commits that a push of this package made."""
+        return {commit.commit_id for commit in self.history if MARK in commit.message}
+
+
+def read_state(api: HfApi, repo_id: str, branch: str) -> State:
+    """Read what `branch` holds and who put it there."""
+    info: ModelInfo = api.model_info(repo_id, revision=branch)
+    history = tuple(api.list_repo_commits(repo_id, revision=branch))
+    return State(
+        repo_id=info.id,
+        branch=branch,
+        head=str(info.sha),
+        paths=frozenset({sibling.rfilename for sibling in info.siblings or []} - {".gitattributes"}),
+        history=history,
+        untouched=branch != "main" and info.sha == api.model_info(repo_id).sha,
+    )
+
+
+def objections(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
+    """What a push of `files` would overwrite that is not this run's, in words; None where it is free to.
+
+    A repository that no push of this package has written to belongs to somebody else. In one of ours, a file that
+    somebody changed since (a card edited on the Hub) is theirs, and one that holds another run is that run's. On a
+    branch that was made for this push nothing can be lost.
+    """
+    if not there.paths:
+        return None
+    if not there.ours:
+        return f"it holds files that hf_lowrank did not push ({_some(there.paths)})"
+    if there.untouched:
+        return None
+    changed = [
+        info.path
+        for info in _infos(api, there, there.paths & set(files))
+        if not _is_ours(info, there) and not _same(info, files[info.path])
+    ]
+    if changed:
+        return f"somebody else changed {_some(changed)} there"
+    return _another_run(api, there, files)
+
+
+def deletable(api: HfApi, there: State, paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that a push of this package was the last to write."""
+    return [info.path for info in _infos(api, there, paths) if _is_ours(info, there)]
+
+
+def _infos(api: HfApi, there: State, paths: Iterable[str]) -> Iterator[RepoFile]:
+    wanted = sorted(paths)
+    for start in range(0, len(wanted), 50):
+        for info in api.get_paths_info(there.repo_id, wanted[start : start + 50], revision=there.head, expand=True):
+            if isinstance(info, RepoFile):
+                yield info
+
+
+def _is_ours(info: RepoFile, there: State) -> bool:
+    return info.last_commit is not None and info.last_commit.oid in there.ours
+
+
+def _same(info: RepoFile, file: Path) -> bool:
+    """Whether a file on the Hub has the content of a local one."""
+    if info.size != file.stat().st_size:
+        return False
+    with file.open("rb") as content:
+        if info.lfs is not None:
+            return hashlib.file_digest(content, "sha256").hexdigest() == info.lfs.sha256
+        blob = content.read()
+    return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest() == info.blob_id
+
+
+def _another_run(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
+    """Say so where the report on the Hub is of a run with another name, method, model, seed or learning rate."""
+    if "report.json" not in files or "report.json" not in there.paths:
+        return None
+    mine = run_of(files["report.json"])
+    # a copy in the cache may be a damaged one
+    path = Path(api.hf_hub_download(there.repo_id, "report.json", revision=there.head, force_download=True))
+    if not all(_same(info, path) for info in _infos(api, there, ["report.json"])):
+        raise OSError("its report.json arrives damaged: push again later")
+    theirs = run_of(path)
+    if mine is None or theirs is None or mine == theirs:
+        return None
+    if mine[:2] == theirs[:2]:
+        return f"it holds another run of the name {mine[0]!r}, with other settings"
+    return f"it holds another run ({theirs[1]} {theirs[0]!r}, and this is {mine[1]} {mine[0]!r})"
+
+
+def run_of(report: Path) -> tuple[str, str, str] | None:
+    """Name, method and settings of the run that a report is of, None if it does not say."""
+    try:
+        run = json.loads(report.read_bytes())["run"]
+        told = {key: run.get(key) for key in ("method_config", "model", "seeds", "learning_rate")}
+        return str(run["name"]), str(run["method"]), json.dumps(told, sort_keys=True)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _some(paths: Iterable[str]) -> str:
+    names = sorted(paths)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
