@@ -2,6 +2,7 @@
 
 from hf_lowrank.callbacks.activation import ActivationCallback
 from hf_lowrank.callbacks.curvature import CurvatureCallback
+from hf_lowrank.callbacks.downstream import EvaluationCallback
 from hf_lowrank.callbacks.interpolation import InterpolationCallback
 from hf_lowrank.callbacks.landscape import LandscapeCallback
 from hf_lowrank.callbacks.spectral import SpectralCallback
@@ -9,6 +10,7 @@ from hf_lowrank.callbacks.spectral import SpectralCallback
 __all__ = [
     "ActivationCallback",
     "CurvatureCallback",
+    "EvaluationCallback",
     "InterpolationCallback",
     "LandscapeCallback",
     "SpectralCallback",

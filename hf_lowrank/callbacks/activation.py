@@ -1,4 +1,4 @@
-"""Activations against a baseline's during training (metrics.md's H14 to H16)."""
+"""Activations against a baseline's during training (the study's H14 to H16)."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,17 +6,18 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
-from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback
+from hf_lowrank.callbacks.base import BUDGET, SequenceCallback
 from hf_lowrank.checkpoints import check_same_size, list_checkpoints, load_model
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.measurements.activation import measure_activations
 from hf_lowrank.measurements.base import Measurement
+from hf_lowrank.report import read_report
 from hf_lowrank.sharding import agreed
 
 __all__ = ["ActivationCallback"]
 
 
-class ActivationCallback(EvaluationCallback):
+class ActivationCallback(SequenceCallback):
     """Relative L2 distance, cosine and CKA of every layer's hidden states to those of a baseline on the same tokens.
 
     Args:
@@ -28,8 +29,11 @@ class ActivationCallback(EvaluationCallback):
         sequences: how many rows of the data set, spread evenly.
         budget: share of the training time for all metric callbacks together; None for no limit.
 
+    Attributes:
+        baseline_report: the baseline's report, None where it has none.
+
     Raises:
-        ValueError: there is no such baseline, or, from `attach`, it is of another size.
+        ValueError: there is no such baseline, its report is damaged, or, from `attach`, it is of another size.
     """
 
     name: ClassVar[str] = "activation"
@@ -51,6 +55,13 @@ class ActivationCallback(EvaluationCallback):
             self._folder = None
         else:
             self._folder = Path(baseline) if Path(baseline).is_dir() else fetch(str(baseline))
+        self.baseline_report = self._report()
+
+    def _report(self) -> dict[str, Any] | None:
+        try:
+            return None if self._folder is None else read_report(self._folder)
+        except FileNotFoundError:
+            return None
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)

@@ -27,7 +27,7 @@ from hf_lowrank.measurements.files import metrics_folder, read_measurement, writ
 from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.sharding import gathered
 
-__all__ = ["BUDGET", "EvaluationCallback", "MetricCallback"]
+__all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,12 @@ class MetricCallback(TrainerCallback):
         """Measure now. Called on every process; only the main one's result is kept."""
         raise NotImplementedError
 
+    def keep(self, found: Measurement) -> None:
+        """Write what was found; called on the main process."""
+        self.records += found.records
+        self.rows += found.rows
+        write_measurement(self.folder, self.name, Measurement(self.records, self.rows))
+
     def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         """Called once when training starts or goes on; subclasses restore what they carry along."""
 
@@ -198,9 +204,7 @@ class MetricCallback(TrainerCallback):
             with _random_state_kept():
                 found.append(self.measure(_bare(model), args, state))
             if state.is_world_process_zero and (found[0].records or found[0].rows):
-                self.records += found[0].records
-                self.rows += found[0].rows
-                write_measurement(self.folder, self.name, Measurement(self.records, self.rows))
+                self.keep(found[0])
 
         self._guarded(measure_and_write, state)
         self._cost = time.monotonic() - started
@@ -268,7 +272,7 @@ class MetricCallback(TrainerCallback):
             (self.folder / f"{self.name}{suffix}").unlink(missing_ok=True)
 
 
-class EvaluationCallback(MetricCallback):
+class SequenceCallback(MetricCallback):
     """Base of the callbacks that measure on sequences.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback
+from hf_lowrank.callbacks.base import BUDGET, SequenceCallback
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.curvature import CurvatureSettings, measure_curvature
 from hf_lowrank.measurements.spaces import in_space, unsharded
@@ -13,7 +13,7 @@ from hf_lowrank.measurements.spaces import in_space, unsharded
 __all__ = ["CurvatureCallback"]
 
 
-class CurvatureCallback(EvaluationCallback):
+class CurvatureCallback(SequenceCallback):
     """Top eigenvalue and trace of the Hessian over the parameters that are trained.
 
     A model that FSDP2 shards is gathered to every process for it: its hooks have no double backward.

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.prepare import method_of, summary_of
+from hf_lowrank.report.secrets import without_secrets
 from hf_lowrank.summary import Summary, optimizer_state_bytes, summarize
 
 __all__ = ["RunInfo", "peak_memory", "run_facts"]
@@ -32,7 +33,7 @@ class RunInfo:
         name: of the run; default: the output folder's.
         data: description of the data, as `hf_lowrank.data` gives it (report.json's `data`).
         model_size: name of the size, `60m` for example.
-        command: what was typed, word by word, without secrets.
+        command: what was typed, word by word; flags that carry a token or a password are left out.
         license: of the weights, as the Hub names it.
     """
 
@@ -170,7 +171,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
         "git_commit": _git_commit(),
         "hardware": _hardware(),
         "wall_time_seconds": wall_time_seconds,
-        "command": info.command,
+        "command": None if info.command is None else without_secrets(info.command),
         "license": info.license,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

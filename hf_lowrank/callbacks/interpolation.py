@@ -1,4 +1,4 @@
-"""Barriers between neighbouring checkpoints during training (metrics.md's H6)."""
+"""Barriers between neighbouring checkpoints during training (the study's H6)."""
 
 import time
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback, output_folder
+from hf_lowrank.callbacks.base import BUDGET, SequenceCallback, output_folder
 from hf_lowrank.callbacks.snapshots import Snapshot
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.interpolation import InterpolationSettings, measure_interpolation
@@ -17,7 +17,7 @@ from hf_lowrank.sharding import gathered, is_sharded, local, reshard
 __all__ = ["InterpolationCallback"]
 
 
-class InterpolationCallback(EvaluationCallback):
+class InterpolationCallback(SequenceCallback):
     """The loss on the line between every two neighbouring saved checkpoints.
 
     It measures whenever the Trainer saves. Dense space where there is one, the parameters as trained otherwise (CoLA).

@@ -1,11 +1,11 @@
-"""The loss landscape during training (metrics.md's H1 to H5)."""
+"""The loss landscape during training (the study's H1 to H5)."""
 
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.callbacks.base import BUDGET, EvaluationCallback
+from hf_lowrank.callbacks.base import BUDGET, SequenceCallback
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.landscape import LandscapeSettings, measure_landscape
 from hf_lowrank.measurements.spaces import SPACES, in_space, no_dense_form, spaces_of
@@ -13,7 +13,7 @@ from hf_lowrank.measurements.spaces import SPACES, in_space, no_dense_form, spac
 __all__ = ["LandscapeCallback"]
 
 
-class LandscapeCallback(EvaluationCallback):
+class LandscapeCallback(SequenceCallback):
     """Expected sharpness and variance along random and singular directions.
 
     Args:

@@ -21,12 +21,21 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_lowrank.callbacks.activation import ActivationCallback
 from hf_lowrank.callbacks.base import MODEL_INPUTS, MetricCallback
 from hf_lowrank.callbacks.facts import RunInfo, run_facts
 from hf_lowrank.checkpoints import export, gather_model
+from hf_lowrank.hub.background import PushQueue
 from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.network import explain
 from hf_lowrank.hub.push import push
 from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.evaluations import (
+    EVALUATIONS,
+    evaluation_entries,
+    forget_evaluations,
+    read_evaluations,
+)
 from hf_lowrank.measurements.files import (
     EVALUATION,
     forget,
@@ -37,7 +46,7 @@ from hf_lowrank.measurements.files import (
 )
 from hf_lowrank.metrics.evaluation import predicts_next_token, sequence_losses
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
-from hf_lowrank.report import ReportError, draw_figures, metric_entry, read_report, write_report
+from hf_lowrank.report import ReportError, baseline_of, draw_figures, metric_entry, read_report, write_report
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
 
@@ -58,7 +67,8 @@ def _step(item: Record | dict[str, Any]) -> int:
 class ReportCallback(TrainerCallback):
     """Writes `publish/` and pushes it; `hf_lowrank.attach` adds it behind the metric callbacks.
 
-    Report and training curve are written at every save; figures, card and weights at the end and before a push. A push
+    Report and training curve are written at every save; figures, card and weights at the end and before a push. Pushes
+    go on beside the training, from copies of `publish/`, in order and one at a time; its end waits for them. A push
     that fails is logged with the command that repeats it, and tried again at the next save and at the end; it never
     ends the training run.
 
@@ -72,8 +82,13 @@ class ReportCallback(TrainerCallback):
         self.trainer = trainer
         self.info = info
         self.push_strategy = push_strategy
+        self.pushes = PushQueue(self.try_push)
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
+        # facts that stand still once training has ended, however often the report is written after it
+        self._ended: dict[str, Any] = {}
+        # whether the report in the folder may be of an earlier run
+        self._foreign = True
 
     @property
     def publish(self) -> Path:
@@ -87,9 +102,10 @@ class ReportCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, MetricCallback):
                 callback.trainer = self.trainer
-        self._started = time.monotonic()
+        self._started, self._ended, self._foreign = time.monotonic(), {}, state.global_step == 0
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
         if state.is_world_process_zero:
+            self.pushes.clear(self.publish.parent)
             self._forget_after(state.global_step)
             self._keep_evaluation()
 
@@ -107,6 +123,8 @@ class ReportCallback(TrainerCallback):
         for path in folder.glob("*.*"):
             if path.stem not in theirs and step == 0:
                 path.unlink()
+            elif path.name == EVALUATIONS:
+                forget_evaluations(folder, step)
             elif path.stem not in theirs and path.suffix == ".json":
                 forget(folder, path.stem, lambda item: _step(item) > step)
 
@@ -140,7 +158,10 @@ class ReportCallback(TrainerCallback):
             logger.warning("the report of step %d could not be written: %s", state.global_step, error)
             return
         if pushes and state.is_world_process_zero:
-            self.try_push(f"step {state.global_step}")
+            try:
+                self.pushes.add(self.publish, f"step {state.global_step}")
+            except OSError as error:
+                self._say_failed(error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -157,9 +178,11 @@ class ReportCallback(TrainerCallback):
         if records:
             self._write_records(records)
         self.write_all(model)
+        run = read_report(self.publish)["run"]
+        self._ended = {key: run[key] for key in ("wall_time_seconds", "date")}
         Console().print(self._measured())
         if self.push_strategy is not None:
-            self.try_push("end of training")
+            self.pushes.finish(self.publish, "end of training")
 
     def _validation_records(self) -> list[Record]:
         """Validation loss and perplexity with standard errors; every process evaluates its share."""
@@ -212,14 +235,28 @@ class ReportCallback(TrainerCallback):
         curve = curve.groupby("step", as_index=False).first()
         with replacing(folder / "training.parquet") as path:
             curve.to_parquet(path, index=False)
+        run = run_facts(self.trainer, self.info, seconds)
         report = {
             "schema_version": 1,
-            "run": run_facts(self.trainer, self.info, seconds),
+            "run": {**run, **self._ended},
             "data": self.info.data,
             "metrics": read_records(folder),
-            "evaluations": [],
+            "evaluations": evaluation_entries(read_evaluations(folder) or []),
         }
+        if (known := self._baseline()) is not None:
+            report["baseline"] = known
         write_report(report, self.publish / "report.json")
+        self._foreign = False
+
+    def _baseline(self) -> dict[str, Any] | None:
+        """What is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ActivationCallback) and callback.baseline_report is not None:
+                return baseline_of(callback.baseline_report)
+        try:
+            return None if self._foreign else read_report(self.publish).get("baseline")
+        except (ReportError, FileNotFoundError):
+            return None
 
     def whole_model(self) -> torch.nn.Module | None:
         """The model on the main process, None on the others; all call this, since its weights may be sharded."""
@@ -257,28 +294,49 @@ class ReportCallback(TrainerCallback):
             table.add_row(label, text or "unknown")
         return table
 
-    def try_push(self, commit_message: str) -> None:
-        """Push `publish/`; a failure is logged with the command that does it again."""
-        args = self.trainer.args
-        repo_id = self._repo_id() or Path(str(args.output_dir)).resolve().name
+    def try_push(self, folder: Path, commit_message: str) -> bool:
+        """Push a publish folder; a failure is logged with the command that does it again."""
         try:
-            self.push(commit_message)
+            self._push(folder, commit_message)
         # whatever the network or the Hub does, the training run goes on
         except Exception as error:
-            again = shlex.join(["hf-lowrank", "push", str(args.output_dir), "--repo-id", repo_id])
-            logger.warning("push to %s failed (%s): it is repeated by %s", repo_id, type(error).__name__, again)
+            self._say_failed(error)
+            return False
+        return True
+
+    def _say_failed(self, error: Exception) -> None:
+        args = self.trainer.args
+        again = ["hf-lowrank", "push", str(args.output_dir), "--repo-id", self._repo_name()]
+        again += ["--revision", args.hub_revision] if args.hub_revision else []
+        if args.hub_private_repo is not None:
+            again += ["--private" if args.hub_private_repo else "--no-private"]
+        again += ["--checkpoints"] if self.push_strategy not in (None, "end") else []
+        why = explain(error, args.hub_token) or type(error).__name__
+        logger.warning("push to %s failed (%s): it is repeated by %s", self._repo_name(), why, shlex.join(again))
+
+    def _repo_name(self) -> str:
+        return self._repo_id() or Path(str(self.trainer.args.output_dir)).resolve().name
 
     def push(
         self, commit_message: str | None = None, revision: str | None = None, private: bool | None = None,
         token: str | None = None,
     ) -> CommitInfo:  # fmt: skip
         """Push `publish/`, tagged with the step of its report."""
+        self.pushes.wait()
+        return self._push(self.publish, commit_message, revision, private, token)
+
+    def _push(
+        self, folder: Path, commit_message: str | None, revision: str | None = None, private: bool | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:  # fmt: skip
         args = self.trainer.args
         return push(
-            self.publish,
-            self._repo_id() or Path(str(args.output_dir)).resolve().name,
+            folder,
+            self._repo_name(),
             revision=revision or args.hub_revision,
             private=args.hub_private_repo if private is None else private,
             token=token or args.hub_token,
             commit_message=commit_message,
+            # at the end, tags that are missing come from the checkpoints that were kept
+            checkpoints=folder == self.publish and self.push_strategy not in (None, "end"),
         )

@@ -1,4 +1,4 @@
-"""Spectra of the weights and of their updates during training (metrics.md's H8 to H13)."""
+"""Spectra of the weights and of their updates during training (the study's H8 to H13)."""
 
 from typing import ClassVar
 
@@ -59,7 +59,6 @@ class SpectralCallback(MetricCallback):
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
         step, folder = state.global_step, output_folder(args) / "spectral_snapshots"
         previous, initial = Snapshot(folder, "previous"), Snapshot(folder, "initial")
-        # a snapshot from beyond the checkpoint that the run was resumed from is of another history
         # one process a machine writes, the others there read
         writes = args.local_process_index == 0
         before, start = self._earlier(previous, self._last, step), self._earlier(initial, 0, step)
@@ -70,17 +69,16 @@ class SpectralCallback(MetricCallback):
                 model, step, before, start, self.target_modules, space, shared=args.world_size > 1, keep=writes
             )
             found, kept = found + part, kept | weights
-        if not writes:
-            self._last = step
-            return found
-        previous.save(kept, step)
-        if step == 0:
+        if writes:
+            previous.save(kept, step)
+        if writes and step == 0:
             initial.save(kept, step)
         self._last = step
         return found
 
     def _earlier(self, snapshot: Snapshot, taken_at: int | None, step: int) -> Earlier | None:
         """The snapshot of a step, where every process can see what it needs of it."""
+        # one from beyond the checkpoint that the run was resumed from is of another history
         usable = taken_at is not None and taken_at < step and snapshot.holds(taken_at)
         if not all(gathered(usable)) or taken_at is None:
             return None

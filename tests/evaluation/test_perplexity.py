@@ -1,0 +1,85 @@
+"""Perplexity in a Trainer's evaluation: the report's number, from batches that leave two numbers a sequence."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_runs import METHODS, arguments, dataset, llama, make_trainer
+
+from hf_lowrank.evaluation.perplexity import perplexity_metrics
+from hf_lowrank.metrics.evaluation import EvaluationSet, sequence_losses
+from hf_lowrank.metrics.perplexity import losses_of_logits, perplexity
+
+HOW = {
+    "as it is": {},
+    "batch by batch": {"batch_eval_metrics": True},
+    "a list of batches": {"eval_do_concat_batches": False},
+    "moved off the device": {"eval_accumulation_steps": 1},
+}
+
+
+def padded(rows=7):
+    """Rows of different lengths, so that a mean over batches is another number than one over tokens."""
+    columns = dataset(rows, seed=1).to_dict()
+    for i, labels in enumerate(columns["labels"]):
+        labels[2 + 2 * i :] = [-100] * len(labels[2 + 2 * i :])
+    return Dataset.from_dict(columns)
+
+
+def trainer_of(tmp_path, method="fullrank", model=None, **changes):
+    args = arguments(tmp_path, per_device_eval_batch_size=3, **changes)
+    return make_trainer(METHODS[method], args, model=model, **perplexity_metrics())
+
+
+def expected(model, rows):
+    return perplexity(EvaluationSet.from_dataset(rows).estimate(model.eval()))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_it_is_the_token_weighted_perplexity_of_the_report(how, tmp_path):
+    trainer, rows = trainer_of(tmp_path, **HOW[how]), padded()
+    for _ in range(2):
+        found = trainer.evaluate(rows)
+        wanted = expected(trainer.model, rows)
+        assert found["eval_perplexity"] == pytest.approx(wanted.value, rel=1e-6)
+        assert found["eval_perplexity_stderr"] == pytest.approx(wanted.stderr, rel=1e-5)
+    assert torch.tensor(found["eval_loss"]).exp().item() != pytest.approx(wanted.value, rel=1e-4)
+    assert trainer.state.log_history[-1]["eval_perplexity"] == found["eval_perplexity"]
+
+
+@pytest.mark.parametrize("method", ["cola-m", "sltrain", "relora"])
+def test_models_of_methods_have_it(method, tmp_path):
+    trainer, rows = trainer_of(tmp_path, method), padded()
+    assert trainer.evaluate(rows)["eval_perplexity"] == pytest.approx(expected(trainer.model, rows).value, rel=1e-6)
+
+
+def test_other_outputs_of_a_model_are_left_out(tmp_path):
+    trainer = trainer_of(tmp_path, model=llama(output_hidden_states=True, output_attentions=True))
+    rows = padded()
+    found = trainer.predict(rows)
+    # neither logits nor hidden states of the evaluation set
+    assert found.predictions.shape == (len(rows), 2)
+    assert found.metrics["test_perplexity"] == pytest.approx(expected(trainer.model, rows).value, rel=1e-6)
+
+
+def test_loss_only_means_no_perplexity(tmp_path):
+    found = trainer_of(tmp_path, prediction_loss_only=True).evaluate(padded())
+    assert "eval_loss" in found
+    assert "eval_perplexity" not in found
+
+
+def test_one_sequence_has_no_standard_error(tmp_path):
+    found = trainer_of(tmp_path).evaluate(padded(1))
+    assert "eval_perplexity" in found
+    assert "eval_perplexity_stderr" not in found
+
+
+def test_losses_of_logits_are_those_of_the_model():
+    model, batch = llama().eval(), padded().with_format("torch")[:]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"]).logits.to(dtype)
+        losses, tokens = losses_of_logits(logits, batch["labels"])
+        wanted, counts = sequence_losses(model, batch)
+        assert losses.dtype == torch.float64
+        assert torch.allclose(losses, wanted, rtol=tolerance)
+        assert torch.equal(tokens, counts)
