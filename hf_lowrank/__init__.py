@@ -4,6 +4,7 @@ from hf_lowrank.attach import attach
 from hf_lowrank.callbacks import (
     ActivationCallback,
     CurvatureCallback,
+    EvaluationCallback,
     InterpolationCallback,
     LandscapeCallback,
     SpectralCallback,
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CoLAConfig",
     "CurvatureCallback",
+    "EvaluationCallback",
     "FiraConfig",
     "FullRankConfig",
     "GaLoreConfig",

@@ -6,6 +6,7 @@ else that `HfArgumentParser` knows stays as it is: types, help texts, lists.
 
 import argparse
 import dataclasses
+import logging
 import math
 import re
 import sys
@@ -21,10 +22,14 @@ from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
 from hf_lowrank.methods.base import nearest
 from hf_lowrank.models import SIZES
+from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.secrets import redact
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
 
-METRICS = ("spectral", "landscape", "interpolation", "activation", "curvature")
+logger = logging.getLogger(__name__)
+
+METRICS = ("spectral", "landscape", "interpolation", "activation", "curvature", "downstream")
 # keys of the YAML file that a flag displaces beside its own, since they would contradict it or silently win over it
 DISPLACED = {
     "dataset_name": ("dataset_path", "dataset_glob", "dataset_config_name"),
@@ -76,6 +81,12 @@ class RecipeArguments:
     )
     metrics_budget: float = field(
         default=0.02, metadata={"help": "Share of the training time that all metrics together may take."}
+    )
+    metrics_tasks: list[str] = field(
+        default_factory=lambda: ["quick"], metadata={"help": "lm-eval tasks of --metrics downstream."}
+    )
+    metrics_limit: float | None = field(
+        default=None, metadata={"help": "Items of each of these tasks, or a share below 1 (default: all)."}
     )
     baseline: str | None = field(
         default=None, metadata={"help": "Run or Hub repo of the full-rank model that activations are compared with."}
@@ -230,6 +241,10 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         source = source if source.is_file() else None
         values = {} if source is None else _read_yaml(source)
     typed = _flag_names(argv)
+    if typed & {"hub_token", "push_to_hub_token"}:
+        logger.warning(
+            "--hub_token: everybody on this machine can read a command line; use `hf auth login` or HF_TOKEN"
+        )
     for key in {key for flag in typed for key in DISPLACED.get(flag, ())} - typed:
         values.pop(key, None)
     config_cls = get_method(str(first.method or values.get("method", RecipeArguments.method)))
@@ -282,5 +297,5 @@ def _other_method(name: str, config_cls: type[LowRankConfig]) -> str:
 def fail(error: BaseException, main_process: bool = True) -> NoReturn:
     """End the program with one line on standard error and exit code 2."""
     if main_process:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {redact(one_line(error))}", file=sys.stderr)
     raise SystemExit(2)

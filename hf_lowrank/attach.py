@@ -18,7 +18,15 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
 
     The callbacks log through `trainer.log`, so every reporter shows their numbers. `<output_dir>/publish/` gets the
     report, figures, a model card and the weights. Where `args.push_to_hub` is set, this takes over from Trainer's own
-    pushing, follows `args.hub_strategy`, and pushes `publish/` alone; `trainer.push_to_hub()` does the same.
+    pushing, follows `args.hub_strategy`, and pushes `publish/` alone; `trainer.push_to_hub()` does the same and
+    returns when it is done.
+
+    With the strategy `end` there is one push, after training. With `every_save`, `checkpoint` and `all_checkpoints`,
+    which differ for a stock Trainer in where they put its checkpoints, every save is pushed, as one commit under its
+    tag `step-<n>`: a tag stays when `save_total_limit` removes the checkpoint. What only resuming needs, such as the
+    optimizer's state, is never pushed. Pushes during training go on beside it, in order and one at a time. One that
+    fails is logged with the command that repeats it, and tried again at the next save and at the end. A repository
+    that holds somebody else's files, or another run, is left alone and the log says so.
 
     Args:
         trainer: any `transformers.Trainer`, before `train` is called.

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
+from hf_lowrank.model_config import CheckpointError, mark_native, read_config, read_json
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.sharding import reshard
 
@@ -51,10 +51,6 @@ SIZE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "n_embd", "n_layer", "n_head", "n_inner",
 )  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another form than asked for."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -86,7 +82,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     if not folder.is_dir() or named is None:
         raise CheckpointError(f"{folder} is no checkpoint: give a folder named checkpoint-<step>")
     if (folder / "config.json").is_file():
-        _read_json(folder / "config.json")
+        read_json(folder / "config.json")
     _check_weights(folder)
     sharded = any(p.is_dir() and p.name.startswith("optimizer") for p in folder.iterdir())
     # accelerate's names for what FSDP saves whole
@@ -99,14 +95,14 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         raise CheckpointError(f"{folder} is incomplete: rng_state.pth is missing")
     for path in random_states:
         _check_zip(path)
-    state = _read_json(folder / "trainer_state.json")
+    state = read_json(folder / "trainer_state.json")
     if state.get("global_step") != int(named[1]):
         raise CheckpointError(f"{folder} is damaged: trainer_state.json is of step {state.get('global_step')}")
 
 
 def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
     """`CheckpointError` when a checkpoint was made with another method, settings or sizes than a prepared model."""
-    config = _read_json(Path(checkpoint) / "config.json")
+    config = read_json(Path(checkpoint) / "config.json")
     own = json.loads(json.dumps(model.config.to_dict(), default=str))
     saved, mine = ({"method": "fullrank", **(c.get("lowrank") or {})} for c in (config, own))
     if saved["method"] != mine["method"]:
@@ -127,21 +123,12 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
 
 def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:
     """`CheckpointError` when a baseline, given by its config or config.json, differs from a model's in a size."""
-    config = _read_json(baseline) if isinstance(baseline, Path) else baseline
+    config = read_json(baseline) if isinstance(baseline, Path) else baseline
     different = [f"{k} is {config[k]} there, {own[k]} here" for k in SIZE_KEYS if k in own and config.get(k) != own[k]]
     if different:
         raise CheckpointError(
             f"baseline {name} is another model ({'; '.join(different)}): take a run of the same size and tokenizer"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path.parent} is cut short: {path.name} is no valid JSON ({error})") from None
 
 
 def _check_zip(path: Path) -> None:
@@ -156,8 +143,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a folder's model is made of; `CheckpointError` where its index is damaged."""
     # transformers takes the single file where both lie there: saving anew leaves an old index behind
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        index = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
-        names = sorted({str(name) for name in dict(index.get("weight_map") or {}).values()})
+        index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
+        weight_map = index.get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
         if not names:
             raise CheckpointError(f"{folder} is damaged: {SAFE_WEIGHTS_INDEX_NAME} names no file")
         if any(Path(name).name != name for name in names):
@@ -199,15 +187,9 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json: give a checkpoint or a published folder")
     _check_weights(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     noted = getattr(config, "lowrank", None) or {}
-    model_cls = getattr(transformers, (config.architectures or [""])[0], None)
-    model: PreTrainedModel
-    with _random_state_kept():
-        if isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel):
-            model = model_cls._from_config(config, dtype=config.dtype)
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _model_of(config, folder)
     method = method_of(model)
     if dense and method is not None and not method.has_dense_form:
         raise _no_dense_form(folder, method.label)
@@ -228,20 +210,20 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
     return to_dense(model) if dense else model
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder's model; where code was published with it, that of the model the code builds on."""
-    values = _read_json(folder / "config.json")
-    noted = values.get("lowrank") or {}
-    if "published" not in noted:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    published = noted.pop("published")
-    values.pop("auto_map", None)
+def _model_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """A plain model with initial values for a config that may come from anywhere."""
+    model: PreTrainedModel
     try:
-        values |= {key: published[key] for key in ("model_type", "architectures")}
-        config_class = CONFIG_MAPPING[values["model_type"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged: config.json does not say what its code builds on") from error
-    return config_class.from_dict(values, name_or_path=str(folder))
+        model_cls = getattr(transformers, (config.architectures or [""])[0], None)
+        with _random_state_kept():
+            if isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel):
+                model = model_cls._from_config(config, dtype=config.dtype)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # values that make no sense make transformers and torch raise anything
+    except Exception as error:
+        raise CheckpointError(f"{folder}: no model can be made from config.json ({error})") from error
+    return model
 
 
 def _no_dense_form(where: Any, label: str) -> CheckpointError:
@@ -364,6 +346,8 @@ def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None
         (publish / name).unlink(missing_ok=True)
     if replaced and dense:
         model.save_pretrained(publish / NATIVE_FOLDER)
+        if method is not None:
+            mark_native(publish / NATIVE_FOLDER, method.method)
     if tokenizer is not None:
         tokenizer.save_pretrained(publish)
     if method is not None:

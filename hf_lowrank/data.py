@@ -24,7 +24,16 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["Data", "DataArguments", "DataError", "load_data", "load_validation", "tokenizer_hash"]
+__all__ = [
+    "Data",
+    "DataArguments",
+    "DataError",
+    "embedded_files",
+    "load_data",
+    "load_documents",
+    "load_validation",
+    "tokenizer_hash",
+]
 
 _END_OF_TEXT = "<|endoftext|>"
 # The merges of a few thousand entries are settled long before; more text would only cost minutes at every start.
@@ -115,8 +124,7 @@ def load_data(arguments: DataArguments) -> Data:
 
     Raises `DataError` if source or tokenizer cannot be read, or do not give one row for each share.
     """
-    splits, source = _open_corpus(arguments)
-    train, validation = _shares(splits, f"data set '{source['name']}'", arguments)
+    train, validation, source = load_documents(arguments)
     tokenizer = _tokenizer(train, arguments)
     train_rows = _rows(train, tokenizer, arguments, "training")
     rows = _validation_rows(validation, tokenizer, arguments)
@@ -144,9 +152,28 @@ def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
     """
     if arguments.tokenizer_name is None:
         raise DataError("tokenizer_name None: name the tokenizer that the model was trained with")
+    train, validation, source = load_documents(arguments)
+    return _validation_rows(validation, _tokenizer(train, arguments), arguments), source
+
+
+def load_documents(arguments: DataArguments) -> tuple[_Documents, Dataset, dict[str, str | None]]:
+    """The documents of the training and the validation share, the text column alone, and the source's description.
+
+    Raises `DataError` if the source cannot be read or one share has no documents.
+    """
     splits, source = _open_corpus(arguments)
-    train, validation = _shares(splits, f"data set '{source['name']}'", arguments)
-    return _validation_rows(validation, _tokenizer(train, arguments), arguments), dict(source)
+    return *_shares(splits, f"data set '{source['name']}'", arguments), dict(source)
+
+
+def embedded_files() -> tuple[Path, list[Path]]:
+    """The standard library's folder and its sources without tests, and without what is generated per machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        # Pruned while walking: site-packages alone can hold a hundred times more files than the library.
+        subfolders[:] = [n for n in subfolders if n not in _NOT_STDLIB_SOURCES and not n.startswith("config-")]
+        files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+    return root, files
 
 
 def _validation_rows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
@@ -177,7 +204,7 @@ def _open_corpus(arguments: DataArguments) -> _Corpus:
     if arguments.dataset_name:
         return _open_hub(arguments.dataset_name, arguments)
     if not arguments.dataset_path:
-        return _open_stdlib()
+        return _read_texts("python-stdlib", platform.python_version(), *embedded_files())
     path = Path(arguments.dataset_path).expanduser()
     if not path.exists():
         raise DataError(f"dataset_path '{path}' does not exist (from {Path.cwd()}): correct it, or drop it")
@@ -195,17 +222,6 @@ def _open_corpus(arguments: DataArguments) -> _Corpus:
         way_out = "give another, or the folder as dataset_name if laid out like a Hub data set"
         raise DataError(f"dataset_path '{path}' has no file that matches dataset_glob {pattern!r}: {way_out}")
     return _read_texts(path.resolve().name, None, path, files)
-
-
-def _open_stdlib() -> _Corpus:
-    """The embedded default: standard-library sources without tests, and without what is generated per machine."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        # Pruned while walking: site-packages alone can hold a hundred times more files than the library.
-        subfolders[:] = [n for n in subfolders if n not in _NOT_STDLIB_SOURCES and not n.startswith("config-")]
-        files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
-    return _read_texts("python-stdlib", platform.python_version(), root, files)
 
 
 def _read_texts(name: str, config: str | None, root: Path, files: list[Path]) -> _Corpus:
@@ -336,7 +352,8 @@ def _tokenizer(train: _Documents, arguments: DataArguments) -> PreTrainedTokeniz
     """The one named, or a byte-level BPE of up to `vocab_size` entries from the training documents."""
     if name := arguments.tokenizer_name:
         with _explained(f"tokenizer_name {name!r} cannot be loaded", "check it and the network, or drop it"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            # a published folder may bring modelling code, which is not asked for here
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token is None:
             raise DataError(f"tokenizer {name!r} has no end-of-text token: set eos_token and save it, or take another")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -91,6 +91,7 @@ def agreed(action: Callable[[], T], shared: bool = True) -> T:
     error, result = None, []
     try:
         result.append(action())
+    # whatever it is, the others are told before it goes on
     except Exception as raised:
         error = raised
     messages = gathered(None if error is None else f"{type(error).__name__}: {error}")

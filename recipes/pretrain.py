@@ -26,6 +26,8 @@ import hf_lowrank as lr
 from hf_lowrank.arguments import Recipe, RecipeArguments, fail, parse_recipe
 from hf_lowrank.checkpoints import list_checkpoints
 from hf_lowrank.data import Data, load_data
+from hf_lowrank.evaluation.generate import task_folder
+from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
 
@@ -98,8 +100,9 @@ def remove_run(args: TrainingArguments) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def metric_callbacks(recipe: RecipeArguments, validation: Any) -> list[TrainerCallback]:
+def metric_callbacks(recipe: RecipeArguments, data: Data) -> list[TrainerCallback]:
     """The metrics asked for, in the order of the report."""
+    validation: Any = data.validation
     every, few = recipe.metrics_every, {"sequences": recipe.metrics_sequences, "budget": recipe.metrics_budget}
     made: dict[str, Callable[[], TrainerCallback]] = {
         "spectral": lambda: lr.SpectralCallback(every, budget=recipe.metrics_budget),
@@ -107,6 +110,14 @@ def metric_callbacks(recipe: RecipeArguments, validation: Any) -> list[TrainerCa
         "interpolation": lambda: lr.InterpolationCallback(validation, **few),
         "activation": lambda: lr.ActivationCallback(validation, str(recipe.baseline), every, **few),
         "curvature": lambda: lr.CurvatureCallback(validation, every, **{**few, "sequences": 4}),
+        "downstream": lambda: lr.EvaluationCallback(
+            recipe.metrics_tasks,
+            every,
+            limit=recipe.metrics_limit,
+            # our own tasks, of files that this run does not train on
+            include_path=task_folder(data.description),
+            budget=recipe.metrics_budget,
+        ),
     }
     return [make() for name, make in made.items() if name in recipe.metrics]
 
@@ -136,6 +147,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
         data_collator=default_data_collator,
+        **perplexity_metrics(),
         **trainer_kwargs,
     )
     info = lr.RunInfo(
@@ -145,7 +157,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         command=["accelerate", "launch", "recipes/pretrain.py", *recipe.command],
         license=recipe.recipe.license,
     )
-    lr.attach(trainer, *metric_callbacks(recipe.recipe, data.validation), run=info)
+    lr.attach(trainer, *metric_callbacks(recipe.recipe, data), run=info)
     return trainer, checkpoint
 
 

@@ -63,6 +63,8 @@ def hub(_serving_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from huggingface_hub import constants
 
     assert _serving_hub.endpoint == constants.ENDPOINT, "huggingface_hub was imported before tests/conftest.py"
+    if not _serving_hub.alive:
+        _serving_hub.start()
     _serving_hub.reset(home=tmp_path / "hf_home")
     monkeypatch.setenv("HF_TOKEN", _serving_hub.token)
     # unlike the endpoint, the cache is looked up at every call

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainerControl, TrainerState
 
 import hf_lowrank as lr
+from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.measurements import (
     CurvatureSettings,
     LandscapeSettings,
@@ -210,16 +211,20 @@ def trained(folder):
             folder / f"trained {world} {measured}", max_steps=4, per_device_train_batch_size=4 // world,
             per_device_eval_batch_size=2, ddp_backend="gloo", log_level="error", save_strategy="steps", save_steps=2,
         )  # fmt: skip
-        trainer = make_trainer(METHODS["sltrain"], args, model=llama(**SIZES).to(torch.float64))
+        kwargs = perplexity_metrics() if measured else {}
+        trainer = make_trainer(METHODS["sltrain"], args, model=llama(**SIZES).to(torch.float64), **kwargs)
         if measured:
             lr.attach(trainer, *made)
         trainer.train()
         models[measured] = weights(trainer.model)
+    # 7 sequences on 2 processes: one is dealt out twice and must count once
+    evaluated = trainer.evaluate(dataset(7, seed=2))
     same = all(torch.equal(models[True][k], v) for k, v in models[False].items())
     results["trained with callbacks as without"] = 0.0 if same else math.inf
     results[f"failures: {[c.failed for c in made]}"] = float(any(c.failed for c in made))
     if dist.get_rank() == 0:
         found = {f"{r.name} {r.step} {r.space}": r.value for c in made for r in c.records}
+        found |= {key: value for key, value in evaluated.items() if key.startswith("eval_perplexity")}
         path = folder / "trained.json"
         if world == 1:
             path.write_text(json.dumps(found))

@@ -385,6 +385,24 @@ def test_the_reported_command_holds_no_secret_and_no_place(hidden):
         assert parse(*argv).command == kept
 
 
+@pytest.mark.parametrize("hidden", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_a_token_on_the_command_line_is_warned_of(hidden, caplog):
+    parse(*hidden)
+    assert "everybody on this machine" in caplog.text
+    assert "hf_secret" not in caplog.text
+
+
+def test_an_error_never_shows_a_token(capsys):
+    secret = "hf_" + "a1B2" * 9
+    with pytest.raises(ValueError, match="unknown flag") as caught:
+        parse(f"--hub_tokn={secret}")
+    with pytest.raises(SystemExit):
+        fail(caught.value)
+    said = capsys.readouterr().err
+    assert "--hub_tokn=<token>" in said
+    assert secret not in said
+
+
 def test_the_reported_command_names_the_yaml_file_as_typed(yaml_file):
     path = yaml_file("max_steps: 3\n")
     assert parse(path, "--seed", "1").command == [str(path), "--seed", "1"]
@@ -392,21 +410,21 @@ def test_the_reported_command_names_the_yaml_file_as_typed(yaml_file):
 
 # ---- the YAML files ----
 
-# methods.md: hidden, MLP, heads, layers
+# the study: hidden, MLP, heads, layers
 STUDY_SIZES = {
     "60m": (512, 1376, 8, 8),
     "130m": (768, 2048, 12, 12),
     "350m": (1024, 2736, 16, 24),
     "1b": (2048, 5461, 32, 24),
 }
-# methods.md: steps, warm-up, steps between checkpoints (the study names none for 1B)
+# the study: steps, warm-up, steps between checkpoints (the study names none for 1B)
 STUDY_SCHEDULES = {
     "60m": (10_000, 1_000, 1_000),
     "130m": (20_000, 2_000, 2_000),
     "350m": (60_000, 6_000, 6_000),
     "1b": (20_000, 2_000, None),
 }
-# methods.md: learning rate, then the method's own settings
+# the study: learning rate, then the method's own settings
 STUDY_SETTINGS = {
     ("60m", "fullrank"): (1e-3, {}),
     ("130m", "fullrank"): (1e-3, {}),

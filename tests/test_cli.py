@@ -1,5 +1,6 @@
 """`hf-lowrank` from its command line: what it does, and one line and exit code 2 where it cannot."""
 
+import io
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ from tiny_runs import METHODS, arguments, make_trainer
 import hf_lowrank as lr
 import hf_lowrank.callbacks.report
 from hf_lowrank.cli import main
+from hf_lowrank.hub import network
 from hf_lowrank.methods import METHODS as REGISTERED
-from hf_lowrank.report import read_report
+from hf_lowrank.report import read_report, write_report
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +104,8 @@ def test_pushing_again_makes_no_commit(cli, hub, run):
     assert hub.count("POST .*/commit/") == 1
 
 
-def test_push_takes_branch_tag_visibility_and_token(cli, hub, run, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    options = ["--revision", "trial", "--tag", "v1", "--private", "--token", hub.token]
+def test_push_takes_branch_tag_and_visibility(cli, hub, run):
+    options = ["--revision", "trial", "--tag", "v1", "--private"]
     assert cli("push", run, "--repo-id", "org/my-run", *options).code == 0
     repo = hub.repo("org/my-run")
     assert held_by(repo, "trial") == published(run)
@@ -143,7 +144,8 @@ def test_a_damaged_report_is_not_pushed(refusal, hub, run):
     ("match", "status"),
     [("POST /api/repos/create", 503), ("POST .*/commit/", 500), ("PUT /lfs/", 403), ("POST .*/tag/", 403)],
 )
-def test_a_hub_that_fails_is_one_line(match, status, refusal, cli, hub, run):
+def test_a_hub_that_fails_is_one_line(match, status, refusal, cli, hub, run, monkeypatch):
+    monkeypatch.setattr(network, "FIRST_WAIT", 0.0)
     hub.fail(match, status=status, times=100)
     assert str(status) in refusal("push", run, "--repo-id", "user/x")
     hub.faults.clear()
@@ -156,14 +158,100 @@ def test_a_hub_out_of_reach_is_one_line(refusal, hub, run, monkeypatch):
     assert "refused" in refusal("push", run, "--repo-id", "user/x")
 
 
-def test_a_wrong_token_is_one_line_that_does_not_show_it(refusal, hub, run):
-    line = refusal("push", run, "--repo-id", "user/x", "--token", "hf_wrong")
+def test_a_wrong_token_is_one_line_that_does_not_show_it(refusal, hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    line = refusal("push", run, "--repo-id", "user/x")
     assert "401" in line
     assert "hf_wrong" not in line
 
 
+@pytest.mark.parametrize("command", ["push", "load", "measure"])
+def test_no_command_takes_a_token_which_others_could_read(command, cli, run):
+    """`ps` shows everybody on the machine what was typed."""
+    secret = "hf_" + "a1B2" * 9
+    for words in (["--token", secret], [f"--token={secret}"]):
+        done = cli(command, run, *words)
+        assert (done.code, done.out) == (2, "")
+        assert secret not in done.err
+
+
+def test_somebody_elses_repo_needs_yes(refusal, cli, hub, run):
+    hub.plant("user/x", {"model.bin": b"\0theirs"})
+    assert "--yes" in refusal("push", run, "--repo-id", "user/x")
+    assert held_by(hub.repo("user/x")) == {"model.bin": b"\0theirs"}
+    assert cli("push", run, "--repo-id", "user/x", "--yes").code == 0
+    assert held_by(hub.repo("user/x")) == published(run) | {"model.bin": b"\0theirs"}
+
+
+@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0)])
+def test_on_a_terminal_it_asks(answer, code, cli, hub, run, monkeypatch):
+    hub.plant("user/x", {"model.bin": b"\0theirs"})
+    terminal = io.StringIO(f"{answer}\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    done = cli("push", run, "--repo-id", "user/x")
+    assert done.code == code
+    assert "model.bin" in done.err
+    assert ("README.md" in hub.repo("user/x").files()) == (answer == "y")
+
+
 def test_another_users_repo_is_one_line(refusal, hub, run):
     assert "403" in refusal("push", run, "--repo-id", "somebody/x")
+
+
+def test_a_branch_leaves_the_tag_of_another_alone(cli, hub, run):
+    cli("push", run, "--repo-id", "user/my-run")
+    repo = hub.repo("user/my-run")
+    main = repo.head.oid
+    (run / "publish" / "note.txt").write_text("trial")
+    for _ in range(2):
+        assert cli("push", run, "--repo-id", "user/my-run", "--revision", "trial").code == 0
+    tags = {name: commit.oid for name, commit in repo.tags.items()}
+    assert tags == {"step-2": main, "trial-step-2": repo.branches["trial"].oid}
+    assert cli("push", run, "--repo-id", "user/my-run", "--revision", "trial", "--tag", "step-2").code == 0
+    assert repo.tags["step-2"].oid == repo.branches["trial"].oid
+
+
+def test_push_makes_up_for_the_tags_of_kept_checkpoints(cli, hub, run, monkeypatch, caplog):
+    monkeypatch.setattr("hf_lowrank.hub.step.draw_figures", lambda folder: [])
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-1")
+    state = json.loads((run / "checkpoint-1" / "trainer_state.json").read_text())
+    (run / "checkpoint-1" / "trainer_state.json").write_text(
+        json.dumps(state | {"global_step": 1, "num_input_tokens_seen": 64})
+    )
+    (run / "checkpoint-3").mkdir()
+    before = published(run)
+    assert cli("push", run, "--repo-id", "user/my-run", "--checkpoints").code == 0
+    repo = hub.repo("user/my-run")
+    assert (set(repo.tags), set(repo.branches)) == ({"step-1", "step-2"}, {"main"})
+    assert repo.tags["step-2"].oid == repo.head.oid
+    assert "step-3 is not published" in caplog.text
+    assert held_by(repo) == published(run) == before | {"README.md": published(run)["README.md"]}
+    assert not list(run.glob(".pushing*"))
+
+    report = lr.load_report("user/my-run@step-1")
+    assert (report["run"]["steps"], report["run"]["tokens_seen"]) == (1, 64)
+    assert all(entry["step"] <= 1 for entry in report["metrics"])
+    model, expected = lr.from_pretrained("user/my-run", revision="step-1"), lr.from_pretrained(run / "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert cli("load", "user/my-run@step-1").code == 0
+
+    commits = hub.count("POST .*/commit/")
+    assert cli("push", run, "--repo-id", "user/my-run", "--checkpoints").code == 0
+    assert hub.count("POST .*/commit/") == commits
+
+    # another run of the same steps: its tags are not taken for this one's
+    report = read_report(run)
+    report["run"]["seeds"]["seed"] = 77
+    write_report(report, run / "publish" / "report.json")
+    first = repo.tags["step-1"].oid
+    assert cli("push", run, "--repo-id", "user/my-run", "--revision", "other", "--checkpoints").code == 0
+    assert set(repo.tags) == {"step-1", "step-2", "other-step-1", "other-step-2"}
+    assert (repo.tags["step-1"].oid, set(repo.branches)) == (first, {"main", "other"})
+    assert lr.load_report("user/my-run@other-step-1")["run"]["seeds"]["seed"] == 77
+    assert cli("push", run, "--repo-id", "user/my-run", "--yes", "--checkpoints").code == 0
+    assert repo.tags["step-1"].oid != first
+    assert lr.load_report("user/my-run@step-1")["run"]["seeds"]["seed"] == 77
 
 
 # ---- load ----

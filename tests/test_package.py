@@ -1,4 +1,4 @@
-"""The package as it is installed: a wheel renders a card, holds its schema, and needs no checkout."""
+"""The package as it is installed: a wheel renders a card, holds schema and modules, and needs no checkout."""
 
 import subprocess
 import sys
@@ -21,6 +21,13 @@ assert "model-index" in card and "figures/loss.png" in card
 assert (pathlib.Path(hf_lowrank.__file__).parent / "py.typed").is_file()
 from hf_lowrank.callbacks.facts import _git_commit
 assert _git_commit() is None
+import evaluate
+from hf_lowrank.evaluation.modules import MODULES, path
+for name in MODULES:
+    files = {file.name for file in pathlib.Path(path(name)).iterdir() if file.is_file()}
+    assert files == {f"{name}.py", "app.py", "README.md", "requirements.txt"}, files
+barrier = evaluate.load(path("interpolation_barrier"), module_type="measurement")
+assert barrier.compute(alphas=[0, 0.5, 1], losses=[1, 3, 1])["interpolation/consecutive/barrier"] == 2
 print(len(card))
 """
 

@@ -56,7 +56,9 @@ def test_every_recipe_command_parses(line, monkeypatch):
     words = shlex.split(line, comments=True)
     if words[0] == "hf-lowrank":
         command = typer.main.get_command(app).commands[words[1]]
-        assert command.make_context(words[1], words[2:]).params
+        context = command.make_context(words[1], words[2:])
+        # what lm-eval is given goes on to the harness as it is
+        assert context.params or context.args
         return
     assert words[:3] == ["accelerate", "launch", "recipes/pretrain.py"]
     assert Path(words[2]).is_file()

@@ -33,6 +33,7 @@ METHODS = ("fullrank", "galore", "sltrain")
 OWN = {"fullrank": [], "galore": ["--r", "4", "--update_proj_gap", "3"], "sltrain": ["--r", "4", "--sparsity", "0.1"]}
 STEPS, SAVED_AT, LENGTH, BATCH, EVALUATED = 4, 2, 32, 4, 7
 MATRICES = 14
+PERPLEXITY = {"eval_perplexity": "value", "eval_perplexity_stderr": "stderr"}
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +398,11 @@ def test_the_report_holds_validation_and_spectra(method, finished):
     # Trainer's is a mean of batch means; all rows are equally long here, but the last batch is smaller
     assert named["validation_loss"]["value"] == pytest.approx(evaluated[-1], rel=1e-5)
     assert named["validation_loss"]["stderr"] > 0
+    # through `evaluate`, in Trainer's own log
+    logged = {key: [entry[key] for entry in state["log_history"] if key in entry] for key in PERPLEXITY}
+    assert [len(values) for values in logged.values()] == [len(evaluated)] * 2
+    for key, part in PERPLEXITY.items():
+        assert named["perplexity"][part] == pytest.approx(logged[key][-1], rel=1e-5)
     assert named["validation_loss"]["settings"]["sequences"] == EVALUATED
     assert named["validation_loss"]["settings"]["tokens"] == EVALUATED * (LENGTH - 1)
     assert {entry["step"] for entry in metrics if entry["name"] == "spectral/weight/stable_rank"} == {0, 2, 4}

@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, LlamaConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
@@ -73,6 +73,17 @@ def make_trainer(config, args, model=None, rows=32, **kwargs):
         **trainer_kwargs,
         **kwargs,
     )
+
+
+class Kill(TrainerCallback):
+    """Ends the process's part in the run, as a kill does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def weights(model):

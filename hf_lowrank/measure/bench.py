@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import check_same_size
@@ -206,7 +206,7 @@ class Bench:
         now, other = (self.model(checkpoint) for checkpoint in unit.checkpoints)
         if unit.other is None:
             ends, before = [in_space(m, str(unit.space)) for m in (other, now)], unit.checkpoints[1].step
-            states = (_state(ends[0][0]), _state(ends[1][0]))
+            states = (ends[0][0].state_dict(), ends[1][0].state_dict())
             return measure_interpolation(
                 ends[1][0], states, self.evaluation, settings.grid(), "consecutive", unit.step,
                 (f"step {before}", before), ends[1][1], progress,
@@ -224,7 +224,7 @@ class Bench:
         peer = next(run for run in [*self.others, self.reference] if run is not None and run.name == unit.other)
         subject = "cross_seed" if peer.settings() == self.run.settings() else "cross_method"
         (mine, _), (theirs, _) = (in_space(model, "dense") for model in (now, other))
-        a, b = _state(mine), _state(theirs)
+        a, b = mine.state_dict(), theirs.state_dict()
         noted: dict[str, Any] = {"other_method": peer.method, "other_seed": peer.seed}
         other_end = (unit.other, unit.checkpoints[1].step)
 
@@ -260,7 +260,3 @@ def _marked(unit: Unit, note: str) -> Measurement:
     """A row that says why a barrier could not be measured."""
     settings = {"note": note, "other": unit.other}
     return Measurement([Record(headline_of(unit)[0], None, None, unit.step, settings, "dense")], [])
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -8,7 +8,6 @@ import datasets
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from hf_lowrank.data import DataArguments
 from hf_lowrank.machine import keep_freed_memory
@@ -16,7 +15,8 @@ from hf_lowrank.measure.measure import Options, Watcher, measure
 from hf_lowrank.measurements.base import FAMILIES
 from hf_lowrank.measurements.presets import PRESETS
 from hf_lowrank.methods.base import nearest
-from hf_lowrank.report import headline_rows, read_report
+from hf_lowrank.report import read_report
+from hf_lowrank.report.terminal import headline_table
 
 __all__ = ["run_measure"]
 
@@ -89,7 +89,6 @@ def run_measure(
     batch_size: int,
     device: str | None,
     output: Path | None,
-    token: str | None,
     data: dict[str, Any],
 ) -> int:
     """Measure as the command line says, print the headline metrics; return how many units failed.
@@ -109,7 +108,6 @@ def run_measure(
         steps=_steps(steps),
         data=_data(data),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        token=token,
         output=output,
     )
     datasets.disable_progress_bars()
@@ -125,12 +123,7 @@ def run_measure(
         measured, failures = measure(runs, baseline, options, _Bar(progress))
         progress.update(progress.task_ids[0], completed=progress.tasks[0].total, description="measured")
     for run in measured:
-        table = Table(title=run.name, title_justify="left")
-        for column in ("", "metric", "value", "weights", "step"):
-            table.add_column(column, overflow="fold")
-        for row in headline_rows(read_report(run.output)):
-            table.add_row(row.id or "", row.name, row.text, row.space or "", str(row.step))
-        console.print(table)
+        console.print(headline_table(read_report(run.output), run.name))
         console.print(f"{run.output / 'publish'} holds report, tables, figures and card", markup=False)
     if failures:
         console.print(f"{failures} measurements failed: their rows say why", style="red")

@@ -109,7 +109,8 @@ def measure(
     units = [list(bench.units(options.families, options.steps)) for bench in benches]
     watcher.total(sum(map(len, units)))
     failures = 0
-    for bench, todo in zip(benches, units, strict=True):
+    # the baseline first: its numbers go into the others' reports
+    for bench, todo in sorted(zip(benches, units, strict=True), key=lambda item: item[0].run is not reference):
         if any(unit.family != "spectral" for unit in todo):
             rows = rows_of(bench.run, options.data)
             bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
@@ -118,7 +119,7 @@ def measure(
             failures += _measure_run(bench, todo, watcher)
         finally:
             # interrupted as well: what was measured so far belongs into the report
-            write_run(bench.run)
+            write_run(bench.run, baseline=reference)
         bench.release()
     if len(runs) + (reference is not None and reference not in runs) > 1:
         write_map([*runs, *([reference] if reference is not None and reference not in runs else [])], runs)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import list_checkpoints, load_model, weight_files
 from hf_lowrank.data import DataArguments, DataError, load_validation
-from hf_lowrank.hub.fetch import fetch
+from hf_lowrank.hub.fetch import FetchError, fetch
+from hf_lowrank.hub.network import FAILURES, explain, patiently
 from hf_lowrank.measurements.files import EVALUATION
 from hf_lowrank.report.schema import read_report
 
@@ -166,6 +167,13 @@ def _local(folder: Path, output: Path | None) -> RunSource:
     return RunSource(name, output or root, checkpoints, report, root=root)
 
 
+def _tags(repo_id: str, token: str | None) -> list[str]:
+    try:
+        return [ref.name for ref in patiently(lambda: HfApi(token=token).list_repo_refs(repo_id)).tags]
+    except FAILURES as error:
+        raise FetchError(f"the tags of {repo_id} cannot be read: {explain(error, token)}") from error
+
+
 def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
     repo_id, _, revision = source.partition("@")
     if revision:
@@ -173,7 +181,7 @@ def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
     else:
         # an error here says what is wrong with the name
         fetch(repo_id, token=token, allow_patterns=["config.json", "report.json"])
-        tags = [ref.name for ref in HfApi(token=token).list_repo_refs(repo_id).tags]
+        tags = _tags(repo_id, token)
         steps = {int(found[1]): tag for tag in tags if (found := re.fullmatch(r"step-(\d+)", tag))}
     folder = fetch(repo_id, revision=revision or None, token=token, allow_patterns=["config.json", "report.json"])
     report = _report(folder)

@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
+from hf_lowrank.measurements.evaluations import evaluation_entries, read_evaluations
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, read_records
-from hf_lowrank.report import draw_figures, write_report
+from hf_lowrank.model_config import base_architecture
+from hf_lowrank.report import baseline_of, draw_figures, read_report, write_report
 from hf_lowrank.report.files import replacing
 
 __all__ = ["write_map", "write_run"]
@@ -22,22 +24,55 @@ __all__ = ["write_map", "write_run"]
 logger = logging.getLogger(__name__)
 
 
-def write_run(run: RunSource) -> Path:
+def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None = None) -> Path:
     """Bring report.json, figures and card of a run up to date with its metrics; return the folder `publish`.
 
-    A run without a report, of a plain Trainer, gets one with what its checkpoints tell.
+    A run without a report, of a plain Trainer, gets one with what its checkpoints tell. What is known of the baseline
+    goes into the report; without one, what an earlier measurement found stays. Figures show metrics: where none was
+    measured they need not be drawn again.
     """
     publish, folder = run.output / "publish", metrics_folder(run.output)
-    report = {**(run.report or _report_of_checkpoints(run)), "metrics": read_records(folder)}
+    report = run.report or _report_of_checkpoints(run)
+    report = {**report, "metrics": _metrics(run, folder), "evaluations": _evaluations(report, folder)}
+    known = None if baseline is None or baseline is run else _report_now(baseline)
+    if known is not None:
+        report["baseline"] = baseline_of(known)
+    # found since the run was opened, or by an earlier command whose results lie elsewhere than the run
+    elif (held := _report_now(run)) is not None and "baseline" in held:
+        report["baseline"] = held["baseline"]
     if run.report is None:
         curve = _training_curve(run)
         if curve is not None:
             with replacing(folder / "training.parquet") as path:
                 curve.to_parquet(path, index=False)
     write_report(report, publish / "report.json")
-    draw_figures(publish)
+    if figures:
+        draw_figures(publish)
     write_card(publish)
     return publish
+
+
+def _report_now(run: RunSource) -> dict[str, Any] | None:
+    """The report of a run with what was measured since it was opened; None where it has none."""
+    try:
+        return read_report(run.output)
+    except FileNotFoundError:
+        return run.report
+
+
+def _metrics(run: RunSource, folder: Path) -> list[dict[str, Any]]:
+    """The run's records; what the report of a run that lies elsewhere has, and was not measured here, stays."""
+    found = read_records(folder)
+    if run.report is None or run.output == run.root:
+        return found
+    measured = {record["name"] for record in found}
+    return [entry for entry in run.report["metrics"] if entry["name"] not in measured] + found
+
+
+def _evaluations(report: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The results on downstream tasks: the file's, and those of the report where there is no file."""
+    rows = read_evaluations(folder)
+    return list(report["evaluations"]) if rows is None else evaluation_entries(rows)
 
 
 def _trainer_state(run: RunSource) -> dict[str, Any]:
@@ -68,7 +103,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "method": run.method,
         "method_config": run.settings(),
         "model": {
-            "architecture": str(run.config.get("model_type", "unknown")),
+            "architecture": base_architecture(run.config) or "unknown",
             "size": None,
             "parameters": parameters,
             "parameters_trained": parameters,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
+from tiny_runs import METHODS, Kill, arguments, dataset, gpt2, llama, make_trainer, weights
 from transformers import Trainer, TrainerCallback
 
 import hf_lowrank as lr
@@ -192,17 +192,6 @@ def test_the_validation_rows_are_kept_for_measuring_later(run):
 # Resuming
 
 
-class Kill(TrainerCallback):
-    """Ends the process's part in the run, as a kill does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_run_measures_on_as_if_nothing_had_happened(run, tmp_path):
     whole, _, valid, base_model = run
     trainer = make_trainer(METHODS["sltrain"], arguments(tmp_path, **SAVING), callbacks=[Kill(5)])
@@ -379,6 +368,11 @@ def test_a_baseline_with_checkpoints_is_taken_at_the_same_step(run, tmp_path):
     found = {r["step"]: r["settings"]["baseline_step"] for r in records(tmp_path, "activation")}
     # none was saved at step 0: what the run published is taken
     assert found == {0: None, 2: 2, 4: 4}
+    # what its report says of it goes into this one's, and into the card
+    baseline, theirs = lr.load_report(tmp_path)["baseline"], lr.load_report(folder)
+    assert (baseline["name"], baseline["method"]) == (theirs["run"]["name"], theirs["run"]["method"])
+    assert "baseline" not in theirs, "a model has no report"
+    assert "### Beside its baseline" in (tmp_path / "publish" / "README.md").read_text()
 
 
 def test_a_dense_landscape_of_a_method_without_a_dense_form_is_a_marked_row(tmp_path):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
+from tiny_runs import METHODS, Kill, arguments, dataset, gpt2, llama, make_trainer, weights
 from transformers import Trainer, TrainerCallback
 
 import hf_lowrank as lr
@@ -56,17 +56,6 @@ class Logs(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.seen.append((state.global_step, dict(logs)))
-
-
-class Kill(TrainerCallback):
-    """Ends the process's part in the run, as a kill does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def stock(model, args, *callbacks, attach=False, **kwargs):

@@ -23,6 +23,7 @@ from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.spectra import spectral_metrics
 from hf_lowrank.report import HEADLINE_METRICS
+from hf_lowrank.report.baseline import comparisons
 from hf_lowrank.targets import dense_weights
 
 PRESET = Preset(
@@ -285,6 +286,33 @@ def test_nan_weights_are_rows_with_a_reason_and_the_rest_is_measured(runs):
     assert any("model.layers.1.mlp.up_proj.weight" in r["settings"]["note"] for r in failed)
     assert failures >= 1
     assert named(runs / "full", "landscape", "landscape/random/sharpness", step=2)["value"] is not None
+
+
+def test_the_report_knows_its_baseline(measured):
+    full, report = lr.load_report(measured / "full"), lr.load_report(measured / "sparse")
+    baseline = report["baseline"]
+    assert (baseline["name"], baseline["method"], baseline["steps"]) == ("full", "fullrank", 4)
+    assert baseline["data"] == full["data"]
+    # it was not measured itself: what its training noted is there
+    (loss,) = [entry for entry in full["metrics"] if entry["name"] == "validation_loss"]
+    (found,) = [c for c in comparisons(report) if c.name == "validation_loss"]
+    assert found.baseline == loss["value"] != found.value
+    assert "The baseline is full: full-rank training" in (measured / "sparse" / "publish" / "README.md").read_text()
+    assert "baseline" not in full
+
+
+def test_a_baseline_among_the_runs_is_measured_first(runs):
+    run_it([runs / "again", runs / "full"], runs / "full", families=("loss", "curvature"))
+    report, full = (lr.load_report(runs / name) for name in ("again", "full"))
+    assert "baseline" not in full
+    assert {c.name for c in comparisons(report)} == {
+        "validation_loss", "perplexity", "curvature/top_eigenvalue", "curvature/trace",
+    }  # fmt: skip
+    theirs = {(e["name"], e["space"]): e for e in full["metrics"] if e["step"] == 4}
+    assert all(theirs[e["name"], e["space"]] == e for e in report["baseline"]["metrics"])
+    # measured again without one, it stays known
+    run_it([runs / "again"], families=("loss",))
+    assert lr.load_report(runs / "again")["baseline"] == report["baseline"]
 
 
 @pytest.mark.parametrize(
