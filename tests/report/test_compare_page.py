@@ -253,7 +253,7 @@ def test_curves_give_their_values_to_pointer_and_keyboard(at: Page) -> None:
     assert at.texts("#legend .at") == ["4 ± 0.1", "3 ± 0.1", "5 ± 0.1"]
     assert len(at.all("#chart .band")) == 3
     at.one("#chart-data summary").click()
-    rows = WebDriverWait(at.driver, 10).until(lambda _: at.texts("#chart-data tbody tr"), "toggle comes after the click")
+    rows = WebDriverWait(at.driver, 10).until(lambda _: at.texts("#chart-data tbody tr"), "toggle comes later")
     assert rows[1] == "3004 ± 0.13 ± 0.15 ± 0.1"
 
 
