@@ -1,7 +1,6 @@
 """`hf-lowrank`: publish, fetch and look at runs from the command line."""
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,18 +35,11 @@ def push(
 
     The token is that of `hf auth login`, or HF_TOKEN: on a command line everybody on the machine could read it.
     """
-    from hf_lowrank.hub.push import OverwriteError
+    from hf_lowrank.hub.asking import ask_first
     from hf_lowrank.hub.push import push as push_run
 
     push_it = partial(push_run, run, repo_id, revision=revision, private=private, tag=tag, checkpoints=checkpoints)
-    try:
-        commit = push_it(overwrite=yes)
-    except OverwriteError as problem:
-        if not sys.stdin.isatty():
-            raise
-        typer.confirm(f"{problem}.\nPush all the same?", abort=True, err=True)
-        commit = push_it(overwrite=True)
-    typer.echo(commit.commit_url)
+    typer.echo(ask_first(push_it, yes).commit_url)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`hf-lowrank compare`: runs in, terminal, CSV, Markdown, figures, page and Space out."""
 
 import difflib
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from hf_lowrank.compare.gather import Gathered, gather
 from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.hub.asking import ask_first
 from hf_lowrank.hub.listing import published_runs
 from hf_lowrank.hub.space import push_space, space_card
 from hf_lowrank.report.charts import charts
@@ -63,8 +65,7 @@ def run_compare(
     if push_to_space is not None:
         repos = [repo for row in comparison.rows for repo in row.repos]
         files = {"README.md": space_card(heading(comparison), text, repos), "index.html": page}
-        address = push_space(files, push_to_space, overwrite=yes, token=token)
-        console.print(Text(address))
+        console.print(Text(ask_first(partial(push_space, files, push_to_space, token=token), yes)))
     return len(gathered.skipped)
 
 

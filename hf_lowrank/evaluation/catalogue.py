@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,7 +78,7 @@ def find_tasks(words: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
         include: folders of tasks beside the harness's and ours; what is found there comes first.
 
     Raises:
-        ValueError: a name is not known, or a folder is not there.
+        ValueError: a name is not known, also one that a group lists, or a folder is not there.
     """
     for folder in include:
         if not folder.is_dir():
@@ -97,6 +97,7 @@ def find_tasks(words: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
         for name in names:
             entry = manager.task_index[name]
             found |= dict.fromkeys(sorted(entry.tags) if entry.kind is Kind.TAG else [name])
+    _check_members(manager, found)
     held = {inner for name in found for inner in _entries(manager, name) if inner != name}
     return manager, [name for name in found if name not in held]
 
@@ -136,6 +137,16 @@ def _entries(manager: TaskManager, name: str) -> dict[str, Entry | None]:
         elif entry is not None and entry.kind is Kind.GROUP:
             waiting += _members((entry.cfg or {}).get("task"))
     return found
+
+
+def _check_members(manager: TaskManager, names: Iterable[str]) -> None:
+    """Refuse a group that lists a name of nothing, of which the harness makes a task without data."""
+    for group in dict.fromkeys(inner for name in names for inner in _entries(manager, name)):
+        entry = manager.task_index.get(group)
+        listed = (entry.cfg or {}).get("task") if entry is not None and entry.kind is Kind.GROUP else None
+        for member in listed if isinstance(listed, list) else []:
+            if isinstance(member, str) and member not in manager.task_index:
+                raise ValueError(f"group '{group}': no task '{member}'{nearest(member, manager.all_tasks)}")
 
 
 def _members(listed: Any) -> list[str]:

@@ -9,7 +9,7 @@ from huggingface_hub.hf_api import GitCommitInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from hf_lowrank.hub.commit import Hub
-from hf_lowrank.hub.ownership import MARK
+from hf_lowrank.hub.ownership import MARK, OverwriteError
 from hf_lowrank.report.secrets import TOKEN
 
 __all__ = ["push_space", "space_card"]
@@ -45,7 +45,8 @@ def push_space(
         token: as in `huggingface_hub`.
 
     Raises:
-        ValueError: the name is none, a file holds a Hub token, or the Space is not ours.
+        ValueError: the name is none, or a file holds a Hub token.
+        OverwriteError: the Space is not ours.
         PushError: the Hub refuses, fails, or cannot be reached; calling again is always safe.
     """
     validate_repo_id(repo_id)
@@ -61,7 +62,7 @@ def _push(repo_id: str, files: Mapping[str, str], overwrite: bool, token: str | 
     history = api.list_repo_commits(repo_id, repo_type="space")
     theirs = [] if made else _theirs(api, repo_id, list(files), history)
     if theirs and not overwrite:
-        raise ValueError(
+        raise OverwriteError(
             f"the Space {repo_id} is not one that hf_lowrank made ({', '.join(theirs)} by somebody else): choose "
             "another name, or give --yes to overwrite these files"
         )

@@ -1,5 +1,6 @@
 """Comparing runs on the Hub, and the comparison as a Space, through the real client and the loopback hub."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -268,7 +269,9 @@ def test_names_on_the_terminal_are_text(cli, tmp_path: Path) -> None:
     assert "Tokens seen" in done.out
 
 
-def test_the_page_as_a_space_is_idempotent(cli, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_the_page_as_a_space_is_idempotent_and_asks_first(
+    cli, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(hub, "user/a", tmp_path)
     local = write_run(tmp_path / "b", report("b"))
     for _ in range(2):
@@ -283,4 +286,11 @@ def test_the_page_as_a_space_is_idempotent(cli, hub: LoopbackHub, tmp_path: Path
     refused = cli("user/a", local, "--push-to-space", SPACE)
     assert refused.code == 2
     assert "--yes" in refused.err
+    for answer, code in (("n", 1), ("y", 0)):
+        terminal = io.StringIO(f"{answer}\n")
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert cli("user/a", local, "--push-to-space", SPACE).code == code
+        assert (texts(space(hub))["index.html"] == "theirs") == (answer == "n")
+    by_hand(hub, {"index.html": b"theirs"})
     assert cli("user/a", local, "--push-to-space", SPACE, "--yes").code == 0
