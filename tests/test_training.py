@@ -37,10 +37,18 @@ CAPABILITIES = {
 }
 # what cannot go together, with the words of the error that says so
 CONTRADICTIONS = {("cola-m", "gradient checkpointing"): "both recompute the blocks: drop gradient_checkpointing"}
+# seconds a case: one method of a kind (projected, factored, restarted) at once, the others with the slow tests
+DEAR = [
+    name if name in ("galore", "sltrain", "relora") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
+]
+CASES = [
+    pytest.param(method, name, marks=pytest.mark.slow if name == "compiled model" and method not in DEAR else ())
+    for method in METHODS
+    for name in CAPABILITIES
+]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "capability"), CASES)
 def test_a_capability_does_not_change_what_is_trained(method, capability, tmp_path):
     # no dropout here: its random numbers are drawn per micro-batch
     def run(**changes):
@@ -57,7 +65,7 @@ def test_a_capability_does_not_change_what_is_trained(method, capability, tmp_pa
     assert_close(plain, changed, rtol=2e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DEAR)
 def test_learns_in_bf16_autocast_and_in_pure_bf16(method, tmp_path):
     for changes, dtype in (({"bf16": True}, None), ({}, torch.bfloat16)):
         model = llama() if dtype is None else llama().to(dtype)
@@ -121,7 +129,7 @@ def losses_by_step(output_dir: Path, step: int):
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DEAR)
 def test_a_resumed_run_is_bit_identical(method, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     whole = make_trainer(METHODS[method], arguments(tmp_path / "whole", **saving))

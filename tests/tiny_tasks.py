@@ -162,7 +162,7 @@ def tokenizer(**changes):
 
 
 def write_tasks(folder: Path, items: int = 24) -> Path:
-    """The tasks pairs, shots (two examples in the prompt), cloze, rolling, generated, remote, five a to e, a group."""
+    """The tasks pairs, shots (two examples in the prompt), cloze, rolling, generated, remote, a to e, two groups."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, rows = random.Random(0), []
     for _ in range(items):
@@ -182,6 +182,7 @@ def write_tasks(folder: Path, items: int = 24) -> Path:
         "rolling": ROLLING.format(data=data),
         "generated": GENERATED.format(data=data),
         "group": GROUP,
+        "unfinished": "group: unfinished\ntask: [hf_lowrank_brackets, hf_lowrank_word]\n",
         "remote": REMOTE,
         **{
             n: PAIRS.format(name=n, data=data, more=f"process_results: !function utils.{n}\ntag: letters")
