@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,14 @@ def run_evaluate(
         console.print(_table(run.name, entries))
         if (run.output / "publish" / "report.json").is_file():
             console.print(f"{run.output / 'publish'} holds report and card", markup=False)
+    _print_failures(failures, console)
+    return len(failures)
+
+
+def _print_failures(failures: Sequence[Failure], console: Console) -> None:
     if failures:
         names = ", ".join(dict.fromkeys(failure.task for failure in failures))
         console.print(f"{len(failures)} evaluations failed, for the reasons above: {names}", style="red", markup=False)
-    return len(failures)
 
 
 def _check(
