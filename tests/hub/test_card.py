@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from markdown_it import MarkdownIt  # a dependency of rich
+from markdown_it import MarkdownIt
 
 from hf_lowrank.hub.card import METHODS, STUDY, CardData, render_card, write_card
 from hf_lowrank.report import ReportError, baseline_of, headline_rows, metric_entry, validate_report, write_report
