@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.tables import evaluation_rows
@@ -29,10 +29,8 @@ def write_benchmarks(publish: Path, report: Mapping[str, Any]) -> list[Path]:
 
     Only whole benchmarks count: a result with a limit is left out. Files of an earlier report are removed.
     """
-    # older clients do not know them
-    entry_class: Any = getattr(huggingface_hub, "EvalResultEntry", None)
     found = {}
-    for row in evaluation_rows(report) if entry_class is not None else []:
+    for row in evaluation_rows(report):
         known = BENCHMARKS.get((row["task"], row["metric"]))
         if known is None or row["value"] is None or row["limit"] is not None:
             continue
@@ -41,7 +39,7 @@ def write_benchmarks(publish: Path, report: Mapping[str, Any]) -> list[Path]:
         parts = ["lm-evaluation-harness", shots, row["metric"].partition(",")[2]]
         # the leaderboards list percentages
         value, notes = round(100 * row["value"], 4), ", ".join(part for part in parts if part)
-        found[file] = entry_class(
+        found[file] = EvalResultEntry(
             dataset_id=dataset, task_id=task, value=value, date=report["run"]["date"], notes=notes
         )
     folder = publish / FOLDER
@@ -50,6 +48,6 @@ def write_benchmarks(publish: Path, report: Mapping[str, Any]) -> list[Path]:
             (folder / file).unlink(missing_ok=True)
     for file, entry in found.items():
         with replacing(folder / file) as path:
-            rows = huggingface_hub.eval_result_entries_to_yaml([entry])
+            rows = eval_result_entries_to_yaml([entry])
             path.write_text(yaml.safe_dump(rows, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return [folder / file for file in found]

@@ -116,7 +116,8 @@ def _end_silence(request: Any) -> None:
     """Most of the client's requests have no time limit, some of them explicitly."""
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
-        kind: SILENCE if limits.get(kind) is None else limits[kind] for kind in ("connect", "read", "write", "pool")
+        kind: SILENCE if limits.get(kind) is None else min(SILENCE, limits[kind])
+        for kind in ("connect", "read", "write", "pool")
     }
 
 

@@ -191,7 +191,6 @@ GSM8K: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="older clients do not know these files")
 def test_only_whole_registered_benchmarks_become_eval_results(report: dict[str, Any], tmp_path: Path) -> None:
     flexible = {"metric": "exact_match,flexible-extract", "value": 0.5}
     report["evaluations"] += [GSM8K, GSM8K | flexible | {"limit": 10}]

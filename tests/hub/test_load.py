@@ -162,7 +162,9 @@ def shared(_serving_hub, tmp_path_factory):
         cases = {case: published(case, root, patch) for case in CASES}
         for case, found in cases.items():
             found.validated = ModelCard.load(f"user/{case}")
-            found.validated.validate()
+            # before 2.0 the client asks huggingface.co whatever HF_ENDPOINT says
+            if int(huggingface_hub.__version__.partition(".")[0]) >= 2:
+                found.validated.validate()
 
     def run(code, file, argument, **environment):
         argv = [sys.executable, "-c", code, str(root / file), json.dumps(IDS.tolist()), json.dumps(argument)]
@@ -326,7 +328,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(key, shared, folder, hub):
         ({"lowrank": {"method": "cola", "published": 3}}, "does not say what its code builds on"),
         ({"model_type": "no_such", "auto_map": {"AutoConfig": "x.Y"}}, "model type 'no_such' .* is unknown"),
         ({"model_type": ["llama"]}, "is unknown to the transformers"),
-        ({"hidden_size": "sixteen"}, "config.json makes no llama model"),
+        ({"hidden_size": "sixteen"}, "makes no llama model|no model can be made from config.json"),
         ({"hidden_size": -4}, "no model can be made from config.json"),
         ({"architectures": [3]}, "no model can be made from config.json"),
         ({"hidden_size": 32}, "its weights do not fit"),
@@ -372,7 +374,6 @@ def test_a_report_that_is_not_valid_is_not_shown(folder):
     assert done.stdout == ""
 
 
-@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="older clients do not know these files")
 def test_results_on_a_registered_benchmark_are_published_as_the_hub_wants_them(folder, hub):
     report = read_report(folder)
     result = {"task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.0125, "stderr": 0.003}
