@@ -124,7 +124,14 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
 def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:
     """`CheckpointError` when a baseline, given by its config or config.json, differs from a model's in a size."""
     config = read_json(baseline) if isinstance(baseline, Path) else baseline
-    different = [f"{k} is {config[k]} there, {own[k]} here" for k in SIZE_KEYS if k in own and config.get(k) != own[k]]
+    keys = [key for key in ("model_type", *SIZE_KEYS) if key in own or key in config]
+    # a reparameterised model names its own type and the one that it is made from
+    keys = [key for key in keys if key != "model_type" or not (config.get("lowrank") or own.get("lowrank"))]
+    different = [
+        f"{key} is {config.get(key, 'not known')} there, {own.get(key, 'not known')} here"
+        for key in keys
+        if config.get(key) != own.get(key)
+    ]
     if different:
         raise CheckpointError(
             f"baseline {name} is another model ({'; '.join(different)}): take a run of the same size and tokenizer"

@@ -7,6 +7,7 @@
 A YAML file may come first; flags override it. `--help` lists all flags of the chosen `--method`.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -87,6 +88,18 @@ def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
             "--overwrite to start anew, or another --output_dir"
         )
     return None
+
+
+def is_finished(args: TrainingArguments, checkpoint: str | None) -> bool:
+    """Whether a checkpoint is of the run's last step and its report is written: Trainer would train a step more."""
+    if checkpoint is None or args.max_steps <= 0:
+        return False
+    step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    try:
+        written = lr.load_report(str(args.output_dir))["run"]["steps"]
+    except (OSError, ValueError):
+        return False
+    return bool(step >= args.max_steps and written >= step)
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -174,6 +187,12 @@ def main() -> None:
             remove_run(recipe.training)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error, main_process)
+    if is_finished(recipe.training, checkpoint):
+        if main_process:
+            print(
+                f"{checkpoint} is the last of {recipe.training.max_steps} steps: nothing to do, or raise --max_steps"
+            )
+        return
     if main_process and checkpoint is not None:
         print(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

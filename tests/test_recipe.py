@@ -141,6 +141,16 @@ def held(finished, tmp_path):
     return tmp_path / "held"
 
 
+def test_a_finished_run_is_left_alone(recipe, inputs, held):
+    def state():
+        return {path.relative_to(held): path.read_bytes() for path in held.rglob("*") if path.is_file()}
+
+    before = state()
+    done = call(recipe, flags(inputs, "galore", output_dir=held, resume_from_checkpoint="last"))
+    assert (done.code, state() == before) == (0, True)
+    assert f"is the last of {STEPS} steps: nothing to do" in done.out
+
+
 def refused(recipe, argv, folders, tmp_path, monkeypatch):
     """The one line a command line is refused with; nothing below `folders` and the working folder has changed."""
     cwd = tmp_path / "cwd"

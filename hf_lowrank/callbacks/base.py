@@ -185,10 +185,11 @@ class MetricCallback(TrainerCallback):
         fits = gathered(self._clock.spent + self._cost <= allowed)[0]
         if not fits:
             if self.skipped == 0 and state.is_world_process_zero:
+                takes = f"one measurement takes {self._cost:.2g} s and " if self._cost > 0 else ""
                 logger.warning(
-                    "%s at step %d: one measurement takes %.2g s and all metrics together may take %g %% of the "
-                    "training time, so some are left out; raise budget= or every= to choose which",
-                    self.name, state.global_step, self._cost, 100 * self.budget,
+                    "%s at step %d: %sall metrics together may take %g %% of the training time, so some are left out; "
+                    "raise budget= or every= to choose which",
+                    self.name, state.global_step, takes, 100 * self.budget,
                 )  # fmt: skip
             self.skipped += 1
         return fits

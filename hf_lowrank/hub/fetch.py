@@ -122,7 +122,7 @@ def download(repo_id: str, revision: str, token: str | bool | None, allow_patter
             why = "HF_HUB_OFFLINE=1 is set: go online once to download it"
         elif status_of(error) is not None or isinstance(error.__cause__, TIMEOUT):
             why = explain(error, _secret(token))
-        raise FetchError(f"{wanted} is not complete in the cache and {why}") from error
+        raise FetchError(f"{wanted} is not complete in the cache (nor a local folder) and {why}") from error
     except FAILURES as error:
         if status_of(error) in (401, 403):
             raise FetchError(f"{wanted}: {_REFUSED}") from error

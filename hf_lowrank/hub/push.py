@@ -14,7 +14,7 @@ from hf_lowrank.hub.commit import Hub, OverwriteError, PushError, check_names, c
 from hf_lowrank.hub.fetch import download
 from hf_lowrank.hub.local import publish_folder
 from hf_lowrank.hub.ownership import run_of
-from hf_lowrank.hub.step import write_step
+from hf_lowrank.hub.step import write_model, write_step
 from hf_lowrank.report import read_report
 
 __all__ = ["OverwriteError", "PushError", "push", "push_folder"]
@@ -48,12 +48,14 @@ def push(
         revision, private, token, commit_message, overwrite: As for `push_folder`.
 
     Raises:
+        CheckpointError: There is no model beside the report, and the checkpoint of its step is damaged.
         hf_lowrank.report.ReportError: The run's report is missing a field, is not JSON, or is newer than this version.
         As `push_folder` otherwise.
     """
     folder = publish_folder(Path(run).expanduser())
     check_names(repo_id, revision, tag)
     steps = read_report(folder)["run"]["steps"]
+    _add_model(folder, steps)
     hub = Hub(repo_id, token)
     if "/" not in repo_id:
         # the card names the repository in full
@@ -64,6 +66,21 @@ def push(
     if checkpoints:
         _push_checkpoints(folder, hub, revision or "main", overwrite)
     return commit
+
+
+def _add_model(publish: Path, steps: int) -> None:
+    """Put the model of the report's step beside the report of a run that `measure` alone has written."""
+    if (publish / "config.json").is_file():
+        return
+    checkpoint = publish.parent / f"checkpoint-{steps}"
+    if checkpoint.is_dir():
+        write_model(checkpoint, publish)
+    else:
+        logger.warning(
+            "%s holds no model (config.json, weights), and there is no %s: the report is published alone",
+            publish,
+            checkpoint,
+        )
 
 
 def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> None:

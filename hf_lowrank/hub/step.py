@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from hf_lowrank.checkpoints import CheckpointError, export, load_model
 from hf_lowrank.report import draw_figures, read_report, write_report
 
-__all__ = ["write_step"]
+__all__ = ["write_model", "write_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,7 @@ def write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
         step = int(state["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} is incomplete: trainer_state.json cannot be read ({error})") from error
-    model = load_model(checkpoint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if list(checkpoint.glob("tokenizer*")) else None
-    # whatever transformers and tokenizers make of damaged files
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint} is damaged: its tokenizer cannot be read ({error})") from error
-    export(model, folder, tokenizer)
+    write_model(checkpoint, folder)
     report = read_report(publish)
     report["run"] |= {
         "steps": step,
@@ -56,6 +50,21 @@ def write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
         shutil.copytree(publish / "metrics", folder / "metrics")
         _cut(folder / "metrics", step)
     draw_figures(folder)
+
+
+def write_model(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint, with its tokenizer, to `folder` as it is published.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete.
+    """
+    model = load_model(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if list(checkpoint.glob("tokenizer*")) else None
+    # whatever transformers and tokenizers make of damaged files
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} is damaged: its tokenizer cannot be read ({error})") from error
+    export(model, folder, tokenizer)
 
 
 def _cut(metrics: Path, step: int) -> None:

@@ -25,7 +25,15 @@ from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
 from hf_lowrank.targets import find_targets, native_weights
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "PartialError"]
+
+
+class PartialError(Exception):
+    """A part of a unit could not be measured; `found` is the other part."""
+
+    def __init__(self, reason: str, found: Measurement) -> None:
+        super().__init__(reason)
+        self.found = found
 
 
 class Bench:
@@ -97,7 +105,8 @@ class Bench:
         """The work that the run needs, checkpoint by checkpoint and the cheap metrics first.
 
         Raises:
-            ValueError: a step is asked for that there is no checkpoint of, or the baseline is of another size.
+            ValueError: a step is asked for that there is no checkpoint of, or the baseline is of another size or has
+                another tokenizer.
         """
         checkpoints = self.run.checkpoints
         for step in steps or ():
@@ -106,6 +115,11 @@ class Bench:
                 raise ValueError(f"{self.run.name} has no checkpoint of step {step}; it has {known}")
         if self.reference is not None and self.reference is not self.run:
             check_same_size(self.reference.config, self.run.config, self.reference.name)
+            if self.run.has_another_tokenizer(self.reference):
+                raise ValueError(
+                    f"baseline {self.reference.name} has another tokenizer than {self.run.name}, to which the same "
+                    "ids are other texts: take a run of the same size and tokenizer"
+                )
         for before, now in zip([None, *checkpoints], checkpoints, strict=False):
             if steps is None or now.step in steps:
                 for family in families:
@@ -154,14 +168,21 @@ class Bench:
 
     def _spectral(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
         now, *before = unit.checkpoints
-        space, previous = str(unit.space), None
+        space, previous, lost = str(unit.space), None, None
+        model = self.model(now)
         if before:
             # the vectors of its own update are not at hand: overlaps of updates are measured during training
-            weights = dict(self._weights(before[0], space))
-            previous = Earlier(before[0].step, lambda name: weights[name]() if name in weights else None)
-        found, _ = measure_spectra(
-            self.model(now), unit.step, previous=previous, space=space, keep=False, progress=progress
-        )
+            try:
+                weights = dict(self._weights(before[0], space))
+                previous = Earlier(before[0].step, lambda name: weights[name]() if name in weights else None)
+            # whatever is wrong with the checkpoint before, this one's weights are there
+            except Exception as error:
+                lost = error
+        found, _ = measure_spectra(model, unit.step, previous=previous, space=space, keep=False, progress=progress)
+        if lost is not None:
+            raise PartialError(
+                f"no update since step {before[0].step}: {type(lost).__name__}: {lost}", found
+            ) from lost
         return found
 
     def _weights(self, checkpoint: Checkpoint, space: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -213,7 +234,13 @@ class Bench:
             )  # fmt: skip
         if why := (no_dense_form(now) or no_dense_form(other)):
             return _marked(unit, why.text)
+        if self._peer(unit).has_another_tokenizer(self.run):
+            return _marked(unit, f"{unit.other} has another tokenizer, to which the same ids are other texts")
         return self._cross(unit, now, other, progress)
+
+    def _peer(self, unit: Unit) -> RunSource:
+        """The run at a barrier's other end."""
+        return next(run for run in [*self.others, self.reference] if run is not None and run.name == unit.other)
 
     def _cross(
         self, unit: Unit, now: PreTrainedModel, other: PreTrainedModel, progress: Callable[[], Any]
@@ -221,7 +248,7 @@ class Bench:
         """The barrier to another run, as it is and after the other's units and heads are permuted to match."""
         assert self.evaluation is not None
         assert unit.other is not None
-        peer = next(run for run in [*self.others, self.reference] if run is not None and run.name == unit.other)
+        peer = self._peer(unit)
         subject = "cross_seed" if peer.settings() == self.run.settings() else "cross_method"
         (mine, _), (theirs, _) = (in_space(model, "dense") for model in (now, other))
         a, b = mine.state_dict(), theirs.state_dict()

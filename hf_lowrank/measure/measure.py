@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_lowrank.data import DataArguments
-from hf_lowrank.measure.bench import Bench
+from hf_lowrank.measure.bench import Bench, PartialError
 from hf_lowrank.measure.source import RunSource, open_run, rows_of
 from hf_lowrank.measure.units import Unit, headline_of
 from hf_lowrank.measure.write import write_map, write_run
@@ -155,30 +155,49 @@ def _measure_run(bench: Bench, units: list[Unit], watcher: Watcher) -> int:
             found, error = bench.do(unit, watcher.point), None
         # one metric, or one checkpoint that is cut short, must not cost the others
         except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}"
-            found, fingerprint = _failed(unit, error), ""
+            if isinstance(raised, PartialError):
+                error, partial = str(raised), raised.found
+            else:
+                error, partial = f"{type(raised).__name__}: {raised}", Measurement([], [])
+            found = _failed(unit, error, partial)
+            fingerprint = ""
             failures += 1
             watcher.problem(run.name, unit.label, error)
-        _replace(folder, unit, found)
+        # what was measured before the checkpoint was damaged stays
+        if error is None or not _has_numbers(folder, unit):
+            _replace(folder, unit, found)
         state.note(unit.key, fingerprint)
     return failures
 
 
-def _failed(unit: Unit, error: str) -> Measurement:
-    """Rows that say that a unit's headline metrics could not be measured, and why."""
+def _failed(unit: Unit, error: str, found: Measurement) -> Measurement:
+    """What was found of a unit, with rows that say which headline metrics could not be measured, and why."""
     note = {"note": error} if unit.other is None else {"note": error, "other": unit.other}
-    records = [Record(name, None, None, unit.step, note, unit.space) for name in headline_of(unit)]
-    return Measurement(records, [])
+    names = {record.name for record in found.records}
+    records = [
+        Record(name, None, None, unit.step, note, unit.space) for name in headline_of(unit) if name not in names
+    ]
+    return Measurement(found.records + records, found.rows)
+
+
+def _has_numbers(folder: Path, unit: Unit) -> bool:
+    """Whether an earlier measurement of a unit gave numbers."""
+    return any(record.value is not None for record in _earlier(folder, unit))
 
 
 def _is_there(folder: Path, unit: Unit) -> bool:
     """Whether a unit's records are still in the run's folder: training on may have dropped them."""
+    return bool(_earlier(folder, unit))
+
+
+def _earlier(folder: Path, unit: Unit) -> list[Record]:
+    """The records of a unit that are in the run's folder."""
     try:
         found = read_measurement(folder, unit.file)
     # damaged: as good as gone
     except Exception:
-        return False
-    return found is not None and any(unit.owns_record(r) for r in found.records)
+        return []
+    return [] if found is None else [record for record in found.records if unit.owns_record(record)]
 
 
 def _replace(folder: Path, unit: Unit, found: Measurement) -> None:

@@ -104,6 +104,16 @@ class RunSource:
         """The seed it was trained with, where that is known."""
         return None if self.report is None else self.report["run"]["seeds"]["seed"]
 
+    @property
+    def tokenizer(self) -> str | None:
+        """Hash of its tokenizer, where that is known."""
+        data = None if self.report is None else self.report["data"]
+        return None if data is None else data["tokenizer_hash"]
+
+    def has_another_tokenizer(self, other: "RunSource") -> bool:
+        """Whether token ids are known to mean something else to another run."""
+        return None not in (self.tokenizer, other.tokenizer) and self.tokenizer != other.tokenizer
+
     def settings(self) -> dict[str, Any]:
         """The method and its settings: two runs that differ in nothing but the seed share them."""
         noted = dict(self.config.get("lowrank") or {"method": "fullrank"})

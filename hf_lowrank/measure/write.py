@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.hub.card import write_card
@@ -94,7 +95,6 @@ def _training_curve(run: RunSource) -> pd.DataFrame | None:
 def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
     """A report that knows the model and the trainer's state, and says of everything else that it is not known."""
     state = _trainer_state(run)
-    losses = [entry for entry in state.get("log_history") or [] if "learning_rate" in entry]
     unknown = {"name": None, "betas": None, "eps": None, "weight_decay": None, "max_grad_norm": None}
     parameters = _parameters(run)
     facts = {
@@ -116,7 +116,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "steps": run.checkpoints[-1].step,
         "max_steps": state.get("max_steps"),
         "seeds": {"seed": None, "data_seed": None},
-        "learning_rate": max((entry["learning_rate"] for entry in losses), default=None),
+        "learning_rate": _peak_rate(run, state),
         "lr_schedule": {"type": None, "warmup_steps": None},
         "optimizer": unknown,
         "batch": dict.fromkeys(("per_device", "gradient_accumulation", "world_size", "global_sequences")),
@@ -131,6 +131,17 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return {"schema_version": 1, "run": facts, "data": None, "metrics": [], "evaluations": []}
+
+
+def _peak_rate(run: RunSource, state: dict[str, Any]) -> float | None:
+    """The rate that the schedule was made with; where it was not saved, the highest that was logged."""
+    try:
+        schedule = torch.load(run.checkpoints[-1].folder / "scheduler.pt", map_location="cpu", weights_only=True)
+        return max(float(rate) for rate in schedule["base_lrs"])
+    # absent, damaged, or of another kind
+    except Exception:
+        logged = [entry["learning_rate"] for entry in state.get("log_history") or [] if "learning_rate" in entry]
+        return max(logged, default=None)
 
 
 def _parameters(run: RunSource) -> int:

@@ -131,7 +131,7 @@ def top_eigenvalue(
         The largest Ritz value; as `stderr` its residual norm, within which an eigenvalue of H lies.
 
     Raises:
-        ValueError: as for `hessian_trace`.
+        ValueError: as for `hessian_trace`, or the products H v are not finite.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations!r}: give 1 or more")
@@ -145,6 +145,8 @@ def top_eigenvalue(
         for _ in range(iterations):
             w = hessian @ v
             diagonal.append(_dot(w, v))
+            if not math.isfinite(diagonal[-1]):
+                raise ValueError("the Hessian's products are not finite: look for NaN or infinity in weights and loss")
             w = [x - diagonal[-1] * y - beside[-1] * z for x, y, z in zip(w, v, earlier, strict=True)]
             beside.append(math.sqrt(_dot(w, w)))
             if beside[-1] <= 1e-10 * max(map(abs, [*diagonal, 1e-300])):

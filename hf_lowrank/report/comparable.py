@@ -239,7 +239,7 @@ def _ways(together: Sequence[Series], labels: Sequence[str]) -> tuple[tuple[str,
 
 def _within(one: Series, labels: Sequence[str]) -> list[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]]:
     """Return what must be said of numbers in one column: other steps, other sets of matrices, unknown texts."""
-    last = {run: one.last(run)[-1] for run in sorted({point.run for point in one.points})}
+    last = {run: now[-1] for run in sorted({point.run for point in one.points}) if (now := one.last(run))}
     said = []
     names = [labels[run] for run in last]
     steps = _parts(["no step" if p.step is None else f"step {p.step:,}" for p in last.values()], names)

@@ -86,6 +86,7 @@ class Series:
         settings: what all points share, apart from what is step-bound or merely describes the model.
         points: of all runs, by run and step.
         unsure: runs that do not record their evaluation set, put here because everything else agrees.
+        outdated: runs that have the same quantity from a later step, measured in another way.
     """
 
     kind: Kind
@@ -94,6 +95,7 @@ class Series:
     settings: dict[str, Any]
     points: list[Point]
     unsure: frozenset[int] = frozenset()
+    outdated: frozenset[int] = frozenset()
 
     def of_run(self, run: int) -> list[Point]:
         """The points of one run by step; of two at one step and with the same step-bound settings the later."""
@@ -101,8 +103,11 @@ class Series:
         return [kept[key] for key in sorted(kept)]
 
     def last(self, run: int) -> list[Point]:
-        """The points of one run's last step: several only where their step-bound settings differ."""
-        points = self.of_run(run)
+        """The points of one run's last step: several only where their step-bound settings differ.
+
+        None where the run has the quantity from a later step in another series: half trained, it is another model.
+        """
+        points = [] if run in self.outdated else self.of_run(run)
         return [point for point in points if point.step == points[-1].step]
 
 
@@ -124,7 +129,23 @@ def collect(runs: Sequence[ComparedRun]) -> list[Series]:
             buckets.setdefault(key, []).append(entry)
     identities = [data_identity(run.report) for run in runs]
     found = [series for entries in buckets.values() for series in _by_evaluation_set(entries, identities)]
+    _mark_outdated([series for series in found if series.kind == "metric"])
     return sorted(found, key=_place)
+
+
+def _mark_outdated(found: Sequence[Series]) -> None:
+    last: dict[tuple[int, str, str | None], int] = {}
+    for series in found:
+        for point in series.points:
+            key = (point.run, series.name, series.space)
+            last[key] = max(last.get(key, -1), -1 if point.step is None else point.step)
+    for series in found:
+        newest: dict[int, int] = {}
+        for point in series.points:
+            newest[point.run] = max(newest.get(point.run, -1), -1 if point.step is None else point.step)
+        series.outdated = frozenset(
+            run for run, step in newest.items() if 0 <= step < last[run, series.name, series.space]
+        )
 
 
 def data_identity(report: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -28,7 +28,9 @@ def headline_table(report: Mapping[str, Any], title: str = "metrics") -> Table:
     """The headline metrics with their standard errors."""
     table = _table(title, "", "metric", "value", "weights", "step")
     for row in headline_rows(report):
-        _add(table, row.id, row.name, row.text, row.space, row.step)
+        other = row.settings.get("other")
+        name = f"{row.name} ({other})" if other is not None else row.name
+        _add(table, row.id, name, row.text, row.space, row.step)
     return table
 
 

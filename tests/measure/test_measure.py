@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import load_model
@@ -22,7 +22,7 @@ from hf_lowrank.measurements import CurvatureSettings, InterpolationSettings, La
 from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.spectra import spectral_metrics
-from hf_lowrank.report import HEADLINE_METRICS
+from hf_lowrank.report import HEADLINE_METRICS, write_report
 from hf_lowrank.report.baseline import comparisons
 from hf_lowrank.targets import dense_weights
 
@@ -265,10 +265,38 @@ def test_a_checkpoint_cut_short_costs_itself_alone(runs):
     cut = named(runs / "full", "validation", "validation_loss", step=2)
     assert cut["value"] is None
     assert "ends too early" in cut["settings"]["note"]
+    # the weights of the next checkpoint are there, its update is not
+    (weight,) = spectra_of(runs / "full", "weight/stable_rank")
+    assert weight["value"] > 1
+    (update,) = spectra_of(runs / "full", "update/stable_rank")
+    assert update["value"] is None
+    assert "no update since step 2" in update["settings"]["note"]
     # it is tried again next time
     again = Seen()
     run_it([runs / "full"], watcher=again, families=("loss",))
     assert [unit for _, unit in again.units] == ["step 2: loss"]
+
+
+def spectra_of(folder, metric, step=4):
+    return [r for r in records(folder, "spectral") if (r["name"], r["step"]) == (f"spectral/{metric}", step)]
+
+
+def test_numbers_outlive_the_checkpoint_that_they_were_measured_of(runs):
+    families = ("loss", "spectral", "interpolation")
+    run_it([runs / "full"], families=families)
+    metrics = runs / "full" / "publish" / "metrics"
+    before = {path.name: path.read_bytes() for path in metrics.iterdir()}
+    path = runs / "full" / "checkpoint-2" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    seen = Seen()
+    _, failures = run_it([runs / "full"], watcher=seen, families=families)
+    assert failures == len(seen.problems) == 4, "two of its own, and two that need it as the checkpoint before"
+    assert {path.name: path.read_bytes() for path in metrics.iterdir()} == before
+    path.write_bytes(whole)
+    again = Seen()
+    _, failures = run_it([runs / "full"], watcher=again, families=families)
+    assert (failures, len(again.units)) == (0, 4)
 
 
 def test_nan_weights_are_rows_with_a_reason_and_the_rest_is_measured(runs):
@@ -282,6 +310,9 @@ def test_nan_weights_are_rows_with_a_reason_and_the_rest_is_measured(runs):
     assert bad["name"].tolist() == ["model.layers.1.mlp.up_proj"]
     assert named(runs / "full", "spectral", "spectral/weight/stable_rank")["settings"]["matrices"] == 13
     assert "not finite" in named(runs / "full", "validation", "validation_loss")["settings"]["note"]
+    seen = Seen()
+    run_it([runs / "full"], watcher=seen, families=("curvature",), steps=(4,))
+    assert "the Hessian's products are not finite" in seen.problems[0][2]
     failed = [r for r in records(runs / "full", "landscape") if r["step"] == 4 and r["value"] is None]
     assert any("model.layers.1.mlp.up_proj.weight" in r["settings"]["note"] for r in failed)
     assert failures >= 1
@@ -319,6 +350,9 @@ def test_a_baseline_among_the_runs_is_measured_first(runs):
     ("sources", "baseline", "changes", "message"),
     [
         (["full"], "other", {}, r"hidden_size is 32 there, 16 here"),
+        (["full"], "strange", {}, r"hidden_size is not known there, 16 here.*n_embd is 16 there, not known here"),
+        (["strange"], "full", {}, r"hidden_size is 16 there, not known here"),
+        (["full"], "translated", {}, "baseline translated has another tokenizer than full"),
         (["full"], "nowhere/to/be", {}, "nowhere"),
         (["./nowhere"], None, {}, "does not exist"),
         (["full"], None, {"families": ("activation",)}, "--baseline"),
@@ -331,11 +365,34 @@ def test_a_baseline_among_the_runs_is_measured_first(runs):
 def test_what_cannot_be_measured_is_said_first(sources, baseline, changes, message, runs, monkeypatch):
     monkeypatch.chdir(runs)
     (runs / "empty").mkdir()
-    trainer = make_trainer(METHODS["fullrank"], arguments(runs / "other", **SAVING), model=llama(hidden_size=32))
-    trainer.train()
+    for name, model in (("other", llama(hidden_size=32)), ("strange", gpt2())):
+        make_trainer(METHODS["fullrank"], arguments(runs / name, **SAVING), model=model).train()
+    translate(runs / "full", "ours")
+    translate(shutil.copytree(runs / "full", runs / "translated"), "theirs")
     with pytest.raises((ValueError, OSError), match=message):
         run_it(sources, baseline, **changes)
     assert not (runs / "full" / "measured.json").exists()
+
+
+def translate(folder, tokenizer):
+    """Give a run's report the name of its folder and data with the hash of a tokenizer."""
+    report = lr.load_report(folder)
+    keys = ("name", "config", "revision_or_hash", "tokenizer_name", "tokenizer_hash", "sequence_length", "packing")
+    keys += ("train_sequences", "validation_sequences", "validation_tokens", "split_seed")
+    report["run"]["name"], report["data"] = (
+        folder.name,
+        dict.fromkeys(keys) | {"name": "text", "tokenizer_hash": tokenizer},
+    )
+    write_report(report, folder / "publish" / "report.json")
+
+
+def test_a_barrier_to_a_run_with_another_tokenizer_is_marked(runs):
+    translate(runs / "full", "ours")
+    translate(runs / "again", "theirs")
+    _, failures = run_it([runs / "full", runs / "again"], families=("interpolation",))
+    (row,) = [r for r in records(runs / "full", "interpolation") if r["settings"].get("other") == "again"]
+    assert (failures, row["value"]) == (0, None)
+    assert "again has another tokenizer" in row["settings"]["note"]
 
 
 def test_a_plain_trainers_run_gets_a_report(tmp_path):
@@ -352,9 +409,29 @@ def test_a_plain_trainers_run_gets_a_report(tmp_path):
     assert report["run"]["method"] == "fullrank"
     assert report["run"]["steps"] == 4
     assert report["data"] is None
+    assert report["run"]["learning_rate"] == 1e-2, "the schedule's own, which no logged step need have reached"
     assert {"landscape/random/sharpness", "interpolation/consecutive/barrier"} <= {
         m["name"] for m in report["metrics"]
     }
+
+
+def test_a_plain_run_that_was_measured_is_published_with_its_model(hub, tmp_path, caplog):
+    folder = tmp_path / "plain"
+    trainer = Trainer(model=gpt2(), args=arguments(folder, **SAVING), train_dataset=dataset())
+    trainer.train()
+    run_it([folder], families=("spectral",))
+    lr.push(folder, "user/plain")
+    published = AutoModelForCausalLM.from_pretrained("user/plain").state_dict()
+    trained = trainer.model.state_dict()
+    assert published.keys() == trained.keys()
+    assert all(torch.equal(published[name], tensor) for name, tensor in trained.items())
+    # nothing to publish but the report
+    for path in (folder / "publish").glob("*.safetensors"):
+        path.unlink()
+    (folder / "publish" / "config.json").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    lr.push(folder, "user/reported")
+    assert "holds no model" in caplog.text
 
 
 def test_a_published_folder_alone(measured, tmp_path):

@@ -49,6 +49,20 @@ def test_equal_measurements_share_a_column_at_the_last_step() -> None:
     assert said(found) == ""
 
 
+def test_a_number_of_an_earlier_step_does_not_stand_beside_the_last(tmp_path) -> None:
+    made = report("a")
+    # measured otherwise, before training: the run's sharpness at its end is in the other column
+    sharpness = "landscape/random/sharpness"
+    untrained = metric_entry(sharpness, -1e-5, stderr=1e-5, step=0, settings={"sequences": 16}, space="dense")
+    made["metrics"].insert(0, untrained)
+    found = compare(runs(made, report("b")))
+    assert [c.name for c in found.columns].count(sharpness) == 1
+    assert values(found, column(found, sharpness)) == [0.04, 0.04]
+    other = report("c")
+    other["metrics"] = [untrained | {"step": 300}]
+    assert [c.name for c in compare(runs(made, other)).columns].count(sharpness) == 2, "the last of c"
+
+
 def test_order_is_headline_tasks_costs_others() -> None:
     made = report("a")
     made["metrics"].insert(0, metric_entry("a/b/c", 1.0, step=1))
