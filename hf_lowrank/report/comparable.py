@@ -16,6 +16,7 @@ from hf_lowrank.report.tables import UNKNOWN, describe, format_count
 __all__ = ["Notice", "differing_facts", "metric_notices", "run_notices", "settings_key"]
 
 _HEADLINE = {metric.name: metric for metric in HEADLINE_METRICS}
+_CROSS = "interpolation/cross_"
 _MOST_LABELS = 8  # of runs in one part of a notice
 # settings that differ between runs as they should
 _OF_THE_RUN = frozenset(
@@ -224,13 +225,20 @@ def _titles(names: Sequence[str]) -> str:
 
 def _ways(together: Sequence[Series], labels: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return (how it was measured, runs) where two runs have a metric and no way of measuring it in common."""
+    # every run has another one at its barriers' other end
+    peer = {"other", "other_step", "other_method", "other_seed"} if together[0].name.startswith(_CROSS) else set()
+    measured = [one for one in together if any(point.value is not None for point in one.points)]
+    found = [
+        ({**one.settings, **point.bound, "weights": one.space}, run)
+        for one in measured
+        for run in sorted({point.run for point in one.points})
+        for point in one.last(run)
+        if point.value is not None
+    ]
+    differing = sorted((differing_settings([noted for noted, _ in found]) | {"weights"}) - peer)
     ways: dict[str, set[int]] = {}
-    differing = sorted(differing_settings([one.settings for one in together]))
-    for one in together:
-        for run in {point.run for point in one.points}:
-            for point in one.last(run):
-                noted = {"weights": one.space, **{key: one.settings.get(key) for key in differing}, **point.bound}
-                ways.setdefault(describe(noted), set()).add(run)
+    for noted, run in found:
+        ways.setdefault(describe({key: noted.get(key) for key in differing}), set()).add(run)
     ways_of = {run: {way for way, of in ways.items() if run in of} for way_runs in ways.values() for run in way_runs}
     if all(ways_of[a] & ways_of[b] for a, b in combinations(sorted(ways_of), 2)):
         return ()
@@ -239,16 +247,24 @@ def _ways(together: Sequence[Series], labels: Sequence[str]) -> tuple[tuple[str,
 
 def _within(one: Series, labels: Sequence[str]) -> list[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]]:
     """Return what must be said of numbers in one column: other steps, other sets of matrices, unknown texts."""
-    last = {run: now[-1] for run in sorted({point.run for point in one.points}) if (now := one.last(run))}
+    last = {
+        run: now[-1]
+        for run in sorted({point.run for point in one.points})
+        if (now := [point for point in one.last(run) if point.value is not None])
+    }
     said = []
     names = [labels[run] for run in last]
     steps = _parts(["no step" if p.step is None else f"step {p.step:,}" for p in last.values()], names)
     if len(steps) > 1:
         said.append(("not measured at the same step", steps))
+    told: list[tuple[tuple[str, ...], ...]] = []
     for key in sorted(DESCRIPTIVE - _OF_THE_RUN):
         values = _parts([describe({key: p.settings.get(key)}) or f"{key} {UNKNOWN}" for p in last.values()], names)
-        if len(values) > 1:
+        groups = tuple(members for _, members in values)
+        # the matrices that were measured, and all of them
+        if len(values) > 1 and not (key == "total" and groups in told):
             said.append((f"not of the same {key}", values))
+            told.append(groups)
     return said
 
 

@@ -7,7 +7,7 @@ evaluation set as well. Everything else becomes a series of its own.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -123,14 +123,40 @@ class _Entry:
 def collect(runs: Sequence[ComparedRun]) -> list[Series]:
     """Return every series that the runs' reports make: headline metrics, downstream tasks, costs, then the others."""
     buckets: dict[tuple[str, ...], list[_Entry]] = {}
-    for index, run in enumerate(runs):
-        for entry in _entries(index, run.report):
-            key = (entry.kind, entry.name, str(entry.space), _key(entry.defining))
-            buckets.setdefault(key, []).append(entry)
+    for entry in _placed([entry for index, run in enumerate(runs) for entry in _entries(index, run.report)]):
+        key = (entry.kind, entry.name, str(entry.space), _key(entry.defining))
+        buckets.setdefault(key, []).append(entry)
     identities = [data_identity(run.report) for run in runs]
     found = [series for entries in buckets.values() for series in _by_evaluation_set(entries, identities)]
     _mark_outdated([series for series in found if series.kind == "metric"])
     return sorted(found, key=_place)
+
+
+def _placed(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Put what could not be measured, and knows hardly a setting, where the other runs' numbers stand."""
+    numbers: dict[tuple[Any, ...], list[_Entry]] = {}
+    for entry in entries:
+        if entry.point.value is not None:
+            numbers.setdefault((entry.kind, entry.name, entry.space), []).append(entry)
+    return [
+        entry
+        if entry.point.value is not None
+        else _beside(entry, numbers.get((entry.kind, entry.name, entry.space), []))
+        for entry in entries
+    ]
+
+
+def _beside(entry: _Entry, numbers: Sequence[_Entry]) -> _Entry:
+    """An entry without a number with the settings of the numbers that it contradicts nowhere, if there are any."""
+    near = [one for one in numbers if entry.defining.items() <= one.defining.items()]
+    near = [one for one in near if one.point.step == entry.point.step] or near
+    if not near:
+        return entry
+    keys = [_key(one.defining) for one in near]
+    model = near[keys.index(max(keys, key=keys.count))]
+    known = {_HASH: model.point.settings[_HASH]} if _HASH in model.point.settings else {}
+    point = replace(entry.point, settings={**entry.point.settings, **known}, bound=model.point.bound)
+    return replace(entry, point=point, defining=model.defining)
 
 
 def _mark_outdated(found: Sequence[Series]) -> None:

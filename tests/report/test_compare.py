@@ -63,6 +63,29 @@ def test_a_number_of_an_earlier_step_does_not_stand_beside_the_last(tmp_path) ->
     assert [c.name for c in compare(runs(made, other)).columns].count(sharpness) == 2, "the last of c"
 
 
+def test_what_could_not_be_measured_stands_in_the_others_column_and_is_no_conflict() -> None:
+    without = report("cola")
+    settings = {"note": "CoLA has no dense form"}
+    for entry in without["metrics"]:
+        if entry["space"] == "dense":
+            entry |= {"value": None, "stderr": None, "settings": settings}
+    found = compare(runs(report("a"), report("b"), without))
+    for name in ("landscape/random/sharpness", "spectral/update/stable_rank"):
+        assert [c.name for c in found.columns].count(name) == 1
+        assert values(found, column(found, name))[2] is None
+        assert found.rows[2].cells[column(found, name)].text.startswith("n/a")
+    assert said(found) == ""
+
+
+def test_barriers_to_each_other_are_no_conflict() -> None:
+    pair = [report("a"), report("b")]
+    for made, other in zip(pair, ("b", "a"), strict=True):
+        barrier = {"other": other, "other_step": 300, **ON}
+        name = "interpolation/cross_method/barrier"
+        made["metrics"].append(metric_entry(name, 0.5, stderr=0.1, step=300, settings=barrier, space="dense"))
+    assert said(compare(runs(*pair))) == ""
+
+
 def test_order_is_headline_tasks_costs_others() -> None:
     made = report("a")
     made["metrics"].insert(0, metric_entry("a/b/c", 1.0, step=1))
