@@ -38,6 +38,9 @@ class _Bar(Watcher):
         self.label = f"{label}{' (done before)' if done else ''}"
         self.progress.update(self.task, completed=self.begun, description=self.label)
         self.begun, self.passes = self.begun + 1, 0
+        # a log file has no bar
+        if not done and not self.progress.console.is_terminal:
+            self._say(f"{self.begun}/{self.progress.tasks[self.task].total:.0f} {label}", "")
 
     def forward(self) -> None:
         self.passes += 1

@@ -68,6 +68,10 @@ class _Bar(Watcher):
             self.task, completed=self.begun, description=f"{run} {unit}{' (done before)' if skipped else ''}"
         )
         self.begun, self.points = self.begun + 1, 0
+        # a log file has no bar
+        if not skipped and not self.progress.console.is_terminal:
+            total = self.progress.tasks[self.task].total
+            self.progress.console.print(f"{self.begun}/{total:.0f} {run} {unit}", markup=False, highlight=False)
         self._unit = f"{run} {unit}"
 
     def point(self) -> None:

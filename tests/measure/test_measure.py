@@ -568,6 +568,7 @@ def command(*words):
 def test_the_command_measures_and_prints(runs, capsys):
     assert command(runs / "full", "--only", "loss,spectral", "--sequences", "4", "--device", "cpu") == 0
     out = capsys.readouterr().out
+    assert "1/4 full step 2: loss\n" in out, "what is being measured, for a log file"
     assert "validation_loss" in out
     assert "H9" in out
     assert "holds report, tables, figures and card" in " ".join(out.split())
