@@ -56,6 +56,7 @@ def test_memory_of_metrics(tmp_path):
     assert result["trajectory"]["bytes"]["trajectory PCA"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
 def test_methods(monkeypatch, tmp_path, capsys):
     output = tmp_path / "methods.json"

@@ -311,6 +311,7 @@ def test_the_seed_chooses_the_split_and_the_cap_spreads_over_it(corpus):
     assert fingerprint(capped.train) == fingerprint(data.train)
 
 
+@pytest.mark.slow
 def test_two_calls_and_two_processes_agree(corpus, tmp_path):
     code = (
         "import json, sys; from hf_lowrank.data import *; "

@@ -76,6 +76,7 @@ def test_all_three_twice(tmp_path: Path) -> None:
     assert first == {name: (tmp_path / "figures" / name).read_bytes() for name in NAMES}, "same tables, same bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spectra",
     [

@@ -195,6 +195,7 @@ def test_every_picture_has_a_caption_in_the_order_of_drawing() -> None:
     assert {name: source for name, _, source in _PICTURES if name in DRAWN} == DRAWN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "absent"),
     [
