@@ -1,5 +1,6 @@
 """`attach`: metrics, report and publishing for any Trainer, from outside."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import CommitInfo
@@ -39,17 +40,9 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     """
     if any(isinstance(callback, ReportCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this Trainer is attached already: give all callbacks to one call of attach")
-    for callback in callbacks:
-        if not isinstance(callback, TrainerCallback):
-            raise ValueError(
-                f"{callback!r} is no TrainerCallback: give instances, SpectralCallback(every=500) for one"
-            )
-    names: set[str] = set()
+    _check(callbacks)
     for callback in callbacks:
         if isinstance(callback, MetricCallback):
-            if callback.name in names:
-                raise ValueError(f"two {type(callback).__name__} write the same files: {callback.alternative}")
-            names.add(callback.name)
             callback.bind(trainer)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -81,3 +74,16 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         return report.push(commit_message, revision, private, token)
 
     trainer.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]
+
+
+def _check(callbacks: Sequence[TrainerCallback]) -> None:
+    names: set[str] = set()
+    for callback in callbacks:
+        if not isinstance(callback, TrainerCallback):
+            raise ValueError(
+                f"{callback!r} is no TrainerCallback: give instances, SpectralCallback(every=500) for one"
+            )
+        if isinstance(callback, MetricCallback):
+            if callback.name in names:
+                raise ValueError(f"two {type(callback).__name__} write the same files: {callback.alternative}")
+            names.add(callback.name)

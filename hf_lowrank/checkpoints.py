@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
-from hf_lowrank.model_config import CheckpointError, mark_native, read_config, read_json
+from hf_lowrank.model_config import CheckpointError, base_architecture, mark_native, read_config, read_json
 from hf_lowrank.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.sharding import reshard
 
@@ -124,14 +124,8 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
 def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:
     """`CheckpointError` when a baseline, given by its config or config.json, differs from a model's in a size."""
     config = read_json(baseline) if isinstance(baseline, Path) else baseline
-    keys = [key for key in ("model_type", *SIZE_KEYS) if key in own or key in config]
-    # a reparameterised model names its own type and the one that it is made from
-    keys = [key for key in keys if key != "model_type" or not (config.get("lowrank") or own.get("lowrank"))]
-    different = [
-        f"{key} is {config.get(key, 'not known')} there, {own.get(key, 'not known')} here"
-        for key in keys
-        if config.get(key) != own.get(key)
-    ]
+    there, here = ({"model_type": base_architecture(c), **{k: c.get(k) for k in SIZE_KEYS}} for c in (config, own))
+    different = [f"{k} is {there[k]} there, {here[k]} here" for k in here if there[k] != here[k]]
     if different:
         raise CheckpointError(
             f"baseline {name} is another model ({'; '.join(different)}): take a run of the same size and tokenizer"

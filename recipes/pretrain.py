@@ -31,6 +31,7 @@ from hf_lowrank.evaluation.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
+from hf_lowrank.report import read_report
 
 CONFIGS = Path(__file__).parent / "configs"
 # what a run leaves in its folder, and all that --overwrite removes
@@ -96,7 +97,7 @@ def is_finished(args: TrainingArguments, checkpoint: str | None) -> bool:
         return False
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
     try:
-        written = lr.load_report(str(args.output_dir))["run"]["steps"]
+        written = read_report(Path(str(args.output_dir)))["run"]["steps"]
     except (OSError, ValueError):
         return False
     return bool(step >= args.max_steps and written >= step)

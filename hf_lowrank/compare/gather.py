@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.hub.listing import Listed, fetch_listed
 from hf_lowrank.report.charts import charts
@@ -22,9 +20,6 @@ __all__ = ["Gathered", "Skipped", "gather"]
 _WANTED = ["report.json", "metrics/*.parquet"]
 _LONGEST_NAME = 60  # characters of a run's name in a table
 _MOST_SERIES = 2000  # metrics, each in every setting, of a stranger's report
-
-# HfHubHTTPError's bases are OSError and the class of the HTTP library, which depends on huggingface_hub's version
-_UNREADABLE: tuple[Any, ...] = (ValueError, OSError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def gather(sources: Sequence[str], listed: Sequence[Listed] = (), token: str | N
     for source in sources:
         try:
             run, identity = _given(source, token)
-        except _UNREADABLE as error:
+        except (ValueError, OSError) as error:
             gathered.skipped.append(Skipped(source, one_line(error)))
             continue
         _keep(gathered, run, source, identity, seen)

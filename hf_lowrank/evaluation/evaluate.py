@@ -170,10 +170,7 @@ def _unseen(runs: Sequence[RunSource], requests: list[Request], options: Options
 def _chosen(run: RunSource, checkpoints: str | tuple[int, ...]) -> list[Checkpoint]:
     if isinstance(checkpoints, str):
         return run.checkpoints if checkpoints == "all" else run.checkpoints[-1:]
-    for step in checkpoints:
-        if run.at(step) is None:
-            known = ", ".join(str(c.step) for c in run.checkpoints)
-            raise ValueError(f"{run.name} has no checkpoint of step {step}; it has {known}")
+    run.check_steps(checkpoints)
     return [c for c in run.checkpoints if c.step in checkpoints]
 
 

@@ -73,7 +73,8 @@ def _add_model(publish: Path, steps: int) -> None:
     if (publish / "config.json").is_file():
         return
     checkpoint = publish.parent / f"checkpoint-{steps}"
-    if checkpoint.is_dir():
+    # one of a model that is none of transformers' has weights and no config.json
+    if (checkpoint / "config.json").is_file():
         write_model(checkpoint, publish)
     else:
         logger.warning(

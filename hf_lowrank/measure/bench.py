@@ -109,10 +109,7 @@ class Bench:
                 another tokenizer.
         """
         checkpoints = self.run.checkpoints
-        for step in steps or ():
-            if self.run.at(step) is None:
-                known = ", ".join(str(c.step) for c in checkpoints)
-                raise ValueError(f"{self.run.name} has no checkpoint of step {step}; it has {known}")
+        self.run.check_steps(steps or ())
         if self.reference is not None and self.reference is not self.run:
             check_same_size(self.reference.config, self.run.config, self.reference.name)
             if self.run.has_another_tokenizer(self.reference):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -118,6 +118,13 @@ class RunSource:
         """The method and its settings: two runs that differ in nothing but the seed share them."""
         noted = dict(self.config.get("lowrank") or {"method": "fullrank"})
         return {key: value for key, value in noted.items() if key not in ("form", "structure", "published")}
+
+    def check_steps(self, steps: Iterable[int]) -> None:
+        """`ValueError` for a step that there is no checkpoint of."""
+        for step in steps:
+            if self.at(step) is None:
+                known = ", ".join(str(c.step) for c in self.checkpoints)
+                raise ValueError(f"{self.name} has no checkpoint of step {step}; it has {known}")
 
     def at(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step."""

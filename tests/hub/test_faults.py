@@ -155,7 +155,7 @@ def test_a_refused_push(hub: LoopbackHub, run: Path, slept: list[float], request
     if request_ == "LFS upload":
         assert "model.safetensors" in said or "spectral.parquet" in said
     if request_ in BEFORE_THE_COMMIT and said:
-        assert all(held(hub) == {} for _ in hub.repos)
+        assert not hub.repos or held(hub) == {}
     hub.faults.clear()
     goes_through(hub, run)
 

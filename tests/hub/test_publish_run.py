@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import constants
 from loopback_hub import GITATTRIBUTES
 from safetensors.torch import load_file
 from tiny_runs import METHODS, VOCABULARY, arguments, gpt2, llama, make_trainer, weights
+from transformers import Trainer
 from typer.testing import CliRunner
 
 import hf_lowrank as lr
@@ -297,6 +299,28 @@ def test_a_repo_without_a_name_is_named_after_the_output_folder(hub, tmp_path):
     trainer_for(METHODS["fullrank"], tmp_path / "my-run", hub_strategy="end").train()
     assert held_by(hub.repo("user/my-run")) == published(tmp_path / "my-run")
     assert 'from_pretrained("user/my-run")' in (tmp_path / "my-run" / "publish" / "README.md").read_text()
+
+
+class Regression(torch.nn.Module):
+    """Has no config.json, whose checkpoints hold weights all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.linear(x).squeeze(-1) - labels).square().mean()}
+
+
+def test_a_model_that_is_not_transformers_has_its_report_pushed(hub, tmp_path, caplog):
+    args = arguments(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2, push_to_hub=True)
+    points = Dataset.from_dict({"x": torch.randn(8, 3).tolist(), "labels": torch.randn(8).tolist()})
+    trainer = Trainer(model=Regression(), args=args, train_dataset=points)
+    lr.attach(trainer)
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
+    assert {"README.md", "report.json"} <= set(held_by(hub.repo("user/run")))
+    assert "failed" not in caplog.text
 
 
 def test_a_branch_can_be_pushed_to(hub, tmp_path):

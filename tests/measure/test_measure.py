@@ -350,8 +350,8 @@ def test_a_baseline_among_the_runs_is_measured_first(runs):
     ("sources", "baseline", "changes", "message"),
     [
         (["full"], "other", {}, r"hidden_size is 32 there, 16 here"),
-        (["full"], "strange", {}, r"hidden_size is not known there, 16 here.*n_embd is 16 there, not known here"),
-        (["strange"], "full", {}, r"hidden_size is 16 there, not known here"),
+        (["full"], "strange", {}, r"model_type is gpt2 there, llama here.*hidden_size is None there, 16 here"),
+        (["strange"], "full", {}, r"model_type is llama there, gpt2 here"),
         (["full"], "translated", {}, "baseline translated has another tokenizer than full"),
         (["full"], "nowhere/to/be", {}, "nowhere"),
         (["./nowhere"], None, {}, "does not exist"),
