@@ -1,6 +1,5 @@
 """Low-rank pre-training, the metrics that perplexity hides, and Hub publishing for any Hugging Face Trainer."""
 
-from hf_lowrank.attach import attach
 from hf_lowrank.callbacks import (
     ActivationCallback,
     CurvatureCallback,
@@ -9,7 +8,6 @@ from hf_lowrank.callbacks import (
     LandscapeCallback,
     SpectralCallback,
 )
-from hf_lowrank.callbacks.facts import RunInfo
 from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
 from hf_lowrank.hub.load import from_pretrained, load_report
 from hf_lowrank.hub.push import push
@@ -25,6 +23,8 @@ from hf_lowrank.methods import (
     SLTrainConfig,
 )
 from hf_lowrank.prepare import prepare
+from hf_lowrank.run.attach import attach
+from hf_lowrank.run.facts import RunInfo
 
 __version__ = "0.1.0"
 

@@ -145,7 +145,7 @@ def evaluate(
 
     An evaluation that was interrupted goes on with the next task when the same command is given again.
     """
-    from hf_lowrank.evaluation.command import run_evaluate
+    from hf_lowrank.downstream.command import run_evaluate
 
     failures = run_evaluate(
         runs, tasks, checkpoints=checkpoints, num_fewshot=num_fewshot, seeds=seeds, bootstrap_iters=bootstrap_iters,
@@ -163,7 +163,7 @@ def evaluate(
 )
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness' own command line with our tasks and --model hf-lowrank."""
-    from hf_lowrank.evaluation.lm_eval_cli import run_lm_eval
+    from hf_lowrank.downstream.lm_eval_cli import run_lm_eval
 
     raise typer.Exit(run_lm_eval(context.args))
 

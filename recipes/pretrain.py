@@ -27,7 +27,7 @@ import hf_lowrank as lr
 from hf_lowrank.arguments import Recipe, RecipeArguments, fail, parse_recipe
 from hf_lowrank.checkpoints import list_checkpoints
 from hf_lowrank.data import Data, load_data
-from hf_lowrank.evaluation.generate import task_folder
+from hf_lowrank.downstream.quick.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.models import build_model, model_config, needed_vocabulary

@@ -32,7 +32,7 @@ from hf_lowrank.measurements import (
 )
 from hf_lowrank.measurements.interpolation import InterpolationSettings
 from hf_lowrank.measurements.spectral import Earlier
-from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.sharding import is_sharded
 
 SETTINGS = LandscapeSettings(directions=2, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3, trajectory=0)

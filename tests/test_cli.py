@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import METHODS, arguments, make_trainer
 
 import hf_lowrank as lr
-import hf_lowrank.callbacks.report
+import hf_lowrank.run.report
 from hf_lowrank.cli import main
 from hf_lowrank.hub import network
 from hf_lowrank.methods import METHODS as REGISTERED
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     """The folder of a finished run; its figures are left out, since drawing takes seconds."""
     folder = tmp_path_factory.mktemp("runs") / "my-run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+        patch.setattr(hf_lowrank.run.report, "draw_figures", lambda publish: [])
         trainer = make_trainer(METHODS["sltrain"], arguments(folder, max_steps=2, save_strategy="steps", save_steps=2))
         lr.attach(trainer, lr.SpectralCallback(every=2))
         trainer.train()
@@ -270,7 +270,7 @@ def test_load_prints_the_summary_of_a_run(source, cli, hub, run):
 
 
 def test_load_of_a_run_that_has_no_dense_form(cli, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+    monkeypatch.setattr(hf_lowrank.run.report, "draw_figures", lambda publish: [])
     trainer = make_trainer(METHODS["cola"], arguments(tmp_path / "my-cola", max_steps=1))
     lr.attach(trainer)
     trainer.train()

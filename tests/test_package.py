@@ -19,7 +19,7 @@ validate_report(report)
 card = render_card(CardData.from_report(report, figures=["loss.png"]))
 assert "model-index" in card and "figures/loss.png" in card
 assert (pathlib.Path(hf_lowrank.__file__).parent / "py.typed").is_file()
-from hf_lowrank.callbacks.facts import _git_commit
+from hf_lowrank.run.facts import _git_commit
 assert _git_commit() is None
 import evaluate
 from hf_lowrank.evaluation.modules import MODULES, path

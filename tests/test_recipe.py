@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_lowrank as lr
-import hf_lowrank.callbacks.report
+import hf_lowrank.run.report
 from hf_lowrank.methods import METHODS as ALL_METHODS
 from hf_lowrank.report import read_report
 
@@ -108,7 +108,7 @@ def call(recipe, argv):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Figures take most of a short run's time, and tests/report/test_figures.py looks at them."""
-    monkeypatch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+    monkeypatch.setattr(hf_lowrank.run.report, "draw_figures", lambda publish: [])
 
 
 def state_of(folder):
@@ -127,7 +127,7 @@ def finished(recipe, inputs, tmp_path_factory):
         folder = tmp_path_factory.mktemp("runs") / method
         with pytest.MonkeyPatch.context() as patch:
             if method != "galore":
-                patch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+                patch.setattr(hf_lowrank.run.report, "draw_figures", lambda publish: [])
             done = call(recipe, flags(inputs, method, output_dir=folder))
         assert done.code == 0, done.err
         runs[method] = SimpleNamespace(folder=folder, out=done.out, err=done.err)

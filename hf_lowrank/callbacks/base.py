@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_lowrank.measurements.base import Measurement, Record
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
-from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.sharding import gathered
 
 __all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]

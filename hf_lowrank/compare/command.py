@@ -10,13 +10,13 @@ from rich.text import Text
 
 from hf_lowrank.compare.gather import Gathered, gather
 from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.figures.compare import draw_comparison
 from hf_lowrank.hub.asking import ask_first
 from hf_lowrank.hub.listing import published_runs
 from hf_lowrank.hub.space import push_space, space_card
 from hf_lowrank.report.charts import charts
 from hf_lowrank.report.compare import Comparison, compare
 from hf_lowrank.report.compare_text import heading, metrics_csv, render_markdown, runs_csv
-from hf_lowrank.report.figures_compare import draw_comparison
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.page import render_page
 

@@ -11,7 +11,8 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from hf_lowrank.checkpoints import CheckpointError, export, load_model
-from hf_lowrank.report import draw_figures, read_report, write_report
+from hf_lowrank.figures import draw_figures
+from hf_lowrank.report import read_report, write_report
 
 __all__ = ["write_model", "write_step"]
 

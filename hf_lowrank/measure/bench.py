@@ -21,7 +21,7 @@ from hf_lowrank.measurements.spaces import in_space, no_dense_form
 from hf_lowrank.measurements.spectral import Earlier, measure_spectra
 from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics.alignment import align
-from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
 from hf_lowrank.targets import find_targets, native_weights
 

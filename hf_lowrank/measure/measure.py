@@ -19,7 +19,7 @@ from hf_lowrank.measure.write import write_map, write_run
 from hf_lowrank.measurements.base import FAMILIES, Measurement, Record
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
 from hf_lowrank.measurements.presets import PRESETS, Preset
-from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.files import replacing
 
 __all__ = ["Options", "measure"]

@@ -12,12 +12,13 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_lowrank.downstream.results import evaluation_entries, read_evaluations
+from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
-from hf_lowrank.measurements.evaluations import evaluation_entries, read_evaluations
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, read_records
 from hf_lowrank.model_config import base_architecture
-from hf_lowrank.report import baseline_of, draw_figures, read_report, write_report
+from hf_lowrank.report import baseline_of, read_report, write_report
 from hf_lowrank.report.files import replacing
 
 __all__ = ["write_map", "write_run"]

@@ -7,8 +7,8 @@ from torch import nn
 
 from hf_lowrank.measurements.base import Measurement, record
 from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 __all__ = ["measure_activations"]
 

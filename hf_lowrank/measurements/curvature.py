@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_lowrank.measurements.base import Measurement, record
 from hf_lowrank.metrics.curvature import hessian_trace, top_eigenvalue
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 __all__ = ["CurvatureSettings", "measure_curvature"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from hf_lowrank.downstream.results import EVALUATIONS
 from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.measurements.evaluations import EVALUATIONS
 from hf_lowrank.report.files import replacing
 from hf_lowrank.report.schema import metric_entry
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.measurements.base import Measurement, record
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, barrier_weights, chord_weights, each_between
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 __all__ = ["InterpolationSettings", "measure_interpolation"]
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_lowrank.measurements.base import Measurement, Record, jackknife, record
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.landscape import (
     NORMALIZATIONS,
     LossCurve,
@@ -27,6 +26,7 @@ from hf_lowrank.metrics.landscape import (
 )
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import each_point, evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA
 
 __all__ = ["LandscapeSettings", "measure_landscape", "measure_trajectory", "over_directions"]

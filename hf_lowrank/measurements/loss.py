@@ -3,9 +3,9 @@
 from torch import nn
 
 from hf_lowrank.measurements.base import Measurement, record
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 __all__ = ["measure_loss"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.evaluation import EvaluationSet, without_autocast, without_logits
 from hf_lowrank.metrics.perplexity import Estimate
+from hf_lowrank.metrics.sequences import EvaluationSet, without_autocast, without_logits
 from hf_lowrank.sharding import agreed, summed
 
 __all__ = [

@@ -6,8 +6,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet as pq
 
-from hf_lowrank.report.figures import TABLES
-from hf_lowrank.report.figures_tables import read_table
+from hf_lowrank.figures import TABLES
+from hf_lowrank.figures.tables import read_table
 
 __all__ = ["read_curves"]
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.metrics.activations import StreamingCKA
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.landscape import loss_curve, random_direction, symmetric_grid
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.spectra import singular_values, spectra
 from hf_lowrank.metrics.trajectory import trajectory_pca
 from hf_lowrank.models import SIZES, build_model, model_config

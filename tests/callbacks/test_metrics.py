@@ -20,7 +20,6 @@ from hf_lowrank.checkpoints import load_model
 from hf_lowrank.measurements import Measurement, Record
 from hf_lowrank.metrics.activations import compare_activations
 from hf_lowrank.metrics.curvature import hessian_trace
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.landscape import (
     expected_sharpness,
@@ -31,6 +30,7 @@ from hf_lowrank.metrics.landscape import (
     symmetric_grid,
     variance_over_directions,
 )
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 FEW = dict(sequences=4, budget=None)
 SMALL = dict(directions=3, points=5, svd_1_points=5, svd_k=(2,), svd_k_points=5)
@@ -41,7 +41,7 @@ SAVING = dict(save_strategy="steps", save_steps=2)
 def _quick():
     """Without figures, which take seconds and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_lowrank.callbacks.report.draw_figures", lambda publish: [])
+        patch.setattr("hf_lowrank.run.report.draw_figures", lambda publish: [])
         yield
 
 

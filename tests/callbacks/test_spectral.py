@@ -26,7 +26,7 @@ def _quick():
     """Without figures, which take seconds and are tested elsewhere; see test_report.py for the garbage."""
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_lowrank.callbacks.report.draw_figures", lambda publish: [])
+        patch.setattr("hf_lowrank.run.report.draw_figures", lambda publish: [])
         yield
 
 

@@ -6,8 +6,8 @@ from datasets import Dataset
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer
 
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
-from hf_lowrank.metrics.evaluation import EvaluationSet, sequence_losses
 from hf_lowrank.metrics.perplexity import losses_of_logits, perplexity
+from hf_lowrank.metrics.sequences import EvaluationSet, sequence_losses
 
 HOW = {
     "as it is": {},

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from typer.testing import CliRunner
 
 import hf_lowrank as lr
-import hf_lowrank.callbacks.report
+import hf_lowrank.run.report
 from hf_lowrank.arguments import fail
 from hf_lowrank.checkpoints import export, load_model
 from hf_lowrank.cli import app
@@ -158,7 +158,7 @@ def shared(_serving_hub, tmp_path_factory):
         patch.setenv("HF_TOKEN", hub.token)
         for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
             patch.setattr(constants, name, str(hub.home / "hub"))
-        patch.setattr(hf_lowrank.callbacks.report, "draw_figures", lambda publish: [])
+        patch.setattr(hf_lowrank.run.report, "draw_figures", lambda publish: [])
         cases = {case: published(case, root, patch) for case in CASES}
         for case, found in cases.items():
             found.validated = ModelCard.load(f"user/{case}")

@@ -20,7 +20,7 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 import hf_lowrank as lr
-import hf_lowrank.callbacks.report
+import hf_lowrank.run.report
 from hf_lowrank.cli import app
 from hf_lowrank.hub import network
 from hf_lowrank.methods.base import ReparameterizedLinear
@@ -41,7 +41,7 @@ def draw_a_stand_in(publish):
 @pytest.fixture(autouse=True, scope="module")
 def _quick_figures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_lowrank.callbacks.report, "draw_figures", draw_a_stand_in)
+        patch.setattr(hf_lowrank.run.report, "draw_figures", draw_a_stand_in)
         yield
 
 

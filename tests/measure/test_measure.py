@@ -19,8 +19,8 @@ from hf_lowrank.data import DataError
 from hf_lowrank.measure import Options, measure, open_run
 from hf_lowrank.measure.measure import Watcher
 from hf_lowrank.measurements import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.spectra import spectral_metrics
 from hf_lowrank.report import HEADLINE_METRICS, write_report
 from hf_lowrank.report.baseline import comparisons

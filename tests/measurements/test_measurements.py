@@ -23,7 +23,7 @@ from hf_lowrank.measurements import (
 from hf_lowrank.measurements.base import jackknife
 from hf_lowrank.measurements.landscape import _variance
 from hf_lowrank.metrics.curvature import hessian_trace
-from hf_lowrank.metrics.evaluation import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 SMALL = LandscapeSettings(directions=2, points=3, svd_1_points=3, svd_k=(1, 3), svd_k_points=3)
 

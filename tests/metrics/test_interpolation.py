@@ -7,8 +7,8 @@ from quadratic import Quadratic
 from tiny_runs import METHODS, arguments, dataset, llama, weights
 
 import hf_lowrank as lr
-from hf_lowrank.metrics.evaluation import EvaluationSet
 from hf_lowrank.metrics.interpolation import barrier, loss_path
+from hf_lowrank.metrics.sequences import EvaluationSet
 
 
 def value(model):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_lowrank.metrics.evaluation import sequence_losses
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
+from hf_lowrank.metrics.sequences import sequence_losses
 
 
 @pytest.fixture(scope="module")

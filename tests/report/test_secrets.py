@@ -14,7 +14,7 @@ def test_what_looks_like_a_token_is_redacted(secret):
 
 
 def test_names_of_our_own_are_no_tokens():
-    text = "hf_lowrank.callbacks.report hf_lowrank_study hf_hub_download_with_a_long_name_of_its_own"
+    text = "hf_lowrank.run.report hf_lowrank_study hf_hub_download_with_a_long_name_of_its_own"
     assert redact(text) == text
 
 

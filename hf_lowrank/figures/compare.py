@@ -1,0 +1,182 @@
+"""The study's pictures with one line a run: losses, landscapes, paths, spectra, similarities and tasks."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hf_lowrank.figures import save_figure
+from hf_lowrank.figures.axes import (
+    MARKED_POINTS,
+    STYLE,
+    figure_title,
+    label,
+    legend_below,
+    line_style,
+    new_figure,
+    panel_grid,
+    short_names,
+    step_axis,
+    value_scale,
+    whole_numbers,
+)
+from hf_lowrank.figures.interpolation import barrier_map
+from hf_lowrank.report.charts import Chart
+from hf_lowrank.report.compare import Comparison
+from hf_lowrank.report.headline import HEADLINE_METRICS
+
+__all__ = ["draw_comparison"]
+
+_HEADLINE = frozenset(metric.name for metric in HEADLINE_METRICS)
+
+
+def _over_steps(*starts: str) -> Callable[[Chart], bool]:
+    return lambda chart: (
+        chart.group == "Metrics over training" and chart.name.startswith(starts) and chart.name in _HEADLINE
+    )
+
+
+# (picture, title, the charts that are its panels)
+_PICTURES: tuple[tuple[str, str, Callable[[Chart], bool]], ...] = (
+    ("loss.png", "Loss over training", lambda chart: chart.name in ("training/loss", "training/eval_loss")),
+    ("landscape_curves.png", "Loss along directions, mean and its standard error over directions",
+     lambda chart: chart.group == "Loss along directions"),
+    ("sharpness_over_steps.png", "Loss landscape over training", _over_steps("landscape/")),
+    ("curvature_over_steps.png", "Curvature of the loss over training", _over_steps("curvature/")),
+    ("interpolation_paths.png", "Loss on straight lines between models",
+     lambda chart: chart.group == "Paths between models"),
+    ("barriers_over_steps.png", "Loss barriers over training", _over_steps("interpolation/")),
+    ("spectra_over_steps.png", "Spectra over training", _over_steps("spectral/")),
+    ("spectra_over_depth.png", "Spectra over depth",
+     lambda chart: chart.group == "Over depth" and chart.name.startswith("spectral/")),
+    ("similarity_over_steps.png", "Activations over training", _over_steps("activation/")),
+    ("similarity_over_depth.png", "Activations over depth",
+     lambda chart: chart.group == "Over depth" and chart.name.startswith("activation/")),
+)  # fmt: skip
+
+
+def draw_comparison(comparison: Comparison, charts: Sequence[Chart], folder: Path) -> list[Path]:
+    """Draw every picture that there are data for into `folder`; return the paths.
+
+    Pictures left there by an earlier comparison and without data now are removed.
+    """
+    names = list(short_names(row.label for row in comparison.rows).values())
+    drawn = []
+    with matplotlib.rc_context(STYLE):
+        figures: dict[str, Figure | None] = {
+            name: _picture(title, _covering([chart for chart in charts if chosen(chart)]), names, comparison)
+            for name, title, chosen in _PICTURES
+        }
+        figures["evaluations.png"] = _tasks(comparison, names)
+        maps = [run.tables["barrier_map"] for run in comparison.runs if "barrier_map" in run.tables]
+        figures["barrier_map.png"] = barrier_map(pd.concat(maps, ignore_index=True)) if maps else None
+        for name, figure in figures.items():
+            path = folder / name
+            if figure is None:
+                path.unlink(missing_ok=True)
+            else:
+                drawn.append(save_figure(figure, path))
+    return drawn
+
+
+def _covering(charts: Sequence[Chart]) -> list[Chart]:
+    """Return of each metric the chart with most lines, and others only where they have rows that it lacks."""
+    kept: list[Chart] = []
+    for name in dict.fromkeys(chart.name for chart in charts):
+        shown: set[int] = set()
+        for chart in sorted((c for c in charts if c.name == name), key=lambda c: -len(c.lines)):
+            rows = {line.row for line in chart.lines}
+            if rows - shown:
+                kept.append(chart)
+                shown |= rows
+    return kept
+
+
+def _picture(title: str, charts: Sequence[Chart], names: Sequence[str], comparison: Comparison) -> Figure | None:
+    if not charts:
+        return None
+    figure, grid = panel_grid(len(charts), 2 if len(charts) == 4 else 3)
+    for axes, chart in zip(grid, charts, strict=True):
+        _panel(axes, chart)
+    details = {chart.detail for chart in charts}
+    shared = details.pop() if len(details) == 1 else ""
+    for axes, chart in zip(grid, charts, strict=True):
+        words = [fill(chart.title, 34), *([] if shared or not chart.detail else [fill(chart.detail, 40)])]
+        axes.set_title("\n".join(map(label, words)))
+    _title(figure, comparison, title, *([shared] if shared else []))
+    rows = sorted({line.row for chart in charts for line in chart.lines})
+    points = max(len(line.x) for chart in charts for line in chart.lines)
+    handles: list[Artist] = [Line2D([], [], **line_style(row, points)) for row in rows]
+    legend_below(figure, handles, [names[row] for row in rows])
+    return figure
+
+
+def _title(figure: Figure, comparison: Comparison, title: str, *notes: str) -> None:
+    figure_title(figure, title, *map(label, notes))
+    if comparison.conflicts:
+        figure.suptitle(f"{figure.get_suptitle()}\nNOT ALL COMPARABLE: see the notices", fontsize=10.5)
+
+
+def _panel(axes: Axes, chart: Chart) -> None:
+    for line in chart.lines:
+        look = line_style(line.row, len(line.x))
+        # bars would hide one another where points are dense
+        if any(error is not None for error in line.error) and len(line.x) > 3:
+            low = [y - (error or 0) for y, error in zip(line.y, line.error, strict=True)]
+            high = [y + (error or 0) for y, error in zip(line.y, line.error, strict=True)]
+            axes.fill_between(line.x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(line.x, line.y, **look, markevery=max(len(line.x) // 8, 1))
+        else:
+            errors = [float("nan") if error is None else error for error in line.error]
+            axes.errorbar(line.x, line.y, yerr=errors, capsize=2, elinewidth=0.8, **look)
+    values = [y for line in chart.lines for y in line.y]
+    places = [x for line in chart.lines for x in line.x]
+    value_scale(axes, min(values), max(values))
+    if axes.get_yscale() == "log":  # a bar that reaches below 0 would stretch the axis without end
+        axes.set_ylim(bottom=min(values) / 2)
+    axes.set_ylabel(label(chart.y_label))
+    if chart.x_label == "optimizer step":
+        step_axis(axes, pd.Series(places))
+        return
+    if chart.group == "Over depth":
+        axes.xaxis.set_major_locator(whole_numbers(min(places), max(places)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_xlabel(chart.x_label)
+
+
+def _tasks(comparison: Comparison, names: Sequence[str]) -> Figure | None:
+    """Draw the downstream tasks, a mark a run with its standard error."""
+    columns = [index for index, column in enumerate(comparison.columns) if column.kind == "evaluation"]
+    columns = [
+        i for i in columns if any((cell := row.cells.get(i)) and cell.value is not None for row in comparison.rows)
+    ]
+    if not columns:
+        return None
+    figure = new_figure(max(4.5, min(1.8 + 0.16 * len(columns) * (len(names) + 2), 16)), 4.2)
+    axes = figure.add_subplot()
+    for place, row in enumerate(comparison.rows):
+        cells = [(at, row.cells[i]) for at, i in enumerate(columns) if i in row.cells]
+        known = [(at, cell.value, cell.stderr) for at, cell in cells if cell.value is not None]
+        aside = 0.7 * ((place + 0.5) / len(names) - 0.5)
+        axes.errorbar(
+            [at + aside for at, *_ in known], [value for _, value, _ in known],
+            yerr=[error or 0 for *_, error in known], capsize=2, elinewidth=0.8,
+            **{**line_style(place, 1), "linestyle": "none"},
+        )  # fmt: skip
+    labels = [label(comparison.columns[i].title) for i in columns]
+    axes.set_xticks(range(len(columns)), labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_ylabel("score")
+    _title(figure, comparison, "Downstream tasks", "bars show one standard error")
+    handles: list[Artist] = [
+        Line2D([], [], **{**line_style(i, MARKED_POINTS), "linestyle": "none"}) for i in range(len(names))
+    ]
+    legend_below(figure, handles, list(names))
+    return figure

@@ -1,0 +1,155 @@
+"""Loss over training, and the spectra of the weight matrices over training and over depth."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from hf_lowrank.figures.axes import (
+    COLOURS,
+    MARKED_POINTS,
+    figure_title,
+    label,
+    legend_below,
+    line_style,
+    marker,
+    metric_axis,
+    new_figure,
+    panel_grid,
+    step_axis,
+    whole_numbers,
+)
+from hf_lowrank.figures.tables import one_space
+from hf_lowrank.report.headline import HEADLINE_METRICS, HeadlineMetric
+
+__all__ = ["SPECTRAL", "loss", "spectra_over_depth", "spectra_over_steps"]
+
+SPECTRAL = tuple(metric for metric in HEADLINE_METRICS if metric.name.startswith("spectral/"))
+
+
+def loss(training: pd.DataFrame) -> Figure | None:
+    """Draw training and validation loss over steps, with perplexity on the right."""
+    curves = []
+    for column, name, colour in (("loss", "training", COLOURS[0]), ("eval_loss", "validation", COLOURS[4])):
+        if column in training:
+            points = training[["step", column]].dropna().sort_values("step")
+            if len(points):
+                curves.append((points["step"], points[column], name, colour))
+    if not curves:
+        return None
+    figure = new_figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    for steps, values, name, colour in curves:
+        width = 1.5 if len(steps) <= MARKED_POINTS else 1.0
+        axes.plot(steps, values, color=colour, marker=marker(len(steps)), markersize=3, linewidth=width, label=name)
+    axes.set_title("Loss over training")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    step_axis(axes, pd.concat([steps for steps, *_ in curves]))
+    _perplexity_axis(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _perplexity_axis(axes: Axes) -> None:
+    """Mark round perplexities on the right, where at least two of them fall into the axis' range."""
+    low, high = axes.get_ylim()
+    if high > 50:  # a run that diverged: its perplexity has no readable number
+        return
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        round_values = np.outer(10.0 ** np.arange(22), factors).ravel()
+        values = round_values[(np.exp(low) <= round_values) & (round_values <= np.exp(high))]
+        if len(values) >= 4:
+            break
+    if not 2 <= len(values) <= 12:
+        return
+    right = axes.twinx()
+    right.set_ylim(low, high)
+    right.set_yticks(np.log(values), [f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in values])
+    right.set_ylabel("perplexity (per token)")
+    right.spines["right"].set_visible(True)
+    right.grid(False)  # one grid: the loss's
+
+
+def spectra_over_steps(spectral: pd.DataFrame) -> Figure | None:
+    """Draw, for each metric, mean, quartiles and range over the matrices at every measured step."""
+    spectral = one_space(spectral)
+    panels = [metric for metric in SPECTRAL if metric.name in spectral and spectral[metric.name].notna().any()]
+    if not panels:
+        return None
+    figure, grid = panel_grid(len(panels))
+    colour = COLOURS[0]
+    for axes, metric in zip(grid, panels, strict=True):
+        values = spectral[["step", metric.name]].dropna().groupby("step")[metric.name]
+        mean, low, high = values.mean(), values.min(), values.max()
+        steps = mean.index.to_numpy()
+        if len(steps) == 1:  # a band of one point is invisible
+            axes.vlines(steps, low, high, color=colour, alpha=0.3, linewidth=6)
+            axes.vlines(steps, values.quantile(0.25), values.quantile(0.75), color=colour, alpha=0.5, linewidth=6)
+        else:
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                steps, values.quantile(0.25), values.quantile(0.75), color=colour, alpha=0.3, linewidth=0
+            )
+        axes.plot(steps, mean, color=colour, marker=marker(len(steps)), markersize=3)
+        metric_axis(axes, metric, low.min(), high.max())
+        step_axis(axes, spectral["step"])
+    figure_title(figure, "Spectra over training", _what(spectral))
+    handles = [
+        Line2D([], [], color=colour, marker="o", markersize=3),
+        Patch(color=colour, alpha=0.45, linewidth=0),
+        Patch(color=colour, alpha=0.15, linewidth=0),
+    ]
+    legend_below(figure, handles, ["mean over matrices", "middle half", "smallest to largest"])
+    return figure
+
+
+def spectra_over_depth(spectral: pd.DataFrame) -> Figure | None:
+    """Draw, for each metric, its value in every layer at the last step that has one, a line a kind of module."""
+    spectral = one_space(spectral)
+    panels = list(_depth_panels(spectral))
+    if not panels:
+        return None
+    kinds = list(dict.fromkeys(kind for _, _, table in panels for kind in table.columns))
+    layers = np.concatenate([table.index.to_numpy() for _, _, table in panels])
+    last = max(step for _, step, _ in panels)
+    figure, grid = panel_grid(len(panels))
+    for axes, (metric, step, table) in zip(grid, panels, strict=True):
+        for kind in table.columns:
+            values = table[kind].dropna()
+            axes.plot(values.index, values, **line_style(kinds.index(kind), len(table)))
+        metric_axis(axes, metric, table.min().min(), table.max().max())
+        if step != last:
+            axes.set_title(f"{axes.get_title()}, step {step:,}")
+        axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
+        axes.xaxis.set_major_locator(whole_numbers(layers.min(), layers.max()))
+        axes.set_xlabel("layer (index from the input)")
+    figure_title(figure, f"Spectra over depth at step {last:,}", _what(spectral))
+    handles = [Line2D([], [], **line_style(index, len(set(layers)))) for index in range(len(kinds))]
+    legend_below(figure, handles, [label(kind) for kind in kinds])
+    return figure
+
+
+def _depth_panels(spectral: pd.DataFrame) -> Iterator[tuple[HeadlineMetric, int, pd.DataFrame]]:
+    """Yield (metric, step, table of layers by kinds of module) for every metric that has values in some layer."""
+    for metric in SPECTRAL:
+        if metric.name not in spectral:
+            continue
+        rows = spectral[["step", "layer", "module", metric.name]].dropna()
+        if rows.empty:
+            continue
+        step = int(rows["step"].max())
+        rows = rows[rows["step"] == step]
+        # the experts of one layer are one kind: a line each would bury the rest
+        kinds = rows["module"].map(lambda module: re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(module)))
+        table = rows.assign(kind=kinds).pivot_table(index="layer", columns="kind", values=metric.name, aggfunc="mean")
+        yield metric, step, table[kinds.unique()]  # in the model's order, not the alphabet's
+
+
+def _what(spectral: pd.DataFrame) -> str:
+    count = spectral["name"].nunique()
+    return f"{count:,} {'matrix' if count == 1 else 'matrices'}, {spectral['space'].iloc[0]} weights"

@@ -1,0 +1,380 @@
+"""A fixed set of sequences that losses are measured on, without ever holding all logits of a batch.
+
+The language-model head is applied to a few hundred positions at a time, and the backbone to a few thousand: what is
+kept beyond the model is bounded whatever the batch and the vocabulary are. Shapes: n sequences of t tokens each.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
+from hf_lowrank.sharding import rank_and_world, summed
+
+__all__ = [
+    "EvaluationSet",
+    "predicts_next_token",
+    "sequence_losses",
+    "sequences_at_once",
+    "without_autocast",
+    "without_logits",
+]
+
+# logits held at once: 128 MB in float32
+LOGITS = 2**25
+# tokens that go through the backbone at once
+TOKENS = 8192
+
+# whether a model's logits are its head's output as it is, by model
+_plain_head: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """False for an encoder, a classifier and the like, whose loss is none of the next token."""
+    can_generate = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is None or (can_generate() and not encoder_decoder)
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """The forward pass in the parameters' own precision, where accelerate has wrapped it in autocast."""
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    """No cache of keys and values, which nobody reads here."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
+
+
+@contextmanager
+def without_logits(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A forward pass that stops before the language-model head; yields the options to call the model with."""
+    head = _head(model)
+    if head is None:
+        yield _options(model)
+        return
+    with _forward_replaced(head, lambda hidden: hidden[..., :1]):
+        yield _options(model)
+
+
+def _logits_are_the_heads(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether nothing happens to logits after the head (a cap, a scale): found by passing known values through."""
+    if model not in _plain_head:
+        few = {key: value[:1, :2] if value.ndim == 2 else value[:1] for key, value in inputs.items()}
+        known = torch.tensor([[[-1000.0], [1000.0]]], device=few["input_ids"].device)
+        with _forward_replaced(head, lambda hidden: known):
+            try:
+                passed = model(**few, **_options(model)).logits
+            # a model that does more with its logits than this can foresee gets them whole
+            except Exception:
+                passed = None
+        _plain_head[model] = passed is not None and torch.equal(passed.float(), known)
+    return _plain_head[model]
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+
+
+def _head_losses(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Loss of each position (b, t), the head applied to as many of them at a time as LOGITS allows."""
+    apply = head.forward
+    flat = targets.flatten()
+
+    def losses(hidden: Tensor) -> Tensor:
+        states = hidden.reshape(-1, hidden.shape[-1])
+        count = max(1, LOGITS // apply(states[:1]).shape[-1])
+        parts = [
+            _token_losses(apply(states[i : i + count]), flat[i : i + count]) for i in range(0, len(states), count)
+        ]
+        return torch.cat(parts).view(*hidden.shape[:-1], 1)
+
+    with _forward_replaced(head, losses):
+        found: Tensor = model(**inputs, **_options(model)).logits
+    return found.squeeze(-1)
+
+
+@torch.no_grad()
+def sequences_at_once(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """How many sequences like these go through the model in one forward pass."""
+    inputs, head = {key: value for key, value in batch.items() if key != "labels"}, _head(model)
+    chunked = head is not None and _logits_are_the_heads(model, head, inputs)
+    width = 1 if chunked else int(getattr(getattr(model, "config", None), "vocab_size", 0) or 2**15)
+    return max(1, min(TOKENS, LOGITS // width) // batch["input_ids"].shape[1])
+
+
+@torch.no_grad()
+def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of predicted tokens of each sequence.
+
+    Args:
+        model: causal language model; it is called as it is, so put it in eval mode first.
+        batch: `input_ids` and `labels` (n, t), -100 where nothing is predicted, and whatever else the model takes.
+
+    Returns:
+        (n,) float64 nats and (n,) counts.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    (n, t), rows, head = targets.shape, sequences_at_once(model, batch), _head(model)
+    losses = []
+    for i in range(0, n, rows):
+        part = {key: value[i : i + rows] for key, value in inputs.items()}
+        if head is not None and _plain_head.get(model):
+            found = _head_losses(model, head, part, targets[i : i + rows])
+        else:
+            logits = model(**part, **_options(model)).logits
+            found = _token_losses(logits.flatten(0, 1), targets[i : i + rows].flatten()).view(-1, t)
+        # a label that is ignored has a loss of exactly 0
+        losses.append(found.double().sum(1))
+    return torch.cat(losses), (targets != IGNORED).sum(1)
+
+
+class EvaluationSet:
+    """Sequences to measure losses on, in a fixed order; calling it with a model gives the token-weighted mean loss.
+
+    Args:
+        rows: `input_ids`, `labels` and whatever else the model takes, each (n, t), on the CPU.
+        batch_size: sequences in one forward pass.
+        shared: every process of the group takes part in each evaluation and computes its share of the batches.
+
+    Raises:
+        ValueError: no sequence, no predicted token, or tensors of different lengths.
+    """
+
+    def __init__(self, rows: Mapping[str, Tensor], batch_size: int = 16, shared: bool = False) -> None:
+        lengths = {key: len(value) for key, value in rows.items()}
+        if "input_ids" not in rows or "labels" not in rows or len(set(lengths.values())) != 1:
+            raise ValueError(f"evaluation rows {lengths}: give input_ids and labels, the same number of each")
+        if rows["labels"].shape != rows["input_ids"].shape:
+            shape = tuple(rows["labels"].shape)
+            raise ValueError(f"labels of shape {shape} are none of the next token: give rows of a language model")
+        if lengths["input_ids"] == 0 or not (rows["labels"][:, 1:] != IGNORED).any():
+            raise ValueError(
+                f"the evaluation set predicts no token ({lengths['input_ids']} sequences): every label is -100 or "
+                "every sequence has one token"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: give 1 or more")
+        self.rows = dict(rows)
+        self.batch_size = min(batch_size, lengths["input_ids"])
+        self.shared = shared
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        sequences: int | None = None,
+        batch_size: int = 16,
+        collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        shared: bool = False,
+    ) -> "EvaluationSet":
+        """Take sequences that are spread evenly over a data set.
+
+        Args:
+            dataset: rows with `input_ids`, and `labels` and `attention_mask` where it has them; something with a
+                length and an index, or an iterable, whose first rows are taken.
+            sequences: how many; None for all of them. A smaller data set gives what it has.
+            batch_size, shared: as for the class.
+            collator: makes a batch of a list of rows, as a Trainer's does.
+
+        Raises:
+            ValueError: the data set is empty, has no token ids, or predicts nothing.
+        """
+        rows = _take(dataset, sequences)
+        if not rows:
+            raise ValueError("the evaluation data set is empty: give one with sequences")
+        if collator is None and "input_ids" not in rows[0]:
+            raise ValueError(
+                f"the evaluation rows have {', '.join(sorted(map(str, rows[0])))} and no input_ids: tokenize them"
+            )
+        batch = dict(collator(rows)) if collator is not None else _collated(rows)
+        tensors = {key: torch.as_tensor(value) for key, value in batch.items() if _is_tensor(value)}
+        if "labels" not in tensors and "input_ids" in tensors:
+            labels = tensors["input_ids"].clone()
+            if "attention_mask" in tensors:
+                labels[tensors["attention_mask"] == 0] = IGNORED
+            tensors["labels"] = labels
+        return cls(tensors, batch_size, shared)
+
+    def __len__(self) -> int:
+        return len(self.rows["input_ids"])
+
+    def first(self, sequences: int) -> "EvaluationSet":
+        """The set of its first sequences."""
+        return EvaluationSet(
+            {key: value[:sequences] for key, value in self.rows.items()}, self.batch_size, self.shared
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return int((self.rows["labels"][:, 1:] != IGNORED).sum())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of ids and labels: equal for equal sets on any machine."""
+        digest = hashlib.sha256()
+        for key in ("input_ids", "labels"):
+            digest.update(self.rows[key].to(torch.int64).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What a number measured on this set depends on."""
+        return {"sequences": len(self), "tokens": self.tokens, "evaluation_hash": self.digest()[:16]}
+
+    def mine(self, at_most: int | None = None) -> Iterator[Tensor]:
+        """Indices of the batches that this process computes; as many batches on every process, some may be empty."""
+        rank, world = rank_and_world() if self.shared else (0, 1)
+        # a share of fewer sequences than a batch has is dealt out as well
+        size = min(self.batch_size, math.ceil(len(self) / world), at_most or len(self))
+        batches = list(torch.arange(len(self)).split(size))
+        for i in range(math.ceil(len(batches) / world)):
+            at = i * world + rank
+            yield batches[at] if at < len(batches) else torch.arange(0)
+
+    def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The sequences at `indices` on a device."""
+        return {key: value[indices].to(device) for key, value in self.rows.items()}
+
+    def losses(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Summed loss and number of predicted tokens of every sequence: (n,) float64 and (n,), on the CPU.
+
+        The same on every process where the set is shared; an error on one of them is raised on all.
+        """
+        losses, tokens = torch.zeros(len(self), dtype=torch.float64), torch.zeros(len(self), dtype=torch.float64)
+        if not predicts_next_token(model):
+            raise ValueError(
+                f"{type(model).__name__} does not predict the next token: its loss cannot be measured here"
+            )
+        device, failure = next(model.parameters()).device, None
+        with without_autocast(model):
+            # one forward pass a batch, and so equally many on every process
+            for indices in self.mine(sequences_at_once(model, self.batch(torch.arange(1), device))):
+                # where weights are sharded every process must come along, with a sequence that does not count
+                chosen = indices if len(indices) else torch.arange(1)
+                try:
+                    found, count = sequence_losses(model, self.batch(chosen, device))
+                # the others would wait in the next collective for a process that left the loop
+                except Exception as error:
+                    if not self.shared:
+                        raise
+                    failure = error
+                    continue
+                if len(indices):
+                    losses[indices], tokens[indices] = found.cpu(), count.double().cpu()
+        if self.shared:
+            agreed = summed(torch.stack([losses, tokens, torch.full_like(losses, float(failure is not None))]))
+            losses, tokens = agreed[0], agreed[1]
+            if agreed[2, 0] > 0:
+                raise failure or RuntimeError("the loss could not be measured on another process: see its log")
+        return losses, tokens
+
+    def differentiable(self, model: nn.Module) -> Tensor:
+        """This process's share of the mean loss, a scalar with its graph; all logits are kept for it.
+
+        The shares of all processes add up to the token-weighted mean loss in nats.
+        """
+        device, total = next(model.parameters()).device, self.tokens
+        losses = []
+        with without_autocast(model):
+            for indices in self.mine():
+                # a process without a batch of its own has a share of 0, with a graph like any other's
+                batch = self.batch(indices if len(indices) else torch.arange(1), device)
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                logits = model(**inputs, **_options(model)).logits[:, :-1].flatten(0, 1)
+                loss = _token_losses(logits, batch["labels"][:, 1:].flatten()).sum() / total
+                losses.append(loss if len(indices) else 0 * loss)
+        return torch.stack(losses).sum()
+
+    def estimate(self, model: nn.Module) -> Estimate:
+        """Token-weighted mean loss in nats and its standard error over sequences."""
+        return mean_loss(*self.losses(model))
+
+    def __call__(self, model: nn.Module) -> float:
+        return self.estimate(model).value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray | list)
+
+
+def _take(dataset: Any, sequences: int | None) -> list[Any]:
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"evaluation data of several splits ({', '.join(map(str, dataset))}): give one of them")
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"sequences={sequences}: give 1 or more, or None for all")
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not streamed:
+        count = min(len(dataset), sequences or len(dataset))
+        return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, count).round()] if count else []
+    if not isinstance(dataset, Iterable):
+        raise ValueError(f"a {type(dataset).__name__} is no data set: give rows with input_ids")
+    rows = []
+    for row in dataset:
+        rows.append(row)
+        if sequences is not None and len(rows) == sequences:
+            break
+    return rows
+
+
+def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """One tensor a column, shorter rows padded on the right and masked."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    columns: dict[str, list[Tensor]] = {}
+    for row in rows:
+        length = len(row["input_ids"])
+        if "labels" in row and np.shape(row["labels"]) != (length,):
+            raise ValueError(f"labels {row['labels']!r} are none of the next token: give rows of a language model")
+        values = {
+            "input_ids": (row["input_ids"], 0),
+            "labels": (row["labels"] if "labels" in row else row["input_ids"], IGNORED),
+            "attention_mask": (row["attention_mask"] if "attention_mask" in row else [1] * length, 0),
+        }
+        for key, (value, fill) in values.items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            columns.setdefault(key, []).append(F.pad(tensor, (0, longest - length), value=fill))
+    stacked = {key: torch.stack(parts) for key, parts in columns.items()}
+    if bool((stacked["attention_mask"] == 1).all()):
+        # nothing is padded, and a mask costs some attention kernels their fastest path
+        del stacked["attention_mask"]
+    else:
+        stacked["labels"][stacked["attention_mask"] == 0] = IGNORED
+    return stacked

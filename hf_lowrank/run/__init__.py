@@ -1,0 +1,1 @@
+"""What happens to a Trainer run: metrics attached, facts collected, the report written and pushed."""

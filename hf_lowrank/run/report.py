@@ -1,0 +1,343 @@
+"""The report of a run, written as it goes: facts, metrics, figures, card and weights under `publish/`."""
+
+import logging
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from huggingface_hub import CommitInfo
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_lowrank.callbacks.activation import ActivationCallback
+from hf_lowrank.callbacks.base import MODEL_INPUTS, MetricCallback
+from hf_lowrank.checkpoints import export, gather_model
+from hf_lowrank.downstream.results import (
+    EVALUATIONS,
+    evaluation_entries,
+    forget_evaluations,
+    read_evaluations,
+)
+from hf_lowrank.figures import draw_figures
+from hf_lowrank.hub.background import PushQueue
+from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.network import explain
+from hf_lowrank.hub.push import push
+from hf_lowrank.measurements.base import Measurement, Record
+from hf_lowrank.measurements.files import (
+    EVALUATION,
+    forget,
+    metrics_folder,
+    read_measurement,
+    read_records,
+    write_measurement,
+)
+from hf_lowrank.metrics.perplexity import mean_loss, perplexity
+from hf_lowrank.metrics.sequences import predicts_next_token, sequence_losses
+from hf_lowrank.report import ReportError, baseline_of, metric_entry, read_report, write_report
+from hf_lowrank.report.files import replacing
+from hf_lowrank.report.tables import format_bytes, format_count, format_duration
+from hf_lowrank.run.facts import RunInfo, run_facts
+
+__all__ = ["ReportCallback"]
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = "validation.json"
+# rows of the validation set that are kept, spread evenly
+KEPT_ROWS = 1000
+LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+
+
+def _step(item: Record | dict[str, Any]) -> int:
+    return int(item.step if isinstance(item, Record) else item["step"])
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `publish/` and pushes it; `hf_lowrank.attach` adds it behind the metric callbacks.
+
+    Report and training curve are written at every save; figures, card and weights at the end and before a push. Pushes
+    go on beside the training, from copies of `publish/`, in order and one at a time; its end waits for them. A push
+    that fails is logged with the command that repeats it, and tried again at the next save and at the end; it never
+    ends the training run.
+
+    Args:
+        trainer: the Trainer it is attached to.
+        info: what Trainer does not know about the run.
+        push_strategy: Trainer's `hub_strategy`, or None when nothing is pushed.
+    """
+
+    def __init__(self, trainer: Trainer, info: RunInfo, push_strategy: str | None) -> None:
+        self.trainer = trainer
+        self.info = info
+        self.push_strategy = push_strategy
+        self.pushes = PushQueue(self.try_push)
+        self._earlier_seconds = 0.0
+        self._started = time.monotonic()
+        # facts that stand still once training has ended, however often the report is written after it
+        self._ended: dict[str, Any] = {}
+        # whether the report in the folder may be of an earlier run
+        self._foreign = True
+
+    @property
+    def publish(self) -> Path:
+        """The folder that others get."""
+        return Path(str(self.trainer.args.output_dir)) / "publish"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer may have put restored copies in the callbacks' place since they were attached
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, MetricCallback):
+                callback.trainer = self.trainer
+        self._started, self._ended, self._foreign = time.monotonic(), {}, state.global_step == 0
+        self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
+        if state.is_world_process_zero:
+            self.pushes.clear(self.publish.parent)
+            self._forget_after(state.global_step)
+            self._keep_evaluation()
+
+    def _seconds_before(self) -> float:
+        try:
+            return float(read_report(self.publish)["run"]["wall_time_seconds"] or 0.0)
+        except (ReportError, FileNotFoundError):
+            return 0.0
+
+    def _forget_after(self, step: int) -> None:
+        """Remove what an earlier run left in this folder, and what was measured beyond the checkpoint."""
+        # metric callbacks look after their own files
+        theirs = {c.name for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
+        folder = metrics_folder(str(self.trainer.args.output_dir))
+        for path in folder.glob("*.*"):
+            if path.stem not in theirs and step == 0:
+                path.unlink()
+            elif path.name == EVALUATIONS:
+                forget_evaluations(folder, step)
+            elif path.stem not in theirs and path.suffix == ".json":
+                forget(folder, path.stem, lambda item: _step(item) > step)
+
+    def _keep_evaluation(self) -> None:
+        """Write what is validated on beside the checkpoints, so that they can be measured on the same rows later."""
+        dataset: Any = self.trainer.eval_dataset
+        path = Path(str(self.trainer.args.output_dir)) / EVALUATION
+        path.unlink(missing_ok=True)
+        if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            return
+        try:
+            kept = np.linspace(0, len(dataset) - 1, min(len(dataset), KEPT_ROWS)).round().astype(int)
+            rows = [{k: v for k, v in dataset[int(i)].items() if k in MODEL_INPUTS} for i in kept]
+            if rows and "input_ids" in rows[0]:
+                with replacing(path) as temporary:
+                    pd.DataFrame(rows).map(np.asarray).to_parquet(temporary, index=False)
+        # somebody's own data set: it can be named when the run is measured
+        except Exception as error:
+            logger.warning("the validation rows are not kept for measuring checkpoints later: %s", error)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pushes = self.push_strategy not in (None, "end")
+        try:
+            model = self.whole_model() if pushes else None
+            if state.is_world_process_zero:
+                self.write_report()
+                if pushes:
+                    self.write_all(model)
+        # the report is written again at the end, and there it does raise
+        except Exception as error:
+            logger.warning("the report of step %d could not be written: %s", state.global_step, error)
+            return
+        if pushes and state.is_world_process_zero:
+            try:
+                self.pushes.add(self.publish, f"step {state.global_step}")
+            except OSError as error:
+                self._say_failed(error)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        try:
+            records = self._validation_records()
+        # like any metric, this one must never end somebody's run
+        except Exception as error:
+            logger.warning("validation loss and perplexity could not be measured: %s", error)
+            records = []
+        model = self.whole_model()
+        if not state.is_world_process_zero:
+            return
+        if records:
+            self._write_records(records)
+        self.write_all(model)
+        run = read_report(self.publish)["run"]
+        self._ended = {key: run[key] for key in ("wall_time_seconds", "date")}
+        Console().print(self._measured())
+        if self.push_strategy is not None:
+            self.pushes.finish(self.publish, "end of training")
+
+    def _validation_records(self) -> list[Record]:
+        """Validation loss and perplexity with standard errors; every process evaluates its share."""
+        trainer, state = self.trainer, self.trainer.state
+        if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+            return []
+        model = trainer.model
+        assert model is not None
+        bare = trainer.accelerator.unwrap_model(model)
+        if not hasattr(bare, "can_generate") or not predicts_next_token(bare):
+            return []
+        training = model.training
+        model.eval()
+        losses, tokens = [], []
+        for batch in trainer.get_eval_dataloader():
+            if "labels" not in batch:
+                return []
+            with trainer.compute_loss_context_manager():
+                found = sequence_losses(model, trainer._prepare_inputs(batch))
+            gathered = trainer.accelerator.gather_for_metrics(found)
+            losses.append(gathered[0].cpu())
+            tokens.append(gathered[1].cpu())
+        model.train(training)
+        loss = mean_loss(torch.cat(losses), torch.cat(tokens))
+        settings = {
+            "sequences": len(torch.cat(losses)),
+            "tokens": int(torch.cat(tokens).sum()),
+            "stderr": "over sequences",
+        }
+        named = {"validation_loss": loss, "perplexity": perplexity(loss)}
+        entries = (
+            metric_entry(name, found.value, stderr=found.stderr, step=state.global_step, settings=settings)
+            for name, found in named.items()
+        )
+        return [Record(**entry) for entry in entries]
+
+    def _write_records(self, records: list[Record]) -> None:
+        folder, name = self.publish / "metrics", Path(VALIDATION).stem
+        step = self.trainer.state.global_step
+        # what was measured of earlier checkpoints stays
+        forget(folder, name, lambda item: _step(item) == step)
+        earlier = read_measurement(folder, name)
+        write_measurement(folder, name, Measurement([*(earlier.records if earlier else []), *records], []))
+
+    def write_report(self) -> None:
+        """Write report.json and the training curve for the state the Trainer is in."""
+        seconds = self._earlier_seconds + time.monotonic() - self._started
+        folder = metrics_folder(str(self.trainer.args.output_dir))
+        curve = pd.DataFrame(self.trainer.state.log_history).reindex(columns=list(LOGGED))
+        curve = curve.groupby("step", as_index=False).first()
+        with replacing(folder / "training.parquet") as path:
+            curve.to_parquet(path, index=False)
+        run = run_facts(self.trainer, self.info, seconds)
+        report = {
+            "schema_version": 1,
+            "run": {**run, **self._ended},
+            "data": self.info.data,
+            "metrics": read_records(folder),
+            "evaluations": evaluation_entries(read_evaluations(folder) or []),
+        }
+        if (known := self._baseline()) is not None:
+            report["baseline"] = known
+        write_report(report, self.publish / "report.json")
+        self._foreign = False
+
+    def _baseline(self) -> dict[str, Any] | None:
+        """What is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ActivationCallback) and callback.baseline_report is not None:
+                return baseline_of(callback.baseline_report)
+        try:
+            return None if self._foreign else read_report(self.publish).get("baseline")
+        except (ReportError, FileNotFoundError):
+            return None
+
+    def whole_model(self) -> torch.nn.Module | None:
+        """The model on the main process, None on the others; all call this, since its weights may be sharded."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            return gather_model(model, keep=self.trainer.is_world_process_zero())
+        return model
+
+    def write_all(self, model: torch.nn.Module | None, repo_id: str | None = None) -> None:
+        """Write everything that is published: report, weights of the whole model, figures, card."""
+        self.write_report()
+        if isinstance(model, PreTrainedModel):
+            export(model, self.publish, self.trainer.processing_class)
+        else:
+            logger.warning("%s is no PreTrainedModel: its weights are not published", type(model).__name__)
+        draw_figures(self.publish)
+        write_card(self.publish, repo_id=repo_id or self._repo_id())
+
+    def _repo_id(self) -> str | None:
+        return self.trainer.hub_model_id or self.trainer.args.hub_model_id
+
+    def _measured(self) -> Table:
+        run = read_report(self.publish)["run"]
+        state_bytes, peak = run["optimizer_state_bytes"], run["peak_memory_bytes"]
+        table = Table(title="measured", title_justify="left", show_header=False)
+        for label, text in (
+            ("optimizer state", format_bytes(state_bytes["measured"])),
+            ("predicted", format_bytes(state_bytes["predicted"])),
+            ("AdamW on the dense model", format_bytes(state_bytes["adamw"])),
+            (f"peak memory ({peak['kind']}), refreshes included", format_bytes(peak["value"])),
+            ("tokens seen", format_count(run["tokens_seen"])),
+            ("wall time", format_duration(run["wall_time_seconds"])),
+            ("published folder", str(self.publish)),
+        ):
+            table.add_row(label, text or "unknown")
+        return table
+
+    def try_push(self, folder: Path, commit_message: str) -> bool:
+        """Push a publish folder; a failure is logged with the command that does it again."""
+        try:
+            self._push(folder, commit_message)
+        # whatever the network or the Hub does, the training run goes on
+        except Exception as error:
+            self._say_failed(error)
+            return False
+        return True
+
+    def _say_failed(self, error: Exception) -> None:
+        args = self.trainer.args
+        again = ["hf-lowrank", "push", str(args.output_dir), "--repo-id", self._repo_name()]
+        again += ["--revision", args.hub_revision] if args.hub_revision else []
+        if args.hub_private_repo is not None:
+            again += ["--private" if args.hub_private_repo else "--no-private"]
+        again += ["--checkpoints"] if self.push_strategy not in (None, "end") else []
+        why = explain(error, args.hub_token) or type(error).__name__
+        logger.warning("push to %s failed (%s): it is repeated by %s", self._repo_name(), why, shlex.join(again))
+
+    def _repo_name(self) -> str:
+        return self._repo_id() or Path(str(self.trainer.args.output_dir)).resolve().name
+
+    def push(
+        self, commit_message: str | None = None, revision: str | None = None, private: bool | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:  # fmt: skip
+        """Push `publish/`, tagged with the step of its report."""
+        self.pushes.wait()
+        return self._push(self.publish, commit_message, revision, private, token)
+
+    def _push(
+        self, folder: Path, commit_message: str | None, revision: str | None = None, private: bool | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:  # fmt: skip
+        args = self.trainer.args
+        return push(
+            folder,
+            self._repo_name(),
+            revision=revision or args.hub_revision,
+            private=args.hub_private_repo if private is None else private,
+            token=token or args.hub_token,
+            commit_message=commit_message,
+            # at the end, tags that are missing come from the checkpoints that were kept
+            checkpoints=folder == self.publish and self.push_strategy not in (None, "end"),
+        )
