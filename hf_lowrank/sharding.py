@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "OtherProcessError",
-    "agreed",
-    "gathered",
+    "all_gather_object",
+    "all_reduce_sum",
     "is_sharded",
     "like",
     "local",
+    "raise_together",
     "rank_and_world",
     "reshard",
-    "summed",
     "whole",
 ]
 
@@ -68,7 +68,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same on each; on the device it came from."""
     if rank_and_world()[1] == 1:
         return tensor
@@ -79,7 +79,7 @@ def summed(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
-def agreed(action: Callable[[], T], shared: bool = True) -> T:
+def raise_together(action: Callable[[], T], shared: bool = True) -> T:
     """What an action gives, unless it fails on any process: it is then an error on all, and none is waited for.
 
     Args:
@@ -94,7 +94,7 @@ def agreed(action: Callable[[], T], shared: bool = True) -> T:
     # whatever it is, the others are told before it goes on
     except Exception as raised:
         error = raised
-    messages = gathered(None if error is None else f"{type(error).__name__}: {error}")
+    messages = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
@@ -103,7 +103,7 @@ def agreed(action: Callable[[], T], shared: bool = True) -> T:
     return result[0]
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """What every process gives, in the order of their numbers, on each."""
     world = rank_and_world()[1]
     if world == 1:

@@ -12,7 +12,7 @@ from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.measurements.activation import measure_activations
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.report import read_report
-from hf_lowrank.sharding import agreed
+from hf_lowrank.sharding import raise_together
 
 __all__ = ["ActivationCallback"]
 
@@ -94,7 +94,7 @@ class ActivationCallback(SequenceCallback):
             baseline, baseline_step = self.baseline, None
         else:
             folder, baseline_step = self._checkpoint(step)
-            baseline = agreed(lambda: load_model(folder), args.world_size > 1)
+            baseline = raise_together(lambda: load_model(folder), args.world_size > 1)
         home = next(baseline.parameters()).device
         torch.nn.Module.to(baseline, device)
         try:

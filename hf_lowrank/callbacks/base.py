@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_lowrank.measurements.base import Measurement, Record
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
 from hf_lowrank.metrics.sequences import EvaluationSet
-from hf_lowrank.sharding import gathered
+from hf_lowrank.sharding import all_gather_object
 
 __all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]
 
@@ -140,7 +140,7 @@ class MetricCallback(TrainerCallback):
         self._join_clock(str(args.output_dir), state)
         if state.is_world_process_zero:
             self._read_back(state.global_step)
-        self._measured_at = gathered(self._measured_at)[0]
+        self._measured_at = all_gather_object(self._measured_at)[0]
         self._guarded(lambda: self._restore(_bare(kwargs["model"]), args, state), state)
         if state.global_step == 0:
             self._first(args, state, kwargs["model"])
@@ -182,7 +182,7 @@ class MetricCallback(TrainerCallback):
         if self.budget is None:
             return True
         allowed = GRACE + self.budget * self._clock.training()
-        fits = gathered(self._clock.spent + self._cost <= allowed)[0]
+        fits = all_gather_object(self._clock.spent + self._cost <= allowed)[0]
         if not fits:
             if self.skipped == 0 and state.is_world_process_zero:
                 takes = f"one measurement takes {self._cost:.2g} s and " if self._cost > 0 else ""
@@ -228,7 +228,7 @@ class MetricCallback(TrainerCallback):
         # a metric must never end somebody's training run: it says why it failed and stays off
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        errors = [other for other in gathered(error) if other is not None]
+        errors = [other for other in all_gather_object(error) if other is not None]
         if errors:
             self.failed = error or errors[0]
             if state.is_world_process_zero:

@@ -12,7 +12,7 @@ from hf_lowrank.callbacks.snapshots import Snapshot
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.interpolation import InterpolationSettings, measure_interpolation
 from hf_lowrank.measurements.spaces import in_space, no_dense_form
-from hf_lowrank.sharding import gathered, is_sharded, local, reshard
+from hf_lowrank.sharding import all_gather_object, is_sharded, local, reshard
 
 __all__ = ["InterpolationCallback"]
 
@@ -84,7 +84,7 @@ class InterpolationCallback(SequenceCallback):
         now, snapshot = _own_state(chosen), self._snapshot(args)
         # another process's file stands for this one's where all weights are whole; a shard is found here alone
         complete = snapshot.holds(self._last) and set(now) <= set(snapshot.names(self._last))
-        if not all(gathered(complete)):
+        if not all(all_gather_object(complete)):
             return Measurement([], [])
         before = {name: snapshot.get(self._last, name) for name in now}
         # they stay on the CPU: only what is measured takes memory on a GPU

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.sharding import rank_and_world
 
 __all__ = ["Snapshot"]
@@ -79,6 +79,6 @@ class Snapshot:
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
         """Replace this process's file."""
-        with replacing(self.path) as path:
+        with atomic_path(self.path) as path:
             save_file(tensors, path, metadata={"step": str(step)})
         self.__dict__.pop("_index", None)

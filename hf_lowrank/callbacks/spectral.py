@@ -10,7 +10,7 @@ from hf_lowrank.callbacks.snapshots import Snapshot
 from hf_lowrank.measurements.base import Measurement
 from hf_lowrank.measurements.spaces import SPACES, spaces_of
 from hf_lowrank.measurements.spectral import Earlier, measure_spectra
-from hf_lowrank.sharding import gathered
+from hf_lowrank.sharding import all_gather_object
 
 __all__ = ["SpectralCallback"]
 
@@ -80,6 +80,6 @@ class SpectralCallback(MetricCallback):
         """The snapshot of a step, where every process can see what it needs of it."""
         # one from beyond the checkpoint that the run was resumed from is of another history
         usable = taken_at is not None and taken_at < step and snapshot.holds(taken_at)
-        if not all(gathered(usable)) or taken_at is None:
+        if not all(all_gather_object(usable)) or taken_at is None:
             return None
         return Earlier(taken_at, lambda name: snapshot.get(taken_at, name))

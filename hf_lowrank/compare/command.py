@@ -17,7 +17,7 @@ from hf_lowrank.hub.space import push_space, space_card
 from hf_lowrank.report.charts import charts
 from hf_lowrank.report.compare import Comparison, compare
 from hf_lowrank.report.compare_text import heading, metrics_csv, render_markdown, runs_csv
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.page import render_page
 
 __all__ = ["run_compare"]
@@ -114,6 +114,6 @@ def _write(comparison: Comparison, output: Path) -> tuple[str, str]:
         "runs.csv": runs_csv(comparison),
     }
     for name, text in files.items():
-        with replacing(output / name) as temporary:
+        with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return page, render_markdown(comparison)

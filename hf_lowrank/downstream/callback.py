@@ -25,7 +25,7 @@ from hf_lowrank.downstream.results import (
 )
 from hf_lowrank.measurements.base import Measurement, Record
 from hf_lowrank.measurements.spaces import is_reparameterized, unsharded
-from hf_lowrank.sharding import agreed, gathered, rank_and_world
+from hf_lowrank.sharding import all_gather_object, raise_together, rank_and_world
 
 __all__ = ["EvaluationCallback"]
 
@@ -112,12 +112,12 @@ class EvaluationCallback(MetricCallback):
         whole = unsharded(model)
         training = [module for module in whole.modules() if module.training]
         try:
-            mine = agreed(lambda: self._evaluate(whole, args, state), shared=rank_and_world()[1] > 1)
+            mine = raise_together(lambda: self._evaluate(whole, args, state), shared=rank_and_world()[1] > 1)
         finally:
             # not train(), which would switch modules that were not training
             for module in training:
                 module.training = True
-        rows = [row for of_process in gathered(mine) for row in of_process]
+        rows = [row for of_process in all_gather_object(mine) for row in of_process]
         order = [name for loaded, _ in self._loaded for name in loaded.tasks]
         rows.sort(key=lambda row: order.index(row["task"]))
         rows += [row for loaded, settings in self._loaded for row in _of_groups(loaded, rows, settings, state)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.measurements.base import finite
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 
 __all__ = [
     "EVALUATIONS",
@@ -45,7 +45,7 @@ def read_evaluations(folder: Path) -> list[Row] | None:
 
 def write_evaluations(folder: Path, rows: Iterable[Row]) -> None:
     """Replace the rows in a metrics folder; a reader meets the old ones or the new ones."""
-    with replacing(folder / EVALUATIONS) as path:
+    with atomic_path(folder / EVALUATIONS) as path:
         path.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

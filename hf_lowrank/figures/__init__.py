@@ -17,7 +17,7 @@ from hf_lowrank.figures.interpolation import barrier_map, barriers_over_steps, i
 from hf_lowrank.figures.landscape import curvature_over_steps, landscape_curves, sharpness_over_steps
 from hf_lowrank.figures.tables import read_records, read_table
 from hf_lowrank.figures.training import SPECTRAL, loss, spectra_over_depth, spectra_over_steps
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 
 __all__ = ["TABLES", "draw_figures", "save_figure"]
 
@@ -59,7 +59,7 @@ def draw_figures(publish: Path) -> list[Path]:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, the same bytes for the same figure; return the path."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         # Software would put matplotlib's version into the file
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
     return path

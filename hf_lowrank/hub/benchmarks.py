@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.tables import evaluation_rows
 
 __all__ = ["write_benchmarks"]
@@ -47,7 +47,7 @@ def write_benchmarks(publish: Path, report: Mapping[str, Any]) -> list[Path]:
         if file not in found:
             (folder / file).unlink(missing_ok=True)
     for file, entry in found.items():
-        with replacing(folder / file) as path:
+        with atomic_path(folder / file) as path:
             rows = eval_result_entries_to_yaml([entry])
             path.write_text(yaml.safe_dump(rows, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return [folder / file for file in found]

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hf_lowrank.hub.benchmarks import write_benchmarks
 from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
 from hf_lowrank.report.baseline import Comparison, comparisons, differences
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
 from hf_lowrank.report.schema import read_report
 from hf_lowrank.report.tables import (
@@ -249,7 +249,7 @@ def write_card(publish: Path | str, repo_id: str | None = None) -> Path:
     figures = sorted(path.name for path in (publish / "figures").glob("*.png"))
     text = render_card(CardData.from_report(report, figures, repo_id))
     path = publish / "README.md"
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_benchmarks(publish, report)
     return path

@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import validate_repo_id
 
 from hf_lowrank.hub.local import files_to_publish, publish_folder
-from hf_lowrank.hub.network import FAILURES, TRIES, explain, patiently, status_of
+from hf_lowrank.hub.network import FAILURES, TRIES, describe_error, status_of, with_retries
 from hf_lowrank.hub.ownership import MARK, OverwriteError, State, deletable, objections, read_state
 
 __all__ = ["Hub", "OverwriteError", "PushError", "check_names", "commit_folder", "push_folder"]
@@ -117,10 +117,10 @@ class Hub:
     def asked(self, failing: str, call: Callable[..., T], *arguments: Any) -> T:
         """`call(*arguments)`; raises PushError that says what is `failing`."""
         try:
-            return patiently(partial(call, *arguments))
+            return with_retries(partial(call, *arguments))
         except FAILURES as error:
             secret = self.token if isinstance(self.token, str) else None
-            raise PushError(f"{self.repo_id}: {failing}: {explain(error, secret)}") from error
+            raise PushError(f"{self.repo_id}: {failing}: {describe_error(error, secret)}") from error
 
 
 def check_names(repo_id: str, revision: str | None, tag: str | None) -> None:

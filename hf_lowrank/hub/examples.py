@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from hf_lowrank.hub.card import write_card
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.markdown import slug
 from hf_lowrank.report.schema import read_report, write_report
 
@@ -44,7 +44,7 @@ def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
     shutil.rmtree(folder / "figures", ignore_errors=True)
     write_report(report, folder / "report.json")
     for figure in sorted((publish / "figures").glob("*.png")):
-        with Image.open(figure) as image, replacing(folder / "figures" / figure.name) as path:
+        with Image.open(figure) as image, atomic_path(folder / "figures" / figure.name) as path:
             reduced = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
             reduced.save(path, format="PNG", optimize=True)
     return write_card(folder, repo_id=repo_id)

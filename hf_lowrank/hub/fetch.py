@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lowrank.hub.network import FAILURES, TIMEOUT, DamagedError, explain, patiently, status_of
+from hf_lowrank.hub.network import FAILURES, TIMEOUT, DamagedError, describe_error, status_of, with_retries
 
 __all__ = ["ALLOWED", "FetchError", "download", "fetch"]
 
@@ -106,7 +106,7 @@ def download(repo_id: str, revision: str, token: str | bool | None, allow_patter
         return Path(folder)
 
     try:
-        return patiently(snapshot)
+        return with_retries(snapshot)
     except RevisionNotFoundError as error:
         raise FetchError(f"{wanted} does not exist: {_revisions(repo_id, token)}") from error
     except RepositoryNotFoundError as error:
@@ -121,12 +121,12 @@ def download(repo_id: str, revision: str, token: str | bool | None, allow_patter
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE=1 is set: go online once to download it"
         elif status_of(error) is not None or isinstance(error.__cause__, TIMEOUT):
-            why = explain(error, _secret(token))
+            why = describe_error(error, _secret(token))
         raise FetchError(f"{wanted} is not complete in the cache (nor a local folder) and {why}") from error
     except FAILURES as error:
         if status_of(error) in (401, 403):
             raise FetchError(f"{wanted}: {_REFUSED}") from error
-        raise FetchError(f"{wanted} cannot be downloaded: {explain(error, _secret(token))}") from error
+        raise FetchError(f"{wanted} cannot be downloaded: {describe_error(error, _secret(token))}") from error
     except ValueError as error:
         # the client's own check of names, which whoever owns the repository chooses
         if not str(error).startswith(("Invalid filename", "Invalid pointer path")):

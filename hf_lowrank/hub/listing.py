@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from hf_lowrank.hub.fetch import FetchError, download
-from hf_lowrank.hub.network import FAILURES, explain, patiently
+from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
 
 __all__ = ["TAG", "Listed", "fetch_listed", "published_runs"]
 
@@ -37,9 +37,9 @@ def published_runs(tag: str, limit: int, token: str | None = None) -> list[Liste
         raise ValueError(f"--limit {limit}: give 1 or more")
     api = HfApi(token=token, library_name="hf_lowrank")
     try:
-        infos = patiently(lambda: list(api.list_models(filter=tag, sort="created_at", limit=limit, full=True)))
+        infos = with_retries(lambda: list(api.list_models(filter=tag, sort="created_at", limit=limit, full=True)))
     except FAILURES as error:
-        raise FetchError(f"the runs with the tag {tag} cannot be listed: {explain(error, token)}") from error
+        raise FetchError(f"the runs with the tag {tag} cannot be listed: {describe_error(error, token)}") from error
     infos.sort(key=lambda info: info.created_at or datetime.min.replace(tzinfo=UTC), reverse=True)
     return [Listed(info.id, info.sha) for info in infos]
 
@@ -53,9 +53,9 @@ def fetch_listed(listed: Listed, token: str | None = None) -> tuple[Path, list[s
     """
     api = HfApi(token=token, library_name="hf_lowrank")
     try:
-        info = patiently(lambda: api.model_info(listed.repo_id, revision=listed.commit, files_metadata=True))
+        info = with_retries(lambda: api.model_info(listed.repo_id, revision=listed.commit, files_metadata=True))
     except FAILURES as error:
-        raise FetchError(f"{listed.repo_id} cannot be read: {explain(error, token)}") from error
+        raise FetchError(f"{listed.repo_id} cannot be read: {describe_error(error, token)}") from error
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     if "report.json" not in sizes:
         raise ValueError("it has the tag and no report.json")

@@ -20,7 +20,7 @@ from huggingface_hub.utils import hf_raise_for_status
 
 from hf_lowrank.report.secrets import redact
 
-__all__ = ["FAILURES", "TIMEOUT", "TRIES", "DamagedError", "explain", "patiently", "status_of"]
+__all__ = ["FAILURES", "TIMEOUT", "TRIES", "DamagedError", "describe_error", "status_of", "with_retries"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class DamagedError(OSError):
     """Bytes arrived that are not those the Hub has."""
 
 
-def patiently(call: Callable[[], T]) -> T:
+def with_retries(call: Callable[[], T]) -> T:
     """`call()`, tried again after a failure that may pass: a busy Hub, or a connection that broke off.
 
     A Hub that is silent or out of reach is not asked again here: the client has its own retries for transfers, and
@@ -76,7 +76,7 @@ def patiently(call: Callable[[], T]) -> T:
             wait = _seconds_to_wait(error, tried)
             if wait is None or tried == TRIES - 1:
                 raise
-            logger.info("trying again in %.0f s: %s", wait, explain(error))
+            logger.info("trying again in %.0f s: %s", wait, describe_error(error))
         time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -183,7 +183,7 @@ def status_of(error: BaseException) -> int | None:
     return None if answer is None else int(answer.status_code)
 
 
-def explain(error: BaseException, *secrets: str | None) -> str:
+def describe_error(error: BaseException, *secrets: str | None) -> str:
     """Why a request failed and what to do about it, in one line without tokens."""
     # which file could not be uploaded, and why, are two errors
     what = f"{error} " if isinstance(error, RuntimeError) and error.__cause__ is not None else ""

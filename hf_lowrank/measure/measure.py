@@ -20,7 +20,7 @@ from hf_lowrank.measurements.base import FAMILIES, Measurement, Record
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
 from hf_lowrank.measurements.presets import PRESETS, Preset
 from hf_lowrank.metrics.sequences import EvaluationSet
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 
 __all__ = ["Options", "measure"]
 
@@ -247,5 +247,5 @@ class _State:
     def note(self, key: str, fingerprint: str) -> None:
         """Note a unit as done, or with an empty fingerprint as not."""
         self._done[key] = fingerprint
-        with replacing(self.path) as path:
+        with atomic_path(self.path) as path:
             path.write_text(json.dumps(self._done, indent=1, sort_keys=True) + "\n")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.checkpoints import list_checkpoints, load_model, weight_files
 from hf_lowrank.data import DataArguments, DataError, load_validation
 from hf_lowrank.hub.fetch import FetchError, fetch
-from hf_lowrank.hub.network import FAILURES, explain, patiently
+from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
 from hf_lowrank.measurements.files import EVALUATION
 from hf_lowrank.report.schema import read_report
 
@@ -186,9 +186,9 @@ def _local(folder: Path, output: Path | None) -> RunSource:
 
 def _tags(repo_id: str, token: str | None) -> list[str]:
     try:
-        return [ref.name for ref in patiently(lambda: HfApi(token=token).list_repo_refs(repo_id)).tags]
+        return [ref.name for ref in with_retries(lambda: HfApi(token=token).list_repo_refs(repo_id)).tags]
     except FAILURES as error:
-        raise FetchError(f"the tags of {repo_id} cannot be read: {explain(error, token)}") from error
+        raise FetchError(f"the tags of {repo_id} cannot be read: {describe_error(error, token)}") from error
 
 
 def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:

@@ -19,7 +19,7 @@ from hf_lowrank.measure.source import RunSource
 from hf_lowrank.measurements.files import metrics_folder, read_measurement, read_records
 from hf_lowrank.model_config import base_architecture
 from hf_lowrank.report import baseline_of, read_report, write_report
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 
 __all__ = ["write_map", "write_run"]
 
@@ -45,7 +45,7 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     if run.report is None:
         curve = _training_curve(run)
         if curve is not None:
-            with replacing(folder / "training.parquet") as path:
+            with atomic_path(folder / "training.parquet") as path:
                 curve.to_parquet(path, index=False)
     write_report(report, publish / "report.json")
     if figures:
@@ -189,7 +189,7 @@ def write_map(among: list[RunSource], into: list[RunSource]) -> None:
                     }
                 )  # fmt: skip
     for run in into if rows else []:
-        with replacing(metrics_folder(run.output) / "barrier_map.parquet") as path:
+        with atomic_path(metrics_folder(run.output) / "barrier_map.parquet") as path:
             pd.DataFrame(rows).to_parquet(path, index=False)
         draw_figures(run.output / "publish")
         write_card(run.output / "publish")

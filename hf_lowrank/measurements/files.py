@@ -14,7 +14,7 @@ import pandas as pd
 
 from hf_lowrank.downstream.results import EVALUATIONS
 from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.schema import metric_entry
 
 __all__ = ["EVALUATION", "forget", "metrics_folder", "read_measurement", "read_records", "write_measurement"]
@@ -49,12 +49,12 @@ def write_measurement(folder: Path, name: str, measurement: Measurement) -> None
     """Replace what is there of a family; a reader meets the old files or the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
     if measurement.rows:
-        with replacing(folder / f"{name}.parquet") as path:
+        with atomic_path(folder / f"{name}.parquet") as path:
             pd.DataFrame(measurement.rows).to_parquet(path, index=False)
     else:
         (folder / f"{name}.parquet").unlink(missing_ok=True)
     records = [metric_entry(**asdict(record)) for record in measurement.records]
-    with replacing(folder / f"{name}.json") as path:
+    with atomic_path(folder / f"{name}.json") as path:
         path.write_text(json.dumps(records, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ from hf_lowrank.metrics.spectra import (
     spectral_metrics,
     subspace_overlap,
 )
-from hf_lowrank.sharding import gathered, rank_and_world
+from hf_lowrank.sharding import all_gather_object, rank_and_world
 from hf_lowrank.targets import Target, dense_weights, native_weights
 
 __all__ = ["Earlier", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
@@ -93,7 +93,7 @@ def measure_spectra(
         rows.append((i, {"step": step, "space": _space(target) if space == "dense" else space, **row}))
         top.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
         progress()
-    parts = gathered((rows, top)) if shared else [(rows, top)]
+    parts = all_gather_object((rows, top)) if shared else [(rows, top)]
     rows = sorted((row for part, _ in parts for row in part), key=lambda item: item[0])
     for _, vectors in parts if keep else []:
         kept.update(vectors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.metrics.sequences import EvaluationSet, without_autocast, without_logits
-from hf_lowrank.sharding import agreed, summed
+from hf_lowrank.sharding import all_reduce_sum, raise_together
 
 __all__ = [
     "SIMILARITIES", "Similarity", "StreamingCKA", "compare_activations", "cosine_similarity", "hidden_states",
@@ -105,8 +105,8 @@ class StreamingCKA:
         sums.update(torch.zeros(1, p, device=device), torch.zeros(1, q, device=device))
         keys = sorted(sums._sums)
         own = self._sums or sums._sums
-        sums._sums = {key: summed(own[key]) for key in keys}
-        sums._count = int(summed(torch.tensor(self._count, dtype=torch.float64)).item())
+        sums._sums = {key: all_reduce_sum(own[key]) for key in keys}
+        sums._count = int(all_reduce_sum(torch.tensor(self._count, dtype=torch.float64)).item())
         return sums
 
     def value(self, debiased: bool = False) -> float:
@@ -199,7 +199,7 @@ class _Sums:
 
     def over_processes(self, device: torch.device) -> None:
         """Put every process's sums together; each process calls this."""
-        self.plain = summed(self.plain)
+        self.plain = all_reduce_sum(self.plain)
         for layer in self.cka:
             layer[:] = [cka.over_processes(self.width, self.width, device) for cka in layer]
 
@@ -241,7 +241,7 @@ def compare_activations(
     Raises:
         ValueError: the models have different layers or hidden sizes, or give no hidden states.
     """
-    sums = agreed(lambda: _accumulated(model, baseline, evaluation, groups, progress), evaluation.shared)
+    sums = raise_together(lambda: _accumulated(model, baseline, evaluation, groups, progress), evaluation.shared)
     if evaluation.shared:
         sums.over_processes(next(model.parameters()).device)
     return _similarities(sums)

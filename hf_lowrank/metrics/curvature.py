@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
-from hf_lowrank.sharding import agreed, summed
+from hf_lowrank.sharding import all_reduce_sum, raise_together
 
 __all__ = ["hessian_trace", "top_eigenvalue"]
 
@@ -55,8 +55,8 @@ class _Hessian:
         self.pairs = [(g, i) for i, g in enumerate(grads) if g is not None and g.requires_grad]
 
     def __matmul__(self, v: list[Tensor]) -> list[Tensor]:
-        product = agreed(lambda: self._product(v), self.shared)
-        return [summed(part) for part in product] if self.shared else product
+        product = raise_together(lambda: self._product(v), self.shared)
+        return [all_reduce_sum(part) for part in product] if self.shared else product
 
     def _product(self, v: list[Tensor]) -> list[Tensor]:
         product = [torch.zeros_like(p) for p in self.parameters]
@@ -98,7 +98,7 @@ def hessian_trace(
         raise ValueError(f"samples={samples!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian, found = agreed(lambda: _Hessian(model, loss_fn, shared), shared), []
+        hessian, found = raise_together(lambda: _Hessian(model, loss_fn, shared), shared), []
         for _ in range(samples):
             v = [_signs(p, generator) for p in hessian.parameters]
             found.append(_dot(v, hessian @ v))
@@ -137,7 +137,7 @@ def top_eigenvalue(
         raise ValueError(f"iterations={iterations!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian = agreed(lambda: _Hessian(model, loss_fn, shared), shared)
+        hessian = raise_together(lambda: _Hessian(model, loss_fn, shared), shared)
         v = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
         length = math.sqrt(_dot(v, v))
         v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
-from hf_lowrank.sharding import rank_and_world, summed
+from hf_lowrank.sharding import all_reduce_sum, rank_and_world
 
 __all__ = [
     "EvaluationSet",
@@ -301,7 +301,7 @@ class EvaluationSet:
                 if len(indices):
                     losses[indices], tokens[indices] = found.cpu(), count.double().cpu()
         if self.shared:
-            agreed = summed(torch.stack([losses, tokens, torch.full_like(losses, float(failure is not None))]))
+            agreed = all_reduce_sum(torch.stack([losses, tokens, torch.full_like(losses, float(failure is not None))]))
             losses, tokens = agreed[0], agreed[1]
             if agreed[2, 0] > 0:
                 raise failure or RuntimeError("the loss could not be measured on another process: see its log")

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.secrets import TOKEN
 
 __all__ = ["SCHEMA_VERSION", "ReportError", "metric_entry", "read_report", "validate_report", "write_report"]
@@ -85,7 +85,7 @@ def write_report(report: Mapping[str, Any], path: Path | str) -> Path:
     validate_report(report, where=str(path))
     # whatever was named after a token by mistake: reports are made to be shown
     text = TOKEN.sub("<token>", json.dumps(report, indent=2, sort_keys=True, allow_nan=False))
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 

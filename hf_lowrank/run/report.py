@@ -33,7 +33,7 @@ from hf_lowrank.downstream.results import (
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.background import PushQueue
 from hf_lowrank.hub.card import write_card
-from hf_lowrank.hub.network import explain
+from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
 from hf_lowrank.measurements.base import Measurement, Record
 from hf_lowrank.measurements.files import (
@@ -47,7 +47,7 @@ from hf_lowrank.measurements.files import (
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.sequences import predicts_next_token, sequence_losses
 from hf_lowrank.report import ReportError, baseline_of, metric_entry, read_report, write_report
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
 
@@ -140,7 +140,7 @@ class ReportCallback(TrainerCallback):
             kept = np.linspace(0, len(dataset) - 1, min(len(dataset), KEPT_ROWS)).round().astype(int)
             rows = [{k: v for k, v in dataset[int(i)].items() if k in MODEL_INPUTS} for i in kept]
             if rows and "input_ids" in rows[0]:
-                with replacing(path) as temporary:
+                with atomic_path(path) as temporary:
                     pd.DataFrame(rows).map(np.asarray).to_parquet(temporary, index=False)
         # somebody's own data set: it can be named when the run is measured
         except Exception as error:
@@ -234,7 +234,7 @@ class ReportCallback(TrainerCallback):
         folder = metrics_folder(str(self.trainer.args.output_dir))
         curve = pd.DataFrame(self.trainer.state.log_history).reindex(columns=list(LOGGED))
         curve = curve.groupby("step", as_index=False).first()
-        with replacing(folder / "training.parquet") as path:
+        with atomic_path(folder / "training.parquet") as path:
             curve.to_parquet(path, index=False)
         run = run_facts(self.trainer, self.info, seconds)
         report = {
@@ -312,7 +312,7 @@ class ReportCallback(TrainerCallback):
         if args.hub_private_repo is not None:
             again += ["--private" if args.hub_private_repo else "--no-private"]
         again += ["--checkpoints"] if self.push_strategy not in (None, "end") else []
-        why = explain(error, args.hub_token) or type(error).__name__
+        why = describe_error(error, args.hub_token) or type(error).__name__
         logger.warning("push to %s failed (%s): it is repeated by %s", self._repo_name(), why, shlex.join(again))
 
     def _repo_name(self) -> str:

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from hf_lowrank.data import DataArguments, DataError, embedded_files, load_documents
 from hf_lowrank.downstream.quick.document import Document
 from hf_lowrank.downstream.quick.items import KINDS, make_items
-from hf_lowrank.report.files import replacing
+from hf_lowrank.report.files import atomic_path
 
 __all__ = ["GROUP", "TASKS", "generate", "main", "task_folder", "write_folder"]
 
@@ -195,7 +195,7 @@ def _made_from(folder: Path) -> tuple[str, str, int] | None:
 
 
 def _write(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode())
 
 
