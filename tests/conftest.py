@@ -35,8 +35,8 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1,localhost",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# torch's own default is a thread a core, over which several test processes on one machine fight
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# torch's own default is a thread a core, over which pytest's workers and the processes that tests launch would fight
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 

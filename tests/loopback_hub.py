@@ -854,9 +854,18 @@ class LoopbackHub:
 
         self.faults.append(Fault(match, times, spoil=spoil))
 
-    def die_at(self, match: str, after: int = 0) -> None:
-        """Die (see `die`) in the next request that `match` finds, after `after` bytes of what is sent."""
-        self.faults.append(Fault(match, 1, unheard_after=after, first=self.die))
+    def die_at(self, match: str, after: int = 0, back_after: float | None = None) -> None:
+        """Die (see `die`) in the next request that `match` finds, after `after` bytes of what is sent.
+
+        `back_after` seconds later the hub starts again; None leaves it dead.
+        """
+
+        def die() -> None:
+            self.die()
+            if back_after is not None:
+                threading.Timer(back_after, self.start).start()
+
+        self.faults.append(Fault(match, 1, unheard_after=after, first=die))
 
     def meanwhile(self, match: str, action: Callable[[], object], times: int = 1) -> None:
         """Run `action` before the next `times` requests that `match` finds are carried out."""

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -418,11 +417,8 @@ def test_a_silent_hub_does_not_hold_up_training(hub, tmp_path, caplog, monkeypat
 
 def test_a_hub_that_dies_in_an_upload_and_comes_back(hub, tmp_path, caplog, impatient):
     trainer = saving(tmp_path / "run")
-    hub.die_at("PUT /lfs/", after=100)
-    come_back = threading.Timer(1.5, hub.start)
-    come_back.start()
+    hub.die_at("PUT /lfs/", after=100, back_after=1.5)
     trainer.train()
-    come_back.join()
     repo = hub.repo("user/run")
     assert held_by(repo) == published(tmp_path / "run")
     assert set(repo.tags) == {"step-2", "step-4"}

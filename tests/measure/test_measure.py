@@ -41,7 +41,7 @@ RUNS = {"full": "fullrank", "again": "fullrank", "sparse": "sltrain", "cola": "c
 def _quick():
     """Without figures, which take seconds and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("callbacks.report", "measure.write"):
+        for module in ("run.report", "measure.write"):
             patch.setattr(f"hf_lowrank.{module}.draw_figures", lambda publish: [])
         yield
 

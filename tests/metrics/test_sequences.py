@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny_runs import dataset, gpt2, llama
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Gemma2Config, GraniteConfig
 
-from hf_lowrank.metrics import evaluation
+from hf_lowrank.metrics import sequences
 from hf_lowrank.metrics.perplexity import mean_loss
 from hf_lowrank.metrics.sequences import EvaluationSet, sequence_losses
 
@@ -47,8 +47,8 @@ def plain_losses(model, rows):
 @pytest.mark.parametrize("chunks", ["whole", "few positions at a time"])
 def test_losses_are_those_of_all_logits(name, chunks, monkeypatch):
     if chunks != "whole":
-        monkeypatch.setattr(evaluation, "LOGITS", 64 * 7)
-        monkeypatch.setattr(evaluation, "TOKENS", 40)
+        monkeypatch.setattr(sequences, "LOGITS", 64 * 7)
+        monkeypatch.setattr(sequences, "TOKENS", 40)
     model = MODELS[name]().eval()
     rows = EvaluationSet.from_dataset(dataset(5)).rows
     rows["labels"][1, 3:6] = -100
@@ -59,7 +59,7 @@ def test_losses_are_those_of_all_logits(name, chunks, monkeypatch):
 
 
 def test_the_heads_logits_are_never_there_for_all_positions(monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS", 64 * 8)
+    monkeypatch.setattr(sequences, "LOGITS", 64 * 8)
     model, largest = llama().eval(), []
     model.lm_head.register_forward_pre_hook(lambda module, args: None)
     original = torch.nn.functional.cross_entropy
