@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hf_lowrank.compare.series import ComparedRun
 from hf_lowrank.report import metric_entry, write_report
-from hf_lowrank.report.series import ComparedRun
 
 FULL = json.loads((Path(__file__).parent / "report" / "full_report.json").read_text())
 ON = {"evaluation_hash": "e1", "sequences": 32, "tokens": 8160}

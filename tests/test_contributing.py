@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "metrics": {"sharding"},
     "optim": {"sharding"},
     "methods": {"optim", "sharding"},
-    "report": {"figures"},
+    "report": set(),
     "figures": {"report"},
     "hub": {"report", "figures", "checkpoints", "prepare", "methods"},
     "measurements": {"downstream", "metrics", "methods", "report", "checkpoints", "prepare", "targets", "sharding"},

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.compare.charts import charts
+from hf_lowrank.compare.curves import read_curves
+from hf_lowrank.compare.frame import compare
+from hf_lowrank.compare.series import ComparedRun, collect
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.hub.listing import Listed, fetch_listed
-from hf_lowrank.report.charts import charts
-from hf_lowrank.report.compare import compare
-from hf_lowrank.report.curves import read_curves
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.schema import read_report
-from hf_lowrank.report.series import ComparedRun, collect
 
 __all__ = ["Gathered", "Skipped", "gather"]
 

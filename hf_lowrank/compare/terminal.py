@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hf_lowrank.report.compare import Cell, Comparison
+from hf_lowrank.compare.frame import Cell, Comparison
 from hf_lowrank.report.significance import stars
 
 __all__ = ["print_comparison"]

@@ -9,13 +9,13 @@ import pytest
 from compared import ON, report, runs, task, write_run
 from scipy.stats import ttest_ind
 
-from hf_lowrank.figures.compare import draw_comparison
+from hf_lowrank.compare.charts import charts
+from hf_lowrank.compare.curves import read_curves
+from hf_lowrank.compare.figures import draw_comparison
+from hf_lowrank.compare.frame import Comparison, compare
+from hf_lowrank.compare.series import ComparedRun
+from hf_lowrank.compare.text import metrics_csv, render_markdown, runs_csv
 from hf_lowrank.report import metric_entry
-from hf_lowrank.report.charts import charts
-from hf_lowrank.report.compare import Comparison, compare
-from hf_lowrank.report.compare_text import metrics_csv, render_markdown, runs_csv
-from hf_lowrank.report.curves import read_curves
-from hf_lowrank.report.series import ComparedRun
 from hf_lowrank.report.significance import Delta, Sample, difference
 
 LOSS = "validation_loss"

@@ -16,10 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from hf_lowrank.report.charts import charts
-from hf_lowrank.report.compare import Comparison, compare
-from hf_lowrank.report.page import render_page
-from hf_lowrank.report.series import ComparedRun
+from hf_lowrank.compare.charts import charts
+from hf_lowrank.compare.frame import Comparison, compare
+from hf_lowrank.compare.page import render_page
+from hf_lowrank.compare.series import ComparedRun
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- {{ 7*7 }}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

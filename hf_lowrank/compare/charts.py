@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from hf_lowrank.compare.frame import Comparison
+from hf_lowrank.compare.series import Series, data_identity, differing_settings
 from hf_lowrank.figures.activation import SIMILARITIES
 from hf_lowrank.figures.axes import evenly
 from hf_lowrank.figures.training import SPECTRAL
-from hf_lowrank.report.compare import Comparison
 from hf_lowrank.report.headline import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.series import Series, data_identity, differing_settings
 from hf_lowrank.report.tables import describe
 
 __all__ = ["Chart", "Group", "Line", "charts"]

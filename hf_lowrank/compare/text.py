@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from hf_lowrank.report.comparable import Notice
-from hf_lowrank.report.compare import Cell, Column, Comparison, Row
+from hf_lowrank.compare.frame import Cell, Column, Comparison, Row
+from hf_lowrank.compare.notices import Notice
 from hf_lowrank.report.markdown import escape, one_line
 from hf_lowrank.report.significance import stars
 

@@ -15,9 +15,9 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_lowrank.report.charts import Chart
-from hf_lowrank.report.compare import Comparison, Row
-from hf_lowrank.report.compare_text import heading, significance_text
+from hf_lowrank.compare.charts import Chart
+from hf_lowrank.compare.frame import Comparison, Row
+from hf_lowrank.compare.text import heading, significance_text
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.significance import stars
 
@@ -36,7 +36,7 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
     labels = [row.label for row in comparison.rows]
     names = ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
     environment = Environment(
-        loader=PackageLoader("hf_lowrank.report", "templates"),
+        loader=PackageLoader("hf_lowrank.compare", "templates"),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
@@ -60,7 +60,7 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
 
 
 def _file(name: str) -> str:
-    return resources.files("hf_lowrank.report").joinpath("templates", name).read_text(encoding="utf-8")
+    return resources.files("hf_lowrank.compare").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

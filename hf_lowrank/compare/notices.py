@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+from hf_lowrank.compare.series import DESCRIPTIVE, ComparedRun, Series, differing_settings
 from hf_lowrank.report.headline import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.series import DESCRIPTIVE, ComparedRun, Series, differing_settings
 from hf_lowrank.report.tables import UNKNOWN, describe, format_count
 
 __all__ = ["Notice", "differing_facts", "metric_notices", "run_notices", "settings_key"]

@@ -1,6 +1,6 @@
 """Runs side by side: rows of runs (or of seeds taken together), columns of metrics, differences to a baseline.
 
-A column holds numbers that were measured in one way (`hf_lowrank.report.series`), each at its run's last measured
+A column holds numbers that were measured in one way (`hf_lowrank.compare.series`), each at its run's last measured
 step. Everything here is plain data; texts may hold whatever the reports hold, on one line.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_lowrank.report.comparable import Notice, differing_facts, metric_notices, run_notices, settings_key
+from hf_lowrank.compare.notices import Notice, differing_facts, metric_notices, run_notices, settings_key
+from hf_lowrank.compare.series import COSTS, ComparedRun, Kind, Point, Series, collect, differing_settings
 from hf_lowrank.report.headline import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.series import COSTS, ComparedRun, Kind, Point, Series, collect, differing_settings
 from hf_lowrank.report.significance import Delta, Sample, difference
 from hf_lowrank.report.tables import (
     Fact,

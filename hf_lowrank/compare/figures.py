@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hf_lowrank.compare.charts import Chart
+from hf_lowrank.compare.frame import Comparison
 from hf_lowrank.figures import save_figure
 from hf_lowrank.figures.axes import (
     MARKED_POINTS,
@@ -28,8 +30,6 @@ from hf_lowrank.figures.axes import (
     whole_numbers,
 )
 from hf_lowrank.figures.interpolation import barrier_map
-from hf_lowrank.report.charts import Chart
-from hf_lowrank.report.compare import Comparison
 from hf_lowrank.report.headline import HEADLINE_METRICS
 
 __all__ = ["draw_comparison"]
