@@ -1,14 +1,14 @@
 """Low-rank pre-training, the metrics that perplexity hides, and Hub publishing for any Hugging Face Trainer."""
 
-from hf_lowrank.callbacks import (
+from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
+from hf_lowrank.downstream.callback import EvaluationCallback
+from hf_lowrank.families import (
     ActivationCallback,
     CurvatureCallback,
-    EvaluationCallback,
     InterpolationCallback,
     LandscapeCallback,
     SpectralCallback,
 )
-from hf_lowrank.checkpoints import CheckpointError, check_checkpoint, check_resume, last_checkpoint, to_dense
 from hf_lowrank.hub.load import from_pretrained, load_report
 from hf_lowrank.hub.push import push
 from hf_lowrank.methods import (

@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 
 import hf_lowrank as lr
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
-from hf_lowrank.measurements import (
+from hf_lowrank.families import (
     CurvatureSettings,
     LandscapeSettings,
     measure_activations,
@@ -30,8 +30,8 @@ from hf_lowrank.measurements import (
     measure_loss,
     measure_spectra,
 )
-from hf_lowrank.measurements.interpolation import InterpolationSettings
-from hf_lowrank.measurements.spectral import Earlier
+from hf_lowrank.families.interpolation import InterpolationSettings
+from hf_lowrank.families.spectral import Earlier
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.sharding import is_sharded
 

@@ -8,7 +8,7 @@ from tiny_runs import METHODS as TRAINED
 
 import hf_lowrank
 from hf_lowrank.arguments import METRICS
-from hf_lowrank.callbacks.base import MetricCallback
+from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods import METHODS
 from hf_lowrank.methods.base import LowRankConfig
 
@@ -24,28 +24,26 @@ MAY_IMPORT = {
     "report": set(),
     "figures": {"report"},
     "hub": {"report", "figures", "checkpoints", "prepare", "methods"},
-    "measurements": {"downstream", "metrics", "methods", "report", "checkpoints", "prepare", "targets", "sharding"},
-    "callbacks": {
-        *("measurements", "metrics", "methods", "report", "hub", "checkpoints", "prepare", "summary", "targets"),
-        *("sharding", "downstream"),
+    "families": {
+        *("metrics", "methods", "report", "hub", "checkpoints", "prepare", "targets", "sharding"),
     },
     "run": {
-        *("callbacks", "downstream", "figures", "measurements", "metrics", "methods", "report", "hub", "checkpoints"),
+        *("downstream", "figures", "families", "metrics", "methods", "report", "hub", "checkpoints"),
         *("prepare", "summary"),
     },
     "downstream": {
-        *("metrics", "measurements", "callbacks", "measure", "methods", "report", "hub", "checkpoints", "data"),
+        *("metrics", "families", "measure", "methods", "report", "hub", "checkpoints", "data"),
         *("machine", "sharding"),
     },
     "downstream/quick": {"data", "report"},
     "evaluation": {"metrics"},
     "compare": {"report", "figures", "hub"},
     "measure": {
-        *("measurements", "metrics", "methods", "figures", "report", "hub", "checkpoints", "targets", "data"),
+        *("families", "metrics", "methods", "figures", "report", "hub", "checkpoints", "targets", "data"),
         *("machine", "model_config", "downstream"),
     },
     "evaluation/modules": {"methods"},
-    "evaluation/modules/*": {"metrics", "measurements"},
+    "evaluation/modules/*": {"metrics", "families"},
 }
 
 

@@ -15,7 +15,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_lowrank.callbacks.base import BUDGET, MetricCallback
 from hf_lowrank.downstream.results import (
     evaluation_entries,
     forget_evaluations,
@@ -23,8 +22,9 @@ from hf_lowrank.downstream.results import (
     replace_evaluations,
     write_evaluations,
 )
-from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.measurements.spaces import is_reparameterized, unsharded
+from hf_lowrank.families.callback import BUDGET, MetricCallback
+from hf_lowrank.families.records import Measurement, Record
+from hf_lowrank.families.spaces import is_reparameterized, unsharded
 from hf_lowrank.sharding import all_gather_object, raise_together, rank_and_world
 
 __all__ = ["EvaluationCallback"]

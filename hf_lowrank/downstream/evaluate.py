@@ -29,10 +29,10 @@ from hf_lowrank.downstream.results import (
     write_evaluations,
 )
 from hf_lowrank.downstream.watcher import Failure, Watcher
+from hf_lowrank.families.records import metrics_folder
+from hf_lowrank.families.spaces import is_reparameterized
 from hf_lowrank.measure.source import Checkpoint, RunSource, open_run
 from hf_lowrank.measure.write import write_run
-from hf_lowrank.measurements.files import metrics_folder
-from hf_lowrank.measurements.spaces import is_reparameterized
 
 __all__ = ["Options", "evaluate"]
 

@@ -18,7 +18,7 @@ from lm_eval.api.task import Task
 
 from hf_lowrank.downstream.model import LowRankLM
 from hf_lowrank.downstream.results import HARNESS_SEEDS
-from hf_lowrank.measurements.base import finite
+from hf_lowrank.families.records import finite
 
 __all__ = ["Settings", "evaluate_group", "evaluate_task", "quiet"]
 

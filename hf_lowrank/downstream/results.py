@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.measurements.base import finite
+from hf_lowrank.families.records import EVALUATIONS, finite
 from hf_lowrank.report.files import atomic_path
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "write_evaluations",
 ]
 
-EVALUATIONS = "evaluations.json"
 # what lm-evaluation-harness seeds Python, NumPy, torch and the few-shot sampler with where no seed is asked for
 HARNESS_SEEDS = "0,1234,1234,1234"
 

@@ -8,17 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import check_same_size
+from hf_lowrank.families.activation import measure_activations
+from hf_lowrank.families.curvature import measure_curvature
+from hf_lowrank.families.interpolation import measure_interpolation
+from hf_lowrank.families.landscape import measure_landscape, measure_trajectory
+from hf_lowrank.families.loss import measure_loss
+from hf_lowrank.families.presets import Preset
+from hf_lowrank.families.records import Measurement, Record
+from hf_lowrank.families.spaces import in_space, no_dense_form
+from hf_lowrank.families.spectral import Earlier, measure_spectra
 from hf_lowrank.measure.source import Checkpoint, RunSource
 from hf_lowrank.measure.units import Unit, headline_of
-from hf_lowrank.measurements.activation import measure_activations
-from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.measurements.curvature import measure_curvature
-from hf_lowrank.measurements.interpolation import measure_interpolation
-from hf_lowrank.measurements.landscape import measure_landscape, measure_trajectory
-from hf_lowrank.measurements.loss import measure_loss
-from hf_lowrank.measurements.presets import Preset
-from hf_lowrank.measurements.spaces import in_space, no_dense_form
-from hf_lowrank.measurements.spectral import Earlier, measure_spectra
 from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.sequences import EvaluationSet

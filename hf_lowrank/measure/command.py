@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_lowrank.data import DataArguments
+from hf_lowrank.families.presets import PRESETS
+from hf_lowrank.families.records import FAMILIES
 from hf_lowrank.machine import keep_freed_memory
 from hf_lowrank.measure.measure import Options, Watcher, measure
-from hf_lowrank.measurements.base import FAMILIES
-from hf_lowrank.measurements.presets import PRESETS
 from hf_lowrank.methods.base import nearest
 from hf_lowrank.report import read_report
 from hf_lowrank.report.terminal import headline_table

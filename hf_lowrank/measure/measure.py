@@ -12,13 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_lowrank.data import DataArguments
+from hf_lowrank.families.presets import PRESETS, Preset
+from hf_lowrank.families.records import (
+    FAMILIES,
+    Measurement,
+    Record,
+    metrics_folder,
+    read_measurement,
+    write_measurement,
+)
 from hf_lowrank.measure.bench import Bench, PartialError
 from hf_lowrank.measure.source import RunSource, open_run, rows_of
 from hf_lowrank.measure.units import Unit, headline_of
 from hf_lowrank.measure.write import write_map, write_run
-from hf_lowrank.measurements.base import FAMILIES, Measurement, Record
-from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
-from hf_lowrank.measurements.presets import PRESETS, Preset
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.files import atomic_path
 

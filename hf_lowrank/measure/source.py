@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import list_checkpoints, load_model, weight_files
 from hf_lowrank.data import DataArguments, DataError, load_validation
+from hf_lowrank.families.records import EVALUATION
 from hf_lowrank.hub.fetch import FetchError, fetch
 from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
-from hf_lowrank.measurements.files import EVALUATION
 from hf_lowrank.report.schema import read_report
 
 __all__ = ["Checkpoint", "RunSource", "open_run", "rows_of"]

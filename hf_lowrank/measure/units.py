@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from hf_lowrank.families.records import Record
 from hf_lowrank.measure.source import Checkpoint
-from hf_lowrank.measurements.base import Record
 
 __all__ = ["Unit", "headline_of"]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.downstream.results import evaluation_entries, read_evaluations
+from hf_lowrank.families.records import metrics_folder, read_measurement, read_records
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
-from hf_lowrank.measurements.files import metrics_folder, read_measurement, read_records
 from hf_lowrank.model_config import base_architecture
 from hf_lowrank.report import baseline_of, read_report, write_report
 from hf_lowrank.report.files import atomic_path

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import Trainer, TrainerCallback
 
-from hf_lowrank.callbacks.base import MetricCallback
+from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
 from hf_lowrank.run.facts import RunInfo
 from hf_lowrank.run.report import ReportCallback

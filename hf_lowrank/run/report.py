@@ -21,8 +21,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_lowrank.callbacks.activation import ActivationCallback
-from hf_lowrank.callbacks.base import MODEL_INPUTS, MetricCallback
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.downstream.results import (
     EVALUATIONS,
@@ -30,20 +28,23 @@ from hf_lowrank.downstream.results import (
     forget_evaluations,
     read_evaluations,
 )
-from hf_lowrank.figures import draw_figures
-from hf_lowrank.hub.background import PushQueue
-from hf_lowrank.hub.card import write_card
-from hf_lowrank.hub.network import describe_error
-from hf_lowrank.hub.push import push
-from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.measurements.files import (
+from hf_lowrank.families.activation import ActivationCallback
+from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback
+from hf_lowrank.families.records import (
     EVALUATION,
+    Measurement,
+    Record,
     forget,
     metrics_folder,
     read_measurement,
     read_records,
     write_measurement,
 )
+from hf_lowrank.figures import draw_figures
+from hf_lowrank.hub.background import PushQueue
+from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.network import describe_error
+from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.sequences import predicts_next_token, sequence_losses
 from hf_lowrank.report import ReportError, baseline_of, metric_entry, read_report, write_report

@@ -13,7 +13,7 @@ from tiny_runs import METHODS, arguments, llama, make_trainer, weights
 from tiny_tasks import tokenizer, write_tasks
 
 import hf_lowrank as lr
-from hf_lowrank.callbacks import base
+from hf_lowrank.families import callback as base
 from hf_lowrank.report import read_report
 
 TESTS = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import load_model
 from hf_lowrank.cli import main
 from hf_lowrank.data import DataError
+from hf_lowrank.families import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
 from hf_lowrank.measure import Options, measure, open_run
 from hf_lowrank.measure.measure import Watcher
-from hf_lowrank.measurements import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.spectra import spectral_metrics
@@ -596,7 +596,7 @@ def test_the_command_says_what_is_wrong(words, message, runs, capsys):
 
 
 def test_study_has_the_studys_settings():
-    from hf_lowrank.measurements import PRESETS
+    from hf_lowrank.families import PRESETS
     from hf_lowrank.metrics.landscape import symmetric_grid
 
     study, quick = PRESETS["study"], PRESETS["quick"]

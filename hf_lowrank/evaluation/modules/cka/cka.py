@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import torch
 
-from hf_lowrank.measurements.base import jackknife
+from hf_lowrank.families.records import jackknife
 from hf_lowrank.metrics.activations import StreamingCKA
 
 _DESCRIPTION = """\

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_lowrank.measurements.landscape import over_directions
+from hf_lowrank.families.landscape import over_directions
 from hf_lowrank.metrics.landscape import LossCurve, mean_curve
 
 _DESCRIPTION = """\

@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 import torch
 
-from hf_lowrank.measurements.spectral import averages, update_metrics, weight_metrics
+from hf_lowrank.families.spectral import averages, update_metrics, weight_metrics
 from hf_lowrank.metrics.spectra import measure_each
 
 _DESCRIPTION = """\

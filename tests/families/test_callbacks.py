@@ -14,10 +14,10 @@ from tiny_runs import METHODS, Kill, arguments, dataset, gpt2, llama, make_train
 from transformers import Trainer, TrainerCallback
 
 import hf_lowrank as lr
-from hf_lowrank.callbacks import base
-from hf_lowrank.callbacks.base import MetricCallback
 from hf_lowrank.checkpoints import load_model
-from hf_lowrank.measurements import Measurement, Record
+from hf_lowrank.families import Measurement, Record
+from hf_lowrank.families import callback as base
+from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.metrics.activations import compare_activations
 from hf_lowrank.metrics.curvature import hessian_trace
 from hf_lowrank.metrics.interpolation import barrier, loss_path

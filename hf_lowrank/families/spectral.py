@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.measurements.base import Measurement, Record, finite
+from hf_lowrank.families.callback import BUDGET, MetricCallback, output_folder
+from hf_lowrank.families.records import Measurement, Record, finite
+from hf_lowrank.families.snapshots import Snapshot
+from hf_lowrank.families.spaces import SPACES, spaces_of
 from hf_lowrank.metrics.spectra import (
     measure_each,
     relative_norm,
@@ -17,7 +22,7 @@ from hf_lowrank.metrics.spectra import (
 from hf_lowrank.sharding import all_gather_object, rank_and_world
 from hf_lowrank.targets import Target, dense_weights, native_weights
 
-__all__ = ["Earlier", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
+__all__ = ["Earlier", "SpectralCallback", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
 
 # dimension of the two updates' subspaces that are compared
 OVERLAP_K = 8
@@ -213,3 +218,73 @@ def averages(
             settings = {**settings, "average": "all matrices together"}
         records.append(Record(name, mean, None, step, settings, space))
     return records
+
+
+class SpectralCallback(MetricCallback):
+    """Singular-value metrics of every target matrix, and of its change since the last measurement and since the start.
+
+    Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
+    as the product of its factors, in the space `linearised`. The weights of the first and
+    the last measurement are kept in `<output_dir>/spectral_snapshots/`; where they are not at hand, as after a resume
+    on another machine, the rows about updates are left out. Nothing random is drawn and no parameter is touched.
+
+    Args:
+        every: optimizer steps between two measurements; the start and the end of training are measured as well.
+        target_modules: layers to measure, as in a method's config; default: every linear layer inside the repeated
+            blocks.
+        space: `dense`, `native` as in the study, where each factor of a reparameterised layer counts by itself, or
+            `both`.
+        budget: share of the training time for all metric callbacks together; None for no limit.
+    """
+
+    name: ClassVar[str] = "spectral"
+    alternative: ClassVar[str] = "give one with space='both'"
+
+    def __init__(
+        self,
+        every: int = 500,
+        target_modules: list[str] | str | None = None,
+        *,
+        space: str = "dense",
+        budget: float | None = BUDGET,
+    ) -> None:
+        super().__init__(every, budget)
+        if space not in SPACES:
+            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
+        self.space = space
+        self.target_modules = target_modules
+        self._last: int | None = None
+
+    def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        self._last = self._measured_at
+        if state.global_step == 0 and state.is_world_process_zero:
+            for name in ("previous", "initial"):
+                Snapshot(output_folder(args) / "spectral_snapshots", name).remove()
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
+        step, folder = state.global_step, output_folder(args) / "spectral_snapshots"
+        previous, initial = Snapshot(folder, "previous"), Snapshot(folder, "initial")
+        # one process a machine writes, the others there read
+        writes = args.local_process_index == 0
+        before, start = self._earlier(previous, self._last, step), self._earlier(initial, 0, step)
+        found = Measurement([], [])
+        kept: dict[str, torch.Tensor] = {}
+        for space in spaces_of(model, self.space):
+            part, weights = measure_spectra(
+                model, step, before, start, self.target_modules, space, shared=args.world_size > 1, keep=writes
+            )
+            found, kept = found + part, kept | weights
+        if writes:
+            previous.save(kept, step)
+        if writes and step == 0:
+            initial.save(kept, step)
+        self._last = step
+        return found
+
+    def _earlier(self, snapshot: Snapshot, taken_at: int | None, step: int) -> Earlier | None:
+        """The snapshot of a step, where every process can see what it needs of it."""
+        # one from beyond the checkpoint that the run was resumed from is of another history
+        usable = taken_at is not None and taken_at < step and snapshot.holds(taken_at)
+        if not all(all_gather_object(usable)) or taken_at is None:
+            return None
+        return Earlier(taken_at, lambda name: snapshot.get(taken_at, name))

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hf_lowrank.measurements.base import Measurement, record
+from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.metrics.sequences import EvaluationSet

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.measurements.base import Measurement, record
+from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.records import Measurement, record
+from hf_lowrank.families.spaces import in_space, unsharded
 from hf_lowrank.metrics.curvature import hessian_trace, top_eigenvalue
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.metrics.sequences import EvaluationSet
 
-__all__ = ["CurvatureSettings", "measure_curvature"]
+__all__ = ["CurvatureCallback", "CurvatureSettings", "measure_curvature"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,40 @@ def measure_curvature(
         records.append(record(f"curvature/{name}", estimate, step, {**how, **noted}, space))
         row |= {f"curvature/{name}": estimate.value, f"curvature/{name}_stderr": estimate.stderr}
     return Measurement(records, [row])
+
+
+class CurvatureCallback(SequenceCallback):
+    """Top eigenvalue and trace of the Hessian over the parameters that are trained.
+
+    A model that FSDP2 shards is gathered to every process for it: its hooks have no double backward.
+
+    Args:
+        dataset: tokenized rows, such as a Trainer's `eval_dataset`.
+        every: optimizer steps between two measurements; the start and the end of training are measured as well.
+        sequences: the Hessian is that of the loss on so many rows; their graph is kept in memory.
+        samples, iterations, seed: as in `CurvatureSettings`.
+        budget: share of the training time for all metric callbacks together; None for no limit.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    name: ClassVar[str] = "curvature"
+
+    def __init__(
+        self,
+        dataset: Any,
+        every: int = 1000,
+        *,
+        sequences: int = 4,
+        samples: int = 8,
+        iterations: int = 12,
+        seed: int = 0,
+        budget: float | None = BUDGET,
+    ) -> None:
+        super().__init__(dataset, every, budget, sequences)
+        self.settings = CurvatureSettings(sequences, samples, iterations, seed)
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
+        _, space = in_space(model, "native")
+        return measure_curvature(unsharded(model), self.evaluation(args), self.settings, state.global_step, space)

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import gather_model, to_dense
-from hf_lowrank.measurements.base import Record
+from hf_lowrank.families.records import Record
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.prepare import method_of
 from hf_lowrank.sharding import is_sharded

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.measurements.base import Measurement, Record
-from hf_lowrank.measurements.files import metrics_folder, read_measurement, write_measurement
+from hf_lowrank.families.records import Measurement, Record, metrics_folder, read_measurement, write_measurement
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.sharding import all_gather_object
 

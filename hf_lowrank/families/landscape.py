@@ -5,14 +5,17 @@ Shapes: N directions, p points of a grid, n sequences; losses are (p, n) sums in
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.measurements.base import Measurement, Record, jackknife, record
+from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.records import Measurement, Record, jackknife, record
+from hf_lowrank.families.spaces import SPACES, in_space, no_dense_form, spaces_of
 from hf_lowrank.metrics.landscape import (
     NORMALIZATIONS,
     LossCurve,
@@ -29,7 +32,7 @@ from hf_lowrank.metrics.perturb import each_point, evaluating
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA
 
-__all__ = ["LandscapeSettings", "measure_landscape", "measure_trajectory", "over_directions"]
+__all__ = ["LandscapeCallback", "LandscapeSettings", "measure_landscape", "measure_trajectory", "over_directions"]
 
 Grid = NDArray[np.float64]
 
@@ -303,3 +306,51 @@ def measure_trajectory(
             losses = lines.along(direction, grid)
             found += _along_one(lines, losses, grid, ("trajectory", k + 1), step, space, noted)
     return found
+
+
+class LandscapeCallback(SequenceCallback):
+    """Expected sharpness and variance along random and singular directions.
+
+    Args:
+        dataset: tokenized rows, such as a Trainer's `eval_dataset`.
+        every: optimizer steps between two measurements; the start and the end of training are measured as well.
+        directions: number of random directions.
+        sequences: how many rows of the data set, spread evenly.
+        space: `native`, the parameters as trained, `dense`, the matrices they compute, for comparing methods (this
+            needs memory for a dense copy of a reparameterised model), or `both`.
+        budget: share of the training time for all metric callbacks together; None for no limit.
+        **settings: more fields of `LandscapeSettings`: radius, points, svd_k, normalize, seed, ...
+
+    Raises:
+        ValueError: a number or name that makes no sense.
+    """
+
+    name: ClassVar[str] = "landscape"
+    alternative: ClassVar[str] = "give one with space='both'"
+
+    def __init__(
+        self,
+        dataset: Any,
+        every: int = 1000,
+        directions: int = 8,
+        *,
+        sequences: int = 32,
+        space: str = "native",
+        budget: float | None = BUDGET,
+        **settings: Any,
+    ) -> None:
+        super().__init__(dataset, every, budget, sequences)
+        if space not in SPACES:
+            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
+        self.space = space
+        self.settings = LandscapeSettings(directions=directions, **settings)
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
+        step, found = state.global_step, Measurement([], [])
+        for space in spaces_of(model, self.space):
+            if space == "dense" and (why := no_dense_form(model)):
+                found += Measurement([why.record("landscape/random/sharpness", step)], [])
+                continue
+            chosen, named = in_space(model, space)
+            found += measure_landscape(chosen, self.evaluation(args), self.settings, step, named)
+        return found

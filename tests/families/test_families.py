@@ -9,7 +9,7 @@ from quadratic import Quadratic
 from tiny_runs import METHODS, arguments, dataset, llama, weights
 
 import hf_lowrank as lr
-from hf_lowrank.measurements import (
+from hf_lowrank.families import (
     CurvatureSettings,
     InterpolationSettings,
     LandscapeSettings,
@@ -20,8 +20,8 @@ from hf_lowrank.measurements import (
     measure_loss,
     measure_spectra,
 )
-from hf_lowrank.measurements.base import jackknife
-from hf_lowrank.measurements.landscape import _variance
+from hf_lowrank.families.landscape import _variance
+from hf_lowrank.families.records import jackknife
 from hf_lowrank.metrics.curvature import hessian_trace
 from hf_lowrank.metrics.sequences import EvaluationSet
 

@@ -1,20 +1,60 @@
-"""Activations against a baseline's during training (the study's H14 to H16)."""
+"""Activations against a baseline's on the same tokens (H14 to H16)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
-from hf_lowrank.callbacks.base import BUDGET, SequenceCallback
 from hf_lowrank.checkpoints import check_same_size, list_checkpoints, load_model
+from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.hub.fetch import fetch
-from hf_lowrank.measurements.activation import measure_activations
-from hf_lowrank.measurements.base import Measurement
+from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
+from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report import read_report
 from hf_lowrank.sharding import raise_together
 
-__all__ = ["ActivationCallback"]
+__all__ = ["ActivationCallback", "measure_activations"]
+
+
+def measure_activations(
+    model: nn.Module,
+    baseline: nn.Module,
+    evaluation: EvaluationSet,
+    step: int,
+    baseline_name: str,
+    baseline_step: int | None,
+    progress: Callable[[], Any] = lambda: None,
+) -> Measurement:
+    """Relative L2, cosine and CKA, plain and debiased, layer by layer and averaged over layers.
+
+    Raises:
+        ValueError: the baseline is of another size, or one of the models gives no hidden states.
+    """
+    with evaluating(model), evaluating(baseline):
+        mean, layers = compare_activations(model, baseline, evaluation, progress=progress)
+    noted = {
+        "baseline": baseline_name,
+        "baseline_step": baseline_step,
+        "average": "mean over layers, embeddings included",
+        "layers": len(layers),
+        **evaluation.settings(),
+        "stderr": "jackknife over groups of sequences",
+    }
+    records = [record(f"activation/{name}", getattr(mean, name), step, noted) for name in SIMILARITIES]
+    rows: list[dict[str, Any]] = []
+    for layer, similarity in enumerate(layers):
+        row: dict[str, Any] = {"step": step, "layer": layer, "baseline": baseline_name}
+        row["baseline_step"] = -1 if baseline_step is None else baseline_step
+        for name in SIMILARITIES:
+            estimate = getattr(similarity, name)
+            row |= {f"activation/{name}": estimate.value, f"activation/{name}_stderr": estimate.stderr}
+        rows.append(row)
+    return Measurement(records, rows)
 
 
 class ActivationCallback(SequenceCallback):

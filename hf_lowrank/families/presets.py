@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from hf_lowrank.measurements.curvature import CurvatureSettings
-from hf_lowrank.measurements.interpolation import InterpolationSettings
-from hf_lowrank.measurements.landscape import LandscapeSettings
+from hf_lowrank.families.curvature import CurvatureSettings
+from hf_lowrank.families.interpolation import InterpolationSettings
+from hf_lowrank.families.landscape import LandscapeSettings
 
 __all__ = ["PRESETS", "Preset"]
 
