@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,6 @@ from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
 from hf_lowrank.methods.base import nearest
 from hf_lowrank.models import SIZES
-from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.secrets import redact
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
 
@@ -292,10 +289,3 @@ def _other_method(name: str, config_cls: type[LowRankConfig]) -> str:
     """Says so when a name that is unknown here is a field of another method."""
     others = [cls.method for cls in METHODS.values() if name in {f.name for f in dataclasses.fields(cls)}]
     return f": it is a setting of {', '.join(others)}, not of {config_cls.method}" if others else ""
-
-
-def fail(error: BaseException, main_process: bool = True) -> NoReturn:
-    """End the program with one line on standard error and exit code 2."""
-    if main_process:
-        print(f"error: {redact(one_line(error))}", file=sys.stderr)
-    raise SystemExit(2)

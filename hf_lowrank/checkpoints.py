@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
+from hf_lowrank.methods.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.model_config import CheckpointError, base_architecture, mark_native, read_config, read_json
-from hf_lowrank.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.sharding import reshard
 
 __all__ = [

@@ -1,13 +1,14 @@
 """`hf-lowrank`: publish, fetch and look at runs from the command line."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
 
-__all__ = ["app", "main"]
+__all__ = ["app", "fail", "main"]
 
 app = typer.Typer(
     name="hf-lowrank",
@@ -52,7 +53,7 @@ def load(
 
     from hf_lowrank.checkpoints import load_model
     from hf_lowrank.hub.fetch import fetch
-    from hf_lowrank.prepare import method_of
+    from hf_lowrank.methods.prepare import method_of
     from hf_lowrank.report import read_report
     from hf_lowrank.report.terminal import evaluations_table, facts_table, headline_table
 
@@ -234,16 +235,30 @@ def config(method: Annotated[str, typer.Argument(help="Method, galore for exampl
 
 def main() -> None:
     """Entry point: an error of the user's is one line on standard error and exit code 2."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from hf_lowrank.arguments import fail
-
-    # its bases: OSError and the class of the HTTP library, which depends on the version of huggingface_hub
-    failures: tuple[Any, ...] = (ValueError, OSError, *HfHubHTTPError.__bases__)
     try:
         app()
-    except failures as error:
-        fail(error)
-    # a file that could not be uploaded: huggingface_hub names it, and the cause says why
-    except RuntimeError as error:
-        fail(error if error.__cause__ is None else RuntimeError(f"{error} {error.__cause__}"))
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        # a file that could not be uploaded: huggingface_hub names it, and the cause says why
+        upload = isinstance(error, RuntimeError) and error.__cause__ is not None
+        fail(RuntimeError(f"{error} {error.__cause__}") if upload else error)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error comes from what the user asked for, or from the network."""
+    if isinstance(error, ValueError | OSError | RuntimeError):
+        return True
+    # where huggingface_hub was not imported, no error is of its HTTP library, which depends on its version
+    hub_errors = sys.modules.get("huggingface_hub.errors")
+    return hub_errors is not None and isinstance(error, hub_errors.HfHubHTTPError.__bases__)
+
+
+def fail(error: BaseException, main_process: bool = True) -> NoReturn:
+    """End the program with one line on standard error and exit code 2."""
+    from hf_lowrank.report.markdown import one_line
+    from hf_lowrank.report.secrets import redact
+
+    if main_process:
+        print(f"error: {redact(one_line(error))}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,21 +1,29 @@
 """Tensors and work spread over processes: what everything that may meet FSDP2 or DDP shares.
 
 Without a process group there is one process, and nothing is communicated.
+
+torch's modules for sharding cost as much as half of `import torch`. Whoever has made a sharded tensor or model has
+imported them, so that they are looked up here and not imported.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "OtherProcessError",
     "all_gather_object",
     "all_reduce_sum",
+    "is_dtensor",
+    "is_fsdp",
     "is_sharded",
     "like",
     "local",
@@ -32,33 +40,45 @@ class OtherProcessError(RuntimeError):
     """Another process failed where this one did not."""
 
 
+def is_dtensor(value: object) -> TypeGuard["DTensor"]:
+    """Whether a value is a tensor that is spread over processes."""
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def is_fsdp(value: object) -> TypeGuard["FSDPModule"]:
+    """Whether a value is a module that FSDP2 shards."""
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, for which every process must call this; the tensor itself where it is not sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A tensor that every process holds whole, sharded as `model` is; nothing is communicated."""
-    if not isinstance(model, DTensor):
+    if not is_dtensor(model):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put the sharded parameters back, which an evaluation may have left gathered."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the model."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return any(is_fsdp(module) for module in model.modules())
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -24,8 +24,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.utils import logging as transformers_logging
 
 import hf_lowrank as lr
-from hf_lowrank.arguments import Recipe, RecipeArguments, fail, parse_recipe
+from hf_lowrank.arguments import Recipe, RecipeArguments, parse_recipe
 from hf_lowrank.checkpoints import list_checkpoints
+from hf_lowrank.cli import fail
 from hf_lowrank.data import Data, load_data
 from hf_lowrank.downstream.quick.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics

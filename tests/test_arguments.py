@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_lowrank.arguments import RecipeArguments, fail, parse_recipe
+from hf_lowrank.arguments import RecipeArguments, parse_recipe
+from hf_lowrank.cli import fail
 from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS
 from hf_lowrank.models import SIZES, model_config

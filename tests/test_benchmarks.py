@@ -76,3 +76,11 @@ def test_methods(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "products alone" in shown
     assert "tiny, memory" in shown
+
+
+@pytest.mark.slow
+def test_imports(monkeypatch, tmp_path, capsys):
+    run("imports", monkeypatch, "--rounds", 1, "--output", tmp_path / "imports.json")
+    medians = json.loads((tmp_path / "imports.json").read_text())["median"]
+    assert all(seconds > 0 for seconds in medians.values())
+    assert "importtime" not in capsys.readouterr().err

@@ -1,10 +1,17 @@
-"""The package as it is installed: a wheel renders a card, holds schema and modules, and needs no checkout."""
+"""The package as it is imported and installed: what an import costs, public names, and a wheel without a checkout."""
 
+import ast
+import json
+import pickle
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import hf_lowrank
+import hf_lowrank.metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +37,63 @@ barrier = evaluate.load(path("interpolation_barrier"), module_type="measurement"
 assert barrier.compute(alphas=[0, 0.5, 1], losses=[1, 3, 1])["interpolation/consecutive/barrier"] == 2
 print(len(card))
 """
+
+
+HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets", "pandas", "matplotlib", "huggingface_hub")
+
+
+def imported(code):
+    """The heavy packages, and torch's modules for sharding, that a Python process has imported after it ran code."""
+    names = (*HEAVY, "torch.distributed.fsdp", "torch.distributed.tensor")
+    tail = f"import json, sys; print(json.dumps([name for name in {names} if name in sys.modules]), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"try:\n    {code}\nfinally:\n    {tail}"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "Traceback" not in done.stderr.replace("SystemExit", ""), done.stderr
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert imported("import hf_lowrank; dir(hf_lowrank); hf_lowrank.__version__; hf_lowrank.metrics") == []
+
+
+def test_the_metrics_need_torch_and_scipy_alone():
+    names = [f"hf_lowrank.metrics.{module.name}" for module in pkgutil.iter_modules(hf_lowrank.metrics.__path__)]
+    assert "hf_lowrank.metrics.spectra" in names
+    assert imported(f"import {', '.join(names)}") == ["torch"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "push --help", "measure --help", "evaluate --help", "compare --help", "mesure x", "load", "push --x"],
+)
+def test_the_command_line_answers_without_heavy_imports(words):
+    code = f"from hf_lowrank.cli import main; import sys; sys.argv = ['hf-lowrank', *{words!r}.split()]; main()"
+    assert imported(code) == []
+
+
+def test_public_names_stand_in_the_table_the_list_and_the_imports_for_tools():
+    tree = ast.parse(Path(hf_lowrank.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    for_tools = {alias.name: node.module for node in block.body for alias in node.names}
+    assert for_tools == hf_lowrank._MODULES
+    assert sorted(hf_lowrank.__all__) == sorted(for_tools)
+
+
+def test_public_names_work_however_they_are_asked_for():
+    everything = {}
+    exec("from hf_lowrank import *", everything)
+    for name in hf_lowrank.__all__:
+        assert everything[name] is getattr(hf_lowrank, name)
+        assert pickle.loads(pickle.dumps(everything[name])) is everything[name]
+    assert set(hf_lowrank.__all__) <= set(dir(hf_lowrank))
+    assert hf_lowrank.optim.GaLoreAdamW.__module__ == "hf_lowrank.optim.galore"
+    # a function, whatever modules have been imported
+    assert callable(hf_lowrank.prepare)
+    with pytest.raises(AttributeError, match="module 'hf_lowrank' has no attribute 'GaloreConfig'"):
+        _ = hf_lowrank.GaloreConfig
+    with pytest.raises(ImportError):
+        from hf_lowrank import GaloreConfig  # noqa: F401
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, we
 from transformers import Trainer
 
 import hf_lowrank as lr
-from hf_lowrank.prepare import summary_of
+from hf_lowrank.methods.prepare import summary_of
 from hf_lowrank.summary import optimizer_state_bytes
 
 

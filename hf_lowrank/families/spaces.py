@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.checkpoints import gather_model, to_dense
 from hf_lowrank.families.records import Record
 from hf_lowrank.methods.base import ReparameterizedLinear
-from hf_lowrank.prepare import method_of
+from hf_lowrank.methods.prepare import method_of
 from hf_lowrank.sharding import is_sharded
 
 __all__ = ["SPACES", "NoDenseForm", "in_space", "is_reparameterized", "no_dense_form", "spaces_of", "unsharded"]

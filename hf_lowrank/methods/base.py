@@ -2,7 +2,7 @@
 
 A method is one module in this folder: a dataclass config (its fields carry their help, so that the CLI, the
 recipes and the docs read it from one place) and, for a reparameterisation, its layer. Its class attributes and the
-few hooks below tell `hf_lowrank.prepare` what to do with a model.
+few hooks below tell `hf_lowrank.methods.prepare` what to do with a model.
 
 Shapes: a target weight is W: (m, n) = (out_features, in_features); r is the rank.
 """

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
-from hf_lowrank.prepare import method_of, summary_of
+from hf_lowrank.methods.prepare import method_of, summary_of
 from hf_lowrank.report.secrets import without_secrets
 from hf_lowrank.summary import Summary, optimizer_state_bytes, summarize
 

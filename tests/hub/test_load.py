@@ -23,9 +23,8 @@ from typer.testing import CliRunner
 
 import hf_lowrank as lr
 import hf_lowrank.run.report
-from hf_lowrank.arguments import fail
 from hf_lowrank.checkpoints import export, load_model
-from hf_lowrank.cli import app
+from hf_lowrank.cli import app, fail
 from hf_lowrank.hub.fetch import FetchError
 from hf_lowrank.methods import METHODS as REGISTERED
 from hf_lowrank.model_config import base_architecture

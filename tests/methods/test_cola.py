@@ -19,7 +19,7 @@ from hf_lowrank import CoLAConfig
 from hf_lowrank.checkpoints import check_resume
 from hf_lowrank.methods import CoLALinear
 from hf_lowrank.methods.base import seeded_generator
-from hf_lowrank.prepare import apply_method, identity, method_of
+from hf_lowrank.methods.prepare import apply_method, identity, method_of
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh, "linear": lambda h: h}
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank as lr
 from hf_lowrank.methods import LoRALinear
-from hf_lowrank.prepare import apply_method, summary_of
+from hf_lowrank.methods.prepare import apply_method, summary_of
 
 LORA = METHODS["lora"]
 KINDS = {"linear": lambda: nn.Linear(12, 20), "conv1d": lambda: Conv1D(20, 12)}
