@@ -71,8 +71,8 @@ def test_every_method_has_its_row_and_its_paper():
         row = next(line for line in README.splitlines() if f"`{config_cls.__name__}(" in line)
         assert config_cls.label.lower() in row.lower()
         if config_cls.paper is not None:
-            assert f"https://arxiv.org/abs/{config_cls.paper}" in row
-            assert CARDS[name].paper.arxiv == config_cls.paper
+            assert f"https://arxiv.org/abs/{config_cls.paper.arxiv}" in row
+            assert CARDS[name].paper.arxiv == config_cls.paper.arxiv
 
 
 def test_every_relative_link_leads_somewhere():

@@ -1,29 +1,36 @@
-"""The methods, one module each; importing this package registers them all."""
+"""The methods, one module each; importing this package registers all that are in it."""
 
-from hf_lowrank.methods.apollo import ApolloConfig
-from hf_lowrank.methods.base import METHODS, LowRankConfig, ReparameterizedLinear, get_method
+from hf_lowrank.methods.apollo import ApolloAdamW, ApolloConfig
+from hf_lowrank.methods.base import METHODS, LowRankConfig, Paper, ReparameterizedLinear, get_method, register
 from hf_lowrank.methods.cola import CoLAConfig, CoLALinear
-from hf_lowrank.methods.fira import FiraConfig
+from hf_lowrank.methods.fira import FiraAdamW, FiraConfig
 from hf_lowrank.methods.fullrank import FullRankConfig
-from hf_lowrank.methods.galore import GaLoreConfig
+from hf_lowrank.methods.galore import GaLoreAdamW, GaLoreConfig
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear
+from hf_lowrank.methods.projected import ProjectedConfig
 from hf_lowrank.methods.relora import ReLoRAConfig
 from hf_lowrank.methods.sltrain import SLTrainConfig, SLTrainLinear
 
 __all__ = [
     "METHODS",
+    "ApolloAdamW",
     "ApolloConfig",
     "CoLAConfig",
     "CoLALinear",
+    "FiraAdamW",
     "FiraConfig",
     "FullRankConfig",
+    "GaLoreAdamW",
     "GaLoreConfig",
     "LoRAConfig",
     "LoRALinear",
     "LowRankConfig",
+    "Paper",
+    "ProjectedConfig",
     "ReLoRAConfig",
     "ReparameterizedLinear",
     "SLTrainConfig",
     "SLTrainLinear",
     "get_method",
+    "register",
 ]

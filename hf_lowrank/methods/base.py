@@ -22,11 +22,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import PushToHubMixin
 
+from hf_lowrank.plugins import load_plugins
+
 __all__ = [
-    "CONFIG_NAME", "METHODS", "LowRankConfig", "MethodCallback", "ReparameterizedLinear", "get_method", "nearest",
-    "register", "seeded_generator", "uses_deepspeed",
+    "CONFIG_NAME", "METHODS", "LowRankConfig", "MethodCallback", "Paper", "ReparameterizedLinear", "get_method",
+    "nearest", "register", "seeded_generator", "uses_deepspeed",
 ]  # fmt: skip
 
 CONFIG_NAME = "lowrank_config.json"
@@ -49,11 +52,32 @@ def register(cls: C) -> C:
 
 
 def get_method(name: str) -> type["LowRankConfig"]:
-    """The config class of the method `name`; `ValueError` with the nearest name when there is none."""
+    """The config class of the method `name`; `ValueError` with the nearest name when there is none.
+
+    A method of another package is found once that package has registered it: when it is imported, or by itself where
+    it is installed with an entry point (see `hf_lowrank.plugins`).
+    """
+    if name not in METHODS:
+        load_plugins()
     if name not in METHODS:
         known = sorted(METHODS)
         raise ValueError(f"unknown method '{name}'{nearest(name, known)}; the methods are {', '.join(known)}")
     return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The paper that introduced a method.
+
+    Attributes:
+        title: of the paper.
+        arxiv: its number there, `2403.03507` for example.
+        authors: their names, separated by commas.
+    """
+
+    title: str
+    arxiv: str
+    authors: str
 
 
 def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
@@ -123,9 +147,9 @@ class LowRankConfig(PushToHubMixin):
     """
 
     method: ClassVar[str]
+    # how cards, tables and messages call the method
     label: ClassVar[str]
-    # arXiv number of the method's paper; None for the baseline
-    paper: ClassVar[str | None] = None
+    paper: ClassVar[Paper | None] = None
     # whether the method puts its own layers in the targets' place
     replaces_layers: ClassVar[bool] = False
     # whether those layers go on from the weights of the layers they replace
@@ -169,7 +193,24 @@ class LowRankConfig(PushToHubMixin):
             model.set_submodule(name, self.replace_layer(model.get_submodule(name), r, seeded_generator(seed, name)))
 
     def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> ReparameterizedLinear:
-        """The layer that takes the place of `linear` (`Linear` or `Conv1D`); only where `replaces_layers`."""
+        """The layer that takes the place of `linear` (`Linear` or `Conv1D`), with its bias, device and dtype."""
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, Tensor)
+        transposed = isinstance(linear, Conv1D)
+        n, m = weight.shape if transposed else weight.shape[::-1]
+        layer = self.new_layer(n, m, r, bias=bias is not None, fan_in_fan_out=transposed, generator=generator)
+        layer.to(device=weight.device, dtype=weight.dtype)
+        if isinstance(bias, Tensor):
+            layer.get_parameter("bias").data.copy_(bias.data)
+        return layer
+
+    def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> ReparameterizedLinear:
+        """A layer of the method with initial values; where `replaces_layers`.
+
+        Args:
+            in_features, out_features, r: sizes of the layer.
+            **kwargs: `bias`, `fan_in_fan_out` and `generator`, as `ReparameterizedLinear` and `torch.nn` name them.
+        """
         raise NotImplementedError(f"{self.label} leaves the layers as they are")
 
     def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
@@ -198,6 +239,12 @@ class LowRankConfig(PushToHubMixin):
             ValueError: no such code can be written for the model.
         """
 
+    @classmethod
+    def facts(cls) -> dict[str, Any]:
+        """What a report says about the method itself, whatever its settings."""
+        paper = None if cls.paper is None else dataclasses.asdict(cls.paper)
+        return {"method_label": cls.label, "method_paper": paper, "dense_form": cls.has_dense_form}
+
     # Saving and loading
 
     def identity(self) -> dict[str, Any]:
@@ -215,7 +262,10 @@ class LowRankConfig(PushToHubMixin):
         name = values.pop("method", getattr(cls, "method", None))
         if name is None:
             raise ValueError(f"the config names no method; 'method' is one of {', '.join(sorted(METHODS))}")
-        chosen = get_method(name)
+        try:
+            chosen = get_method(name)
+        except ValueError as error:
+            raise ValueError(f"{error}; where another package defines it, install or import that package") from None
         if not issubclass(chosen, cls):
             raise ValueError(
                 f"the config is for '{name}', not for {cls.__name__}: use LowRankConfig to load any method"

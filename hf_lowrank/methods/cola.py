@@ -23,9 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, nearest, register
+from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, nearest, register
 
 __all__ = ["CoLAConfig", "CoLALinear"]
 
@@ -137,7 +136,12 @@ class CoLAConfig(LowRankConfig):
 
     method: ClassVar[str] = "cola"
     label: ClassVar[str] = "CoLA"
-    paper: ClassVar[str | None] = "2502.10940"
+    paper: ClassVar[Paper | None] = Paper(
+        title="CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation",
+        arxiv="2502.10940",
+        authors="Ziyue Liu, Ruijie Zhang, Zhengyang Wang, Mingsong Yan, Zi Yang, Paul D. Hovland, Bogdan Nicolae, "
+        "Franck Cappello, Sui Tang, Zheng Zhang",
+    )
     replaces_layers: ClassVar[bool] = True
     has_dense_form: ClassVar[bool] = False
     runtime_fields: ClassVar[tuple[str, ...]] = ("recompute",)
@@ -183,17 +187,8 @@ class CoLAConfig(LowRankConfig):
         for name in dropped:
             model.set_submodule(name, nn.Identity())
 
-    def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> CoLALinear:
-        transposed = isinstance(linear, Conv1D)
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        n, m = weight.shape if transposed else weight.shape[::-1]
-        bias = linear.bias
-        layer = CoLALinear(n, m, r, self.activation, bias is not None, transposed, generator)
-        layer.to(device=weight.device, dtype=weight.dtype)
-        if isinstance(bias, Tensor) and layer.bias is not None:
-            layer.bias.data.copy_(bias.data)
-        return layer
+    def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> CoLALinear:
+        return CoLALinear(in_features, out_features, r, activation=self.activation, **kwargs)
 
     def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
         """Switch on CoLA-M's checkpointing; `ValueError` for a model that has no checkpointing of its blocks."""

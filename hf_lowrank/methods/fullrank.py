@@ -14,4 +14,4 @@ class FullRankConfig(LowRankConfig):
     """The baseline; the optimizer is the one `TrainingArguments.optim` names (`torch.optim.AdamW` by default)."""
 
     method: ClassVar[str] = "fullrank"
-    label: ClassVar[str] = "Full-rank"
+    label: ClassVar[str] = "full-rank training"

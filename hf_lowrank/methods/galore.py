@@ -3,20 +3,37 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from transformers import TrainingArguments
+from torch import Tensor
 
-from hf_lowrank.methods.base import LowRankConfig, register
-from hf_lowrank.optim import GaLoreAdamW
-from hf_lowrank.optim.projected import check_options
-from hf_lowrank.optim.projector import moment_shape, projector_shapes
+from hf_lowrank.methods.base import Paper, register
+from hf_lowrank.methods.projected import ProjectedConfig, proj_type_field, refresh_field
+from hf_lowrank.optim.adam import step_size
+from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 
-__all__ = ["GaLoreConfig"]
+__all__ = ["GaLoreAdamW", "GaLoreConfig"]
+
+
+class GaLoreAdamW(ProjectedAdamW):
+    """AdamW in the gradient's top-r singular subspace (Algorithm 2), for the groups that carry `r`.
+
+    Such a group holds matrices only and may carry `update_proj_gap` (200), `scale` (0.25), `proj_type` ("std") and
+    `refresh` ("gram", "subspace" or "svd"). W <- (1 - lr wd) (W - lr_t scale back(N)), where lr_t is the learning
+    rate with the bias correction. State, arguments and errors: see `ProjectedAdamW`.
+    """
+
+    options: ClassVar[dict[str, Any]] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "gram"}
+    factor: ClassVar[str] = "scale"
+
+    def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for x, direction in zip(matrices, N, strict=True):
+            alpha = -step_size(group["lr"], group["betas"], x.t) * group["scale"] * decay
+            apply_back_projection(x.W, direction, x.projector, x.where, alpha, decay)
 
 
 @register
 @dataclass
-class GaLoreConfig(LowRankConfig):
+class GaLoreConfig(ProjectedConfig):
     """GaLore with the arithmetic and the defaults of the official `galore-torch`.
 
     Differences from the paper, as in that package: eps (1e-6) is added before the bias correction, and weight decay
@@ -26,39 +43,13 @@ class GaLoreConfig(LowRankConfig):
 
     method: ClassVar[str] = "galore"
     label: ClassVar[str] = "GaLore"
-    paper: ClassVar[str | None] = "2403.03507"
+    paper: ClassVar[Paper | None] = Paper(
+        title="GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+        arxiv="2403.03507",
+        authors="Jiawei Zhao, Zhenyu Zhang, Beidi Chen, Zhangyang Wang, Anima Anandkumar, Yuandong Tian",
+    )
+    optimizer_cls: ClassVar[type[ProjectedAdamW]] = GaLoreAdamW
 
-    r: int | None = field(default=None, metadata={"help": "Rank of the projection; default hidden_size / 4."})
-    update_proj_gap: int = field(default=200, metadata={"help": "Optimizer steps between two projector refreshes."})
     scale: float = field(default=0.25, metadata={"help": "Factor on the update that is projected back."})
-    proj_type: str = field(
-        default="std",
-        metadata={
-            "help": "Side of the stored weight that is projected: std (the shorter), reverse_std, right, left, full."
-        },
-    )
-    refresh: str = field(
-        default="gram",
-        metadata={"help": "How the singular subspace is found: gram (eigh of the small Gram matrix), subspace, svd."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self.group_options(self.r or 1), "scale")
-
-    def group_options(self, r: int) -> dict[str, Any]:
-        return {
-            "r": r,
-            "update_proj_gap": self.update_proj_gap,
-            "scale": self.scale,
-            "proj_type": self.proj_type,
-            "refresh": self.refresh,
-        }
-
-    def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        # eps is the method's own: adam_epsilon belongs to an Adam that adds it after the bias correction
-        return GaLoreAdamW, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-
-    def state_elements(self, m: int, n: int, r: int) -> int:
-        rows, cols = moment_shape((m, n), r, self.proj_type)
-        return 2 * rows * cols + sum(a * b for a, b in projector_shapes((m, n), r, self.proj_type))
+    proj_type: str = proj_type_field()
+    refresh: str = refresh_field()

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, register, seeded_generator
+from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, register, seeded_generator
 from hf_lowrank.optim.sharding import RowShards
 from hf_lowrank.sharding import local
 
@@ -33,8 +33,7 @@ def add_product(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Te
 
 def own_rows(whole: Tensor, like: Tensor, name: str) -> Tensor:
     """The rows of `whole` that this process holds of `like`, the parameter `name` or its optimizer state."""
-    shards = RowShards.of(like, name)
-    return whole if shards is None else shards.local_rows(whole)
+    return RowShards.of(like, name).local_rows(whole)
 
 
 class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
@@ -95,7 +94,12 @@ class LoRAConfig(LowRankConfig):
 
     method: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
-    paper: ClassVar[str | None] = "2106.09685"
+    paper: ClassVar[Paper | None] = Paper(
+        title="LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        authors="Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, "
+        "Weizhu Chen",
+    )
     replaces_layers: ClassVar[bool] = True
     keeps_weights: ClassVar[bool] = True
 

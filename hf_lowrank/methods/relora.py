@@ -12,13 +12,12 @@ import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.methods.base import MethodCallback, register, seeded_generator, uses_deepspeed
+from hf_lowrank.methods.base import MethodCallback, Paper, register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
-from hf_lowrank.sharding import local, reshard
+from hf_lowrank.sharding import local, reshard, whole
 
 __all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
 
@@ -37,10 +36,6 @@ def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
     """W += (alpha / r) B A, then A drawn anew and B zero, in place (Section 3 of the paper).
@@ -54,7 +49,7 @@ def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
     Returns:
         The squared Frobenius norm of what was added to W, before rounding.
     """
-    A, B = _whole(layer.A), _whole(layer.B)
+    A, B = whole(layer.A), whole(layer.B)
     stored, weight = layer.weight, local(layer.weight)
     left, right = (A.T, B.T) if layer.fan_in_fan_out else (B, A)
     weight.copy_(add_product(weight, own_rows(left, stored, f"{layer.name}.weight"), right, layer.factor))
@@ -87,7 +82,7 @@ def prune(state: dict[str, Any], kind: str, ratio: float, generator: torch.Gener
     count = first.numel() if kind == "reset" else round(ratio * first.numel())
     if kind == "magnitude":
         # stable, so that ties fall alike on every process
-        chosen = torch.argsort(_whole(first).abs().flatten(), stable=True)[:count].cpu()
+        chosen = torch.argsort(whole(first).abs().flatten(), stable=True)[:count].cpu()
     else:
         chosen = torch.randperm(first.numel(), generator=generator)[:count]
     mask = torch.zeros(first.numel(), dtype=torch.bool)
@@ -233,7 +228,11 @@ class ReLoRAConfig(LoRAConfig):
 
     method: ClassVar[str] = "relora"
     label: ClassVar[str] = "ReLoRA"
-    paper: ClassVar[str | None] = "2307.05695"
+    paper: ClassVar[Paper | None] = Paper(
+        title="ReLoRA: High-Rank Training Through Low-Rank Updates",
+        arxiv="2307.05695",
+        authors="Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky",
+    )
 
     reset_every: int = field(default=1000, metadata={"help": "Optimizer steps between two restarts."})
     restart_warmup_steps: int = field(

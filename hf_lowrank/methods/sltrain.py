@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, register
+from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, register
 
 __all__ = ["SLTrainConfig", "SLTrainLinear"]
 
@@ -126,7 +125,11 @@ class SLTrainConfig(LowRankConfig):
 
     method: ClassVar[str] = "sltrain"
     label: ClassVar[str] = "SLTrain"
-    paper: ClassVar[str | None] = "2406.02214"
+    paper: ClassVar[Paper | None] = Paper(
+        title="SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
+        arxiv="2406.02214",
+        authors="Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",
+    )
     replaces_layers: ClassVar[bool] = True
 
     r: int | None = field(default=None, metadata={"help": "Rank of the low-rank part; default hidden_size / 4."})
@@ -140,17 +143,8 @@ class SLTrainConfig(LowRankConfig):
         if not self.alpha > 0:
             raise ValueError(f"alpha={self.alpha!r}: the scaling's numerator is positive, the paper has 8 to 32")
 
-    def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> SLTrainLinear:
-        transposed = isinstance(linear, Conv1D)
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        n, m = weight.shape if transposed else weight.shape[::-1]
-        bias = linear.bias
-        layer = SLTrainLinear(n, m, r, self.alpha, self.sparsity, bias is not None, transposed, generator)
-        layer.to(device=weight.device, dtype=weight.dtype)
-        if isinstance(bias, Tensor) and layer.bias is not None:
-            layer.bias.data.copy_(bias.data)
-        return layer
+    def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> SLTrainLinear:
+        return SLTrainLinear(in_features, out_features, r, alpha=self.alpha, sparsity=self.sparsity, **kwargs)
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         return 2 * (r * (m + n) + int(self.sparsity * m * n))

@@ -30,30 +30,12 @@ from hf_lowrank.optim.projector import (
 from hf_lowrank.optim.sharding import RowShards, all_finite
 from hf_lowrank.sharding import local
 
-__all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection", "check_options"]
+__all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection"]
 
 logger = logging.getLogger(__name__)
 
 PROJECTORS = ("projector", "projector_right")
 CHUNK_ELEMENTS = 2**26
-
-
-def check_options(group: dict[str, Any], factor: str) -> None:
-    """`ValueError` that names the option where a projected group's options make no sense.
-
-    Args:
-        group: with all of the method's options.
-        factor: name of the option that scales the update.
-    """
-    if not isinstance(group["r"], int) or isinstance(group["r"], bool) or group["r"] < 1:
-        raise ValueError(f"r={group['r']!r}: the rank is a whole number of 1 or more")
-    if not isinstance(group["update_proj_gap"], int) or group["update_proj_gap"] < 1:
-        raise ValueError(f"update_proj_gap={group['update_proj_gap']!r}: give a whole number of steps, 1 or more")
-    if not 0 < group[factor] < math.inf:
-        raise ValueError(f"{factor}={group[factor]!r}: the factor on the update is a positive number")
-    for key, known in (("proj_type", PROJ_TYPES), ("refresh", REFRESHES)):
-        if group.get(key, known[0]) not in known:
-            raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(known)}")
 
 
 def apply_back_projection(
@@ -81,8 +63,8 @@ class Matrix:
         state: the optimizer's state of the parameter.
         where: `left`, `right` or `full`.
         t: the step that is being taken, from 1.
-        shards: how rows are spread, None where the matrix is whole.
-        R: the projected gradient, whole but for `right`.
+        shards: how rows are spread.
+        R: the projected gradient; whole on every process unless it has W's rows.
     """
 
     name: str
@@ -95,13 +77,13 @@ class Matrix:
     state: dict[str, Any]
     where: str
     t: int
-    shards: RowShards | None
+    shards: RowShards
     R: Tensor = field(init=False)
 
     @property
     def by_rows(self) -> bool:
-        """Whether R's rows are spread like W's."""
-        return self.shards is not None and self.where == "right"
+        """Whether R has W's rows, and is spread like them."""
+        return self.where == "right"
 
 
 class ProjectedAdamW(torch.optim.Optimizer):
@@ -131,6 +113,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
     options: ClassVar[dict[str, Any]]
     # the option that scales the update
     factor: ClassVar[str]
+    # the values that an option of the method's own may have
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,
@@ -154,7 +138,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         """As in `torch.optim.Optimizer`; a group with `r` is checked and gets the options it lacks."""
         if "r" in param_group:
             param_group = {**self.options, **param_group}
-            check_options(param_group, self.factor)
+            self.check_options(param_group)
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         for place, p in enumerate(group["params"]) if "r" in group else ():
@@ -163,6 +147,20 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     f"r={group['r']} and {self._name(index, place)} of shape {tuple(p.shape)}: r is at most the "
                     "shorter side of a matrix"
                 )
+
+    @classmethod
+    def check_options(cls, group: dict[str, Any]) -> None:
+        """`ValueError` that names the option where the options of a projected group make no sense."""
+        r, gap, factor = group["r"], group["update_proj_gap"], group[cls.factor]
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"r={r!r}: the rank is a whole number of 1 or more")
+        if not isinstance(gap, int) or gap < 1:
+            raise ValueError(f"update_proj_gap={gap!r}: give a whole number of steps, 1 or more")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{cls.factor}={factor!r}: the factor on the update is a positive number")
+        for key, choices in {"proj_type": PROJ_TYPES, "refresh": REFRESHES, **cls.choices}.items():
+            if key in group and group[key] not in choices:
+                raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(choices)}")
 
     def _name(self, group: int, place: int) -> str:
         return self.names.get((group, place), f"parameter {place} of group {group}")
@@ -186,15 +184,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             return state
         shards, where = RowShards.of(p, self._name(index, place)), side(p.shape, group["proj_type"])
-
-        def zeros(shape: tuple[int, int], by_rows: bool) -> Tensor:
-            return p.new_zeros(shape) if shards is None else shards.zeros(p, shape, by_rows)
-
         shapes = projector_shapes(p.shape, group["r"], group["proj_type"])
-        for key, kept in zip(PROJECTORS, shapes, strict=False):
-            state[key] = zeros(kept, by_rows=where != "right" and key == "projector")
-        shape = moment_shape(p.shape, group["r"], group["proj_type"])
-        state["exp_avg"], state["exp_avg_sq"] = (zeros(shape, where == "right") for _ in range(2))
+        for key, shape in zip(PROJECTORS, shapes, strict=False):
+            state[key] = shards.zeros(p, shape, by_rows=where != "right" and key == "projector")
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = moment_shape(p.shape, group["r"], group["proj_type"])
+            state[key] = shards.zeros(p, moment, by_rows=where == "right")
         self.add_state(state, local(p), index, place)
         return state
 
@@ -227,7 +222,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 continue
             self._check_dense(p.grad, index, place)
             matrix = self._matrix(p, index, place)
-            alone = matrix.shards is None and not matrix.W.is_cuda
+            alone = matrix.shards.mesh is None and not matrix.W.is_cuda
             apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
             if chunk and (alone or apart or elements + p.numel() > CHUNK_ELEMENTS):
                 yield chunk
@@ -263,9 +258,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
             matrices = [x for x in matrices if id(x) not in broken]
         for x in matrices:
             x.R = project(x.G, x.projector, x.where)
-        shared = [x for x in matrices if x.shards is not None and not x.by_rows]
-        if shared and shared[0].shards is not None:
-            shared[0].shards.all_reduce([x.R for x in shared])
+        if matrices:
+            matrices[0].shards.all_reduce([x.R for x in matrices if not x.by_rows])
         # any entry of G that is not finite spreads into R, which is smaller to look through
         kept = self._finite(matrices, [x.R for x in matrices])
         matrices = [x for x, good in zip(matrices, kept, strict=True) if good]
@@ -280,17 +274,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
-        whole = [x for x in matrices if x.shards is None]
-        for x in whole:
-            previous = x.projector if x.t > 1 else None
-            fresh = refresh_projector(x.G, group["r"], x.where, group["refresh"], previous)
-            for kept, new in zip(x.projector, fresh, strict=True):
-                kept.copy_(new)
-        sharded = [x for x in matrices if x.shards is not None]
-        world = sharded[0].shards.world if sharded and sharded[0].shards is not None else 1
+        world = matrices[0].shards.world if matrices else 1
         # one matrix a process at a time: each is whole on its owner alone
-        for start in range(0, len(sharded), world):
-            _refresh_sharded(sharded[start : start + world], group)
+        for start in range(0, len(matrices), world):
+            _refresh_subspaces(matrices[start : start + world], group)
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
         """Change the weights, given N = M / (sqrt(V) + eps) in the projection; weight decay included."""
@@ -327,7 +314,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     # Gradients that are not finite
 
     def _finite(self, matrices: list[Matrix], tensors: list[Tensor]) -> list[bool]:
-        finite = all_finite(tensors, [None if x.shards is None else x.shards.mesh for x in matrices])
+        finite = all_finite(tensors, [x.shards.mesh for x in matrices])
         for x, good in zip(matrices, finite, strict=True):
             if not good:
                 self._skip(x.name)
@@ -348,29 +335,22 @@ def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = state["step"].cpu()
 
 
-def _refresh_sharded(matrices: list[Matrix], group: dict[str, Any]) -> None:
+def _refresh_subspaces(matrices: list[Matrix], group: dict[str, Any]) -> None:
     """Refresh at most one matrix a process: gather it to its owner, decompose it there, broadcast the projector."""
     gathered: list[tuple[Tensor | None, list[Tensor | None]]] = []
     for owner, x in enumerate(matrices):
-        assert x.shards is not None
-        rows = x.shards.gather(x.G, x.shape[0], owner)
-        previous: list[Tensor | None] = []
-        if x.t > 1:
-            previous = [
-                x.shards.gather(P, x.shape[0], owner) if _by_rows(x, i) else P for i, P in enumerate(x.projector)
-            ]
-        gathered.append((rows, previous))
-    for owner, (x, (G, previous)) in enumerate(zip(matrices, gathered, strict=True)):
-        assert x.shards is not None
+        G, m = x.shards.gather(x.G, x.shape[0], owner), x.shape[0]
+        previous = [x.shards.gather(P, m, owner) if _by_rows(x, i) else P for i, P in enumerate(x.projector)]
+        gathered.append((G, previous if x.t > 1 else []))
+    own: list[Tensor] = []
+    for x, (G, previous) in zip(matrices, gathered, strict=True):
         if G is not None:
-            known = [P for P in previous if P is not None]
-            gathered[owner] = (None, list(refresh_projector(G, group["r"], x.where, group["refresh"], known or None)))
+            whole = [P for P in previous if P is not None]
+            own = refresh_projector(G, group["r"], x.where, group["refresh"], whole or None)
     for owner, x in enumerate(matrices):
-        assert x.shards is not None
         for i, kept in enumerate(x.projector):
             shape = (x.shape[0], group["r"]) if _by_rows(x, i) else tuple(kept.shape)
-            fresh = gathered[owner][1][i] if x.shards.rank == owner else kept.new_empty(shape)
-            assert fresh is not None
+            fresh = own[i] if x.shards.rank == owner else kept.new_empty(shape)
             x.shards.broadcast(fresh, owner)
             kept.copy_(x.shards.local_rows(fresh) if _by_rows(x, i) else fresh)
 

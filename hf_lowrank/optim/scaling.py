@@ -24,11 +24,10 @@ def norms(X: Tensor, axis: int | None) -> Tensor:
 
 def sum_over_rows(matrices: list[Matrix], values: list[Tensor]) -> list[Tensor]:
     """Sum scalars over the processes that share each matrix's rows; one collective for all of them."""
-    shards = matrices[0].shards
-    if shards is None:
+    if matrices[0].shards.whole:
         return values
     stacked = torch.stack(values)
-    shards.all_reduce([stacked])
+    matrices[0].shards.all_reduce([stacked])
     return list(stacked.unbind())
 
 

@@ -1,7 +1,7 @@
 """Matrices whose rows are spread over processes (FSDP2), and what a projected optimizer communicates about them.
 
 Rows are dealt out as `torch.chunk` does it: every process holds ceil(m / world) of them, the last ones fewer or none.
-Whatever is said here of one matrix is said on every process, in the same order.
+Every process must make the same calls for the same matrices in the same order.
 """
 
 import math
@@ -21,26 +21,26 @@ __all__ = ["RowShards", "all_finite"]
 
 @dataclass(frozen=True)
 class RowShards:
-    """How the rows of a matrix (m, n) are spread over processes.
+    """How the rows of a matrix (m, n) are spread over processes; without a mesh one process holds all of them.
 
     Attributes:
         mesh, placements: of the parameter's DTensor; one mesh dimension shards rows, the others replicate (HSDP).
         dim: index of the mesh dimension that shards.
     """
 
-    mesh: Any
-    placements: tuple[Any, ...]
-    dim: int
+    mesh: Any = None
+    placements: tuple[Any, ...] = ()
+    dim: int = 0
 
     @classmethod
-    def of(cls, p: Tensor, name: str) -> "RowShards | None":
-        """The layout of a parameter, None where it is whole.
+    def of(cls, p: Tensor, name: str) -> "RowShards":
+        """The layout of a parameter.
 
         Raises:
             ValueError: it is sharded otherwise than by rows (tensor parallelism, or a custom shard placement).
         """
         if not isinstance(p, DTensor):
-            return None
+            return cls()
         placements: tuple[Any, ...] = tuple(p.placements)
         sharding = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
         if not sharding:
@@ -54,9 +54,9 @@ class RowShards:
         return cls(p.device_mesh, placements, sharding[0])
 
     @property
-    def replicated(self) -> bool:
-        """Whether every process holds all rows."""
-        return isinstance(self.placements[self.dim], Replicate)
+    def whole(self) -> bool:
+        """Whether this process holds all rows."""
+        return self.mesh is None or isinstance(self.placements[self.dim], Replicate)
 
     @property
     def group(self) -> Any:
@@ -66,32 +66,34 @@ class RowShards:
     @property
     def world(self) -> int:
         """Number of processes that share the rows."""
-        return int(self.mesh.size(self.dim))
+        return 1 if self.mesh is None else int(self.mesh.size(self.dim))
 
     @property
     def rank(self) -> int:
         """This process's place among them."""
-        return int(self.mesh.get_local_rank(self.dim))
+        return 0 if self.mesh is None else int(self.mesh.get_local_rank(self.dim))
 
     def _chunk(self, rows: int) -> int:
         return -(-rows // self.world)
 
     def local_rows(self, whole: Tensor) -> Tensor:
         """This process's rows of a whole tensor (m, ...)."""
-        if self.replicated:
+        if self.whole:
             return whole
         chunk = self._chunk(len(whole))
         return whole[min(self.rank * chunk, len(whole)) : (self.rank + 1) * chunk]
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of this process's rows of a tensor of `shape`."""
-        if self.replicated:
+        if self.whole:
             return tuple(shape)
         chunk = self._chunk(shape[0])
         return min(max(shape[0] - self.rank * chunk, 0), chunk), *shape[1:]
 
-    def zeros(self, like: Tensor, shape: tuple[int, ...], by_rows: bool) -> DTensor:
-        """A DTensor of zeros of the global `shape`, spread by rows as the parameter is, or whole everywhere."""
+    def zeros(self, like: Tensor, shape: tuple[int, ...], by_rows: bool) -> Tensor:
+        """Zeros of the global `shape`: a DTensor where the parameter is one, spread by rows as it is, or whole."""
+        if self.mesh is None:
+            return like.new_zeros(shape)
         placements = self.placements if by_rows else [Replicate()] * len(self.placements)
         part = local(like).new_zeros(self.local_shape(shape) if by_rows else shape)
         stride = tuple(torch.empty(shape, device="meta").stride())
@@ -99,7 +101,7 @@ class RowShards:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the processes, in place."""
-        if self.replicated:
+        if self.whole:
             return
         work = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
         for handle in work:
@@ -107,7 +109,7 @@ class RowShards:
 
     def gather(self, part: Tensor, rows: int, owner: int) -> Tensor | None:
         """The whole matrix (rows, ...) on the process with rank `owner`, None on the others."""
-        if self.replicated:
+        if self.whole:
             return part if self.rank == owner else None
         # gather wants parts of equal sizes
         padded = part.new_zeros(self._chunk(rows), *part.shape[1:])
@@ -118,6 +120,8 @@ class RowShards:
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite `tensor` with the one on the process with rank `owner`."""
+        if self.mesh is None:
+            return
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner), group=self.group)
 
 
