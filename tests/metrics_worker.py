@@ -120,7 +120,7 @@ def measurements(model, evaluation, kind):
 
 
 def _dense(kind):
-    from hf_lowrank.targets import dense_weights
+    from hf_lowrank.methods.targets import dense_weights
 
     return {t.name: w.clone() for t, w in dense_weights(fresh(kind))}
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
+from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
-from hf_lowrank.targets import dense_weights
 
 STEPS, SEQUENCES, LENGTH = 20, 12, 8
 # 27 rows of the MLP are shared unevenly by 2 and 4 processes; k_proj's and v_proj's 6 rows leave a fourth without any

@@ -87,7 +87,7 @@ def test_public_names_work_however_they_are_asked_for():
         assert everything[name] is getattr(hf_lowrank, name)
         assert pickle.loads(pickle.dumps(everything[name])) is everything[name]
     assert set(hf_lowrank.__all__) <= set(dir(hf_lowrank))
-    assert hf_lowrank.optim.GaLoreAdamW.__module__ == "hf_lowrank.optim.galore"
+    assert hf_lowrank.optim.GaLoreAdamW.__module__ == "hf_lowrank.methods.galore"
     # a function, whatever modules have been imported
     assert callable(hf_lowrank.prepare)
     with pytest.raises(AttributeError, match="module 'hf_lowrank' has no attribute 'GaloreConfig'"):

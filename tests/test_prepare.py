@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import hf_lowrank as lr
 from hf_lowrank.methods import SLTrainLinear
 from hf_lowrank.methods.prepare import apply_method, method_of, resolve_ranks, structure_hash, summary_of
+from hf_lowrank.methods.summary import optimizer_state_bytes
+from hf_lowrank.methods.targets import find_targets
 from hf_lowrank.optim.plan import Plan
-from hf_lowrank.summary import optimizer_state_bytes
-from hf_lowrank.targets import find_targets
 
 GALORE, SLTRAIN = METHODS["galore"], METHODS["sltrain"]
 

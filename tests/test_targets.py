@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hf_lowrank.methods.prepare import apply_method
-from hf_lowrank.targets import dense_weights, find_targets, hidden_size, linear_layers
+from hf_lowrank.methods.targets import dense_weights, find_targets, hidden_size, linear_layers
 
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
 CONFIGS = {

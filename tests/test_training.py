@@ -12,7 +12,7 @@ from transformers import Trainer
 
 import hf_lowrank as lr
 from hf_lowrank.methods.prepare import summary_of
-from hf_lowrank.summary import optimizer_state_bytes
+from hf_lowrank.methods.summary import optimizer_state_bytes
 
 
 def final_weights(config, args, **kwargs):

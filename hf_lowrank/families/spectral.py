@@ -12,6 +12,7 @@ from hf_lowrank.families.callback import BUDGET, MetricCallback, output_folder
 from hf_lowrank.families.records import Measurement, Record, finite
 from hf_lowrank.families.snapshots import Snapshot
 from hf_lowrank.families.spaces import SPACES, spaces_of
+from hf_lowrank.methods.targets import Target, dense_weights, native_weights
 from hf_lowrank.metrics.spectra import (
     measure_each,
     relative_norm,
@@ -20,7 +21,6 @@ from hf_lowrank.metrics.spectra import (
     subspace_overlap,
 )
 from hf_lowrank.sharding import all_gather_object, rank_and_world
-from hf_lowrank.targets import Target, dense_weights, native_weights
 
 __all__ = ["Earlier", "SpectralCallback", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
 

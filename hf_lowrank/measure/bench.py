@@ -20,10 +20,10 @@ from hf_lowrank.families.spectral import Earlier, measure_spectra
 from hf_lowrank.measure.source import Checkpoint, RunSource
 from hf_lowrank.measure.units import Unit, headline_of
 from hf_lowrank.methods import METHODS
+from hf_lowrank.methods.targets import find_targets, native_weights
 from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
-from hf_lowrank.targets import find_targets, native_weights
 
 __all__ = ["Bench", "PartialError"]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
+from hf_lowrank.methods.summary import Summary, summarize
+from hf_lowrank.methods.targets import Target, find_targets, hidden_size
 from hf_lowrank.optim.plan import Plan, with_plan
-from hf_lowrank.summary import Summary, summarize
-from hf_lowrank.targets import Target, find_targets, hidden_size
 
 __all__ = ["apply_method", "identity", "method_of", "prepare", "resolve_ranks", "summary_of"]
 

@@ -17,8 +17,8 @@ from transformers import Trainer
 
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.methods.prepare import method_of, summary_of
+from hf_lowrank.methods.summary import Summary, optimizer_state_bytes, summarize
 from hf_lowrank.report.secrets import without_secrets
-from hf_lowrank.summary import Summary, optimizer_state_bytes, summarize
 
 __all__ = ["RunInfo", "peak_memory", "run_facts"]
 

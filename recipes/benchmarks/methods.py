@@ -35,10 +35,10 @@ import hf_lowrank as lr
 from hf_lowrank.methods.cola import CoLALinear
 from hf_lowrank.methods.prepare import summary_of
 from hf_lowrank.methods.sltrain import SLTrainLinear
+from hf_lowrank.methods.summary import optimizer_state_bytes
 from hf_lowrank.models import SIZES, build_model, model_config
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
 from hf_lowrank.optim.projector import refresh_projector, side
-from hf_lowrank.summary import optimizer_state_bytes
 
 RANKS = {"tiny": 32, "60m": 128, "130m": 192, "350m": 256, "1b": 512}
 PARTS = ("step", "refresh", "layers", "state", "memory")

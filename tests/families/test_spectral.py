@@ -14,8 +14,8 @@ from tiny_runs import METHODS, Kill, arguments, dataset, gpt2, llama, make_train
 from transformers import Trainer, TrainerCallback
 
 import hf_lowrank as lr
+from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.metrics.spectra import singular_vectors, spectral_metrics, subspace_overlap
-from hf_lowrank.targets import dense_weights
 
 MODELS = {"gpt2": gpt2, "llama": llama}
 UPDATED = ("effective_rank_score", "stable_rank", "effective_rank", "spectral_gap", "spectral_norm")

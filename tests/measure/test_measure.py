@@ -19,12 +19,12 @@ from hf_lowrank.data import DataError
 from hf_lowrank.families import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
 from hf_lowrank.measure import Options, measure, open_run
 from hf_lowrank.measure.measure import Watcher
+from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.spectra import spectral_metrics
 from hf_lowrank.report import HEADLINE_METRICS, write_report
 from hf_lowrank.report.baseline import comparisons
-from hf_lowrank.targets import dense_weights
 
 PRESET = Preset(
     sequences=4,
