@@ -391,7 +391,7 @@ def test_the_report_says_what_was_run(method, finished, inputs):
     assert run["wall_time_seconds"] > 0
     assert run["command"][:3] == ["accelerate", "launch", "recipes/pretrain.py"]
     assert f"--method={method}" in run["command"]
-    assert str(folder) not in json.dumps(report)
+    assert str(folder) not in report.model_dump_json()
     rank = {"fullrank": None, "galore": 4, "sltrain": 4}[method]
     assert run["method_config"].get("r") == rank
     assert report["data"]["sequence_length"] == LENGTH

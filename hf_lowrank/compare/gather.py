@@ -12,8 +12,8 @@ from hf_lowrank.compare.frame import compare
 from hf_lowrank.compare.series import ComparedRun, collect
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.hub.listing import Listed, fetch_listed
+from hf_lowrank.report.io import read_report
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.schema import read_report
 
 __all__ = ["Gathered", "Skipped", "gather"]
 

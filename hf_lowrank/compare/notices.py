@@ -99,7 +99,7 @@ def _model(report: Mapping[str, Any]) -> Any:
 
 def _unfinished(report: Mapping[str, Any]) -> Any:
     run = report["run"]
-    stopped = run["max_steps"] is not None and run["steps"] < run["max_steps"]
+    stopped = run["max_steps"] is not None and run["steps"] < run["max_steps"] and not run.get("checkpoint_of")
     return f"stopped at step {run['steps']:,} of {run['max_steps']:,}" if stopped else "complete"
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from hf_lowrank.report.headline import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.model import details
 from hf_lowrank.report.tables import describe
 
 __all__ = [
@@ -192,11 +193,11 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _entries(index: int, report: Mapping[str, Any]) -> Iterator[_Entry]:
     for metric in report["metrics"]:
-        yield _entry(index, "metric", metric["name"], metric["space"], metric, metric["settings"])
+        yield _entry(index, "metric", metric["name"], metric["space"], metric, details(metric))
     for found in report["evaluations"]:
         settings = {key: found[key] for key in ("num_fewshot", "limit", "task_version")}
         name = f"{one_line(found['task'])}/{one_line(found['metric'])}"
-        yield _entry(index, "evaluation", name, None, found, {**settings, **(found.get("settings") or {})})
+        yield _entry(index, "evaluation", name, None, found, {**settings, **details(found)})
     run = report["run"]
     state, peak = run["optimizer_state_bytes"], run["peak_memory_bytes"]
     costs = {

@@ -33,6 +33,7 @@ from hf_lowrank.families.records import metrics_folder
 from hf_lowrank.families.spaces import is_reparameterized
 from hf_lowrank.measure.source import Checkpoint, RunSource, open_run
 from hf_lowrank.measure.write import write_run
+from hf_lowrank.report.model import details
 
 __all__ = ["Options", "evaluate"]
 
@@ -227,7 +228,10 @@ def _evaluate_model(
     if rows is None:
         # of a run that lies elsewhere: its results stay beside those found here
         own = run.output == run.root or run.report is None
-        rows = [] if own else [{**e, "fingerprint": None, "weights": None} for e in (run.report or {})["evaluations"]]
+        rows = [
+            {**entry, "settings": details(entry), "about": {}, "fingerprint": None, "weights": None}
+            for entry in ([] if own or run.report is None else run.report["evaluations"])
+        ]
     stale = [row for row in rows if row["step"] == step and row.get("weights") not in (None, model.weights)]
     if stale and model.weights != UNREADABLE:
         watcher.note(f"{run.name} step {step}: {len(stale)} results of other weights at this step are dropped")

@@ -15,7 +15,7 @@ from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.metrics.sequences import EvaluationSet
-from hf_lowrank.report import read_report
+from hf_lowrank.report import Report, read_report
 from hf_lowrank.sharding import raise_together
 
 __all__ = ["ActivationCallback", "measure_activations"]
@@ -97,7 +97,7 @@ class ActivationCallback(SequenceCallback):
             self._folder = Path(baseline) if Path(baseline).is_dir() else fetch(str(baseline))
         self.baseline_report = self._report()
 
-    def _report(self) -> dict[str, Any] | None:
+    def _report(self) -> Report | None:
         try:
             return None if self._folder is None else read_report(self._folder)
         except FileNotFoundError:

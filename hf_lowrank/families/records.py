@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.schema import metric_entry
+from hf_lowrank.report.io import metric_entry
 
 __all__ = [
     "EVALUATION",

@@ -20,8 +20,8 @@ from hf_lowrank.hub.benchmarks import write_benchmarks
 from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
 from hf_lowrank.report.baseline import Comparison, comparisons, differences
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.io import read_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
-from hf_lowrank.report.schema import read_report
 from hf_lowrank.report.tables import (
     UNKNOWN,
     Fact,
@@ -313,7 +313,12 @@ def _limits(report: Mapping[str, Any], headline: Sequence[HeadlineRow]) -> list[
             f"It has {format_count(parameters)} parameters and saw {format_count(tokens)} tokens, "
             f"{tokens / parameters:.2g} tokens a parameter."
         )
-    if run["max_steps"] is not None and run["steps"] < run["max_steps"]:
+    checkpoint_of = run.get("checkpoint_of")
+    if checkpoint_of and checkpoint_of["steps"] is not None:
+        limits.append(f"It is the checkpoint of step {run['steps']:,}: the run went on to {checkpoint_of['steps']:,}.")
+    elif checkpoint_of:
+        limits.append(f"It was written at step {run['steps']:,} of {run['max_steps']:,}, while training went on.")
+    elif run["max_steps"] is not None and run["steps"] < run["max_steps"]:
         limits.append(f"Training stopped at step {run['steps']:,} of {run['max_steps']:,}.")
     limits.append(
         "All numbers come from one run with one seed: they say nothing about the spread between seeds, and standard "

@@ -1,20 +1,18 @@
 """Cards kept as examples: the report and the figures of a run without its weights, and the card rendered from them."""
 
-import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.io import read_report, write_report
 from hf_lowrank.report.markdown import slug
-from hf_lowrank.report.schema import read_report, write_report
+from hf_lowrank.report.model import Report
 
 __all__ = ["store_card"]
 
@@ -50,9 +48,9 @@ def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
     return write_card(folder, repo_id=repo_id)
 
 
-def _tells_where(report: Mapping[str, Any], publish: Path) -> str | None:
+def _tells_where(report: Report, publish: Path) -> str | None:
     """This machine's name or a folder on it, where a text of the report holds one."""
-    text = json.dumps(report, ensure_ascii=False)
+    text = report.model_dump_json()
     for private in map(str, (publish.resolve().parent, Path.cwd(), Path.home(), platform.node())):
         if private not in ("", os.sep, "localhost") and re.search(rf"(?<![\w.-]){re.escape(private)}(?![\w-])", text):
             return private

@@ -1,13 +1,12 @@
 """Load what was published: models and reports, from a folder or a Hub repo."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import last_checkpoint, load_model
 from hf_lowrank.hub.fetch import fetch
-from hf_lowrank.report import read_report
+from hf_lowrank.report import Report, read_report
 
 __all__ = ["from_pretrained", "load_report"]
 
@@ -37,8 +36,11 @@ def from_pretrained(
     return load_model(folder, dense=dense)
 
 
-def load_report(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """Read and validate a run's report.json (schema: `hf_lowrank/report/schema.json`).
+def load_report(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Report:
+    """Read and check a run's report.json (its types: `hf_lowrank.report.model`).
+
+    The report has attributes, `report.run.steps`, and is a mapping too, `report["run"]["steps"]`;
+    `report.model_dump()` is a dictionary.
 
     Args:
         source, revision, token: as for `from_pretrained`.

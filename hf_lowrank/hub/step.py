@@ -37,16 +37,19 @@ def write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
         raise CheckpointError(f"{checkpoint} is incomplete: trainer_state.json cannot be read ({error})") from error
     write_model(checkpoint, folder)
     report = read_report(publish)
-    report["run"] |= {
+    facts = {
         "steps": step,
+        "checkpoint_of": {"steps": report.run.steps} if step < report.run.steps else report.run.checkpoint_of,
         "tokens_seen": state.get("num_input_tokens_seen") or None,
         "flops": state.get("total_flos") or None,
         # the clock was not read at the checkpoint
         "wall_time_seconds": None,
     }
-    for part in ("metrics", "evaluations"):
-        report[part] = [entry for entry in report[part] if entry["step"] is None or entry["step"] <= step]
-    write_report(report, folder / "report.json")
+    kept = {
+        part: [entry for entry in report[part] if entry.step is None or entry.step <= step]
+        for part in ("metrics", "evaluations")
+    }
+    write_report({**report, **kept, "run": {**report.run, **facts}}, folder / "report.json")
     if (publish / "metrics").is_dir():
         shutil.copytree(publish / "metrics", folder / "metrics")
         _cut(folder / "metrics", step)

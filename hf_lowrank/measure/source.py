@@ -19,7 +19,8 @@ from hf_lowrank.data import DataArguments, DataError, load_validation
 from hf_lowrank.families.records import EVALUATION
 from hf_lowrank.hub.fetch import FetchError, fetch
 from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
-from hf_lowrank.report.schema import read_report
+from hf_lowrank.report.io import read_report
+from hf_lowrank.report.model import Report
 
 __all__ = ["Checkpoint", "RunSource", "open_run", "rows_of"]
 
@@ -90,7 +91,7 @@ class RunSource:
     name: str
     output: Path
     checkpoints: list[Checkpoint]
-    report: dict[str, Any] | None
+    report: Report | None
     config: dict[str, Any] = field(default_factory=dict)
     root: Path | None = None
 
@@ -212,7 +213,7 @@ def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
     return RunSource(name, output or Path("measured") / repo_id.replace("/", "--"), checkpoints, report)
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
+def _report(folder: Path) -> Report | None:
     try:
         report = read_report(folder)
         # one that an earlier measurement made from the checkpoints knows no more than these

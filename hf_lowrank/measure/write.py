@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import permutations
 from math import prod
@@ -18,7 +19,7 @@ from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
 from hf_lowrank.model_config import base_architecture
-from hf_lowrank.report import baseline_of, read_report, write_report
+from hf_lowrank.report import SCHEMA_VERSION, Report, baseline_of, read_report, write_report
 from hf_lowrank.report.files import atomic_path
 
 __all__ = ["write_map", "write_run"]
@@ -54,7 +55,7 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     return publish
 
 
-def _report_now(run: RunSource) -> dict[str, Any] | None:
+def _report_now(run: RunSource) -> Report | None:
     """The report of a run with what was measured since it was opened; None where it has none."""
     try:
         return read_report(run.output)
@@ -71,7 +72,7 @@ def _metrics(run: RunSource, folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in run.report["metrics"] if entry["name"] not in measured] + found
 
 
-def _evaluations(report: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _evaluations(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The results on downstream tasks: the file's, and those of the report where there is no file."""
     rows = read_evaluations(folder)
     return list(report["evaluations"]) if rows is None else evaluation_entries(rows)
@@ -131,7 +132,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "license": None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return {"schema_version": 1, "run": facts, "data": None, "metrics": [], "evaluations": []}
+    return {"schema_version": SCHEMA_VERSION, "run": facts, "data": None, "metrics": [], "evaluations": []}
 
 
 def _peak_rate(run: RunSource, state: dict[str, Any]) -> float | None:

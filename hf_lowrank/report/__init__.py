@@ -2,14 +2,8 @@
 
 from hf_lowrank.report.baseline import baseline_of
 from hf_lowrank.report.headline import HEADLINE_METRICS, HeadlineMetric
-from hf_lowrank.report.schema import (
-    SCHEMA_VERSION,
-    ReportError,
-    metric_entry,
-    read_report,
-    validate_report,
-    write_report,
-)
+from hf_lowrank.report.io import ReportError, metric_entry, read_report, validate_report, write_report
+from hf_lowrank.report.model import SCHEMA_VERSION, Report
 from hf_lowrank.report.tables import Fact, HeadlineRow, fact_rows, format_value, headline_rows
 
 __all__ = [
@@ -18,6 +12,7 @@ __all__ = [
     "Fact",
     "HeadlineMetric",
     "HeadlineRow",
+    "Report",
     "ReportError",
     "baseline_of",
     "fact_rows",

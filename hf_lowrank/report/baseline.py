@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.report.schema import metric_entry
+from hf_lowrank.report.io import metric_entry
+from hf_lowrank.report.model import details
 from hf_lowrank.report.tables import (
     HeadlineRow,
     describe,
@@ -72,6 +73,7 @@ def baseline_of(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": run["name"],
         "method": run["method"],
+        "method_label": run.get("method_label"),
         "steps": run["steps"],
         "tokens_seen": run["tokens_seen"],
         "parameters": run["model"]["parameters"],
@@ -92,7 +94,7 @@ def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
     baseline = report.get("baseline")
     if baseline is None:
         return []
-    theirs = {_setting(entry["name"], entry["space"], entry["settings"]): entry for entry in baseline["metrics"]}
+    theirs = {_setting(entry["name"], entry["space"], details(entry)): entry for entry in baseline["metrics"]}
     found = []
     for row in headline_rows(report):
         other = theirs.get(_setting(row.name, row.space, row.settings))
@@ -142,5 +144,5 @@ def _same_rows(row: HeadlineRow, other: Mapping[str, Any]) -> bool:
 def _evaluation_setting(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two results share that are of the same items and examples, whatever form the weights had."""
     keys = ("task", "metric", "num_fewshot", "limit", "task_version")
-    settings = entry.get("settings", {})
+    settings = details(entry)
     return *(entry[key] for key in keys), describe({key: settings.get(key) for key in _ITEMS})

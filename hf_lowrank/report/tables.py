@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.model import details
 
 __all__ = [
     "UNKNOWN",
@@ -69,7 +70,7 @@ def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
         for space in sorted({entry["space"] for entry in entries}, key=str):
             in_space = [entry for entry in entries if entry["space"] == space]
             last = max(_step(entry) for entry in in_space)
-            by_setting = {describe(entry["settings"]): entry for entry in in_space if _step(entry) == last}
+            by_setting = {describe(details(entry)): entry for entry in in_space if _step(entry) == last}
             for entry in by_setting.values():
                 rows.append(
                     HeadlineRow(
@@ -81,7 +82,7 @@ def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
                         text=format_value(entry["value"], entry["stderr"]),
                         step=entry["step"],
                         space=space,
-                        settings=entry["settings"],
+                        settings=details(entry),
                     )
                 )
     return rows
@@ -97,11 +98,11 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for entry in report["evaluations"]:
         keys = ("task", "metric", "num_fewshot", "limit", "task_version")
         # what is counted, unlike what is set, may change from step to step
-        settings = {k: v for k, v in entry.get("settings", {}).items() if k not in ("truncated_requests", "note")}
+        settings = {k: v for k, v in details(entry).items() if k not in ("truncated_requests", "note")}
         setting = (*(entry[key] for key in keys), describe(settings))
         if setting not in last or _step(entry) >= _step(last[setting]):
             last[setting] = entry
-    return [{"settings": {}, **entry} for entry in last.values()]
+    return [{**entry, "settings": details(entry), "about": {}} for entry in last.values()]
 
 
 def evaluation_settings(entry: Mapping[str, Any]) -> dict[str, Any]:

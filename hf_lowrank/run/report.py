@@ -47,7 +47,7 @@ from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.sequences import predicts_next_token, sequence_losses
-from hf_lowrank.report import ReportError, baseline_of, metric_entry, read_report, write_report
+from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, metric_entry, read_report, write_report
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
@@ -239,7 +239,7 @@ class ReportCallback(TrainerCallback):
             curve.to_parquet(path, index=False)
         run = run_facts(self.trainer, self.info, seconds)
         report = {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "run": {**run, **self._ended},
             "data": self.info.data,
             "metrics": read_records(folder),

@@ -62,7 +62,7 @@ def test_numbers_are_logged_and_stand_in_the_report(trained):
     assert {(e["step"], e["task"]) for e in entries} == {
         (step, task) for step in (2, 4) for task in ("pairs", "shots", "tiny_group", "cloze")
     }
-    assert {(e["limit"], e["settings"]["form"]) for e in entries} == {(8, "native")}
+    assert {(e["limit"], e["about"]["form"]) for e in entries} == {(8, "native")}
     for entry in entries:
         assert logged(made, f"eval_{entry['task']}/{entry['metric']}")[entry["step"]] == entry["value"]
     assert "| pairs | acc |" in (folder / "publish" / "README.md").read_text()

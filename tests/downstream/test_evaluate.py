@@ -16,6 +16,7 @@ from tiny_tasks import tokenizer, write_tasks
 import hf_lowrank as lr
 from hf_lowrank.cli import main
 from hf_lowrank.report import read_report
+from hf_lowrank.report.model import details
 
 TASKS = ("pairs", "shots", "cloze", "rolling", "generated")
 CONTEXT = 160
@@ -130,7 +131,7 @@ def rows(run):
 
 def entries(run, task=None, **fields):
     """Entries of the report by task or field."""
-    found = read_report(run)["evaluations"]
+    found = [{**entry, "settings": details(entry)} for entry in read_report(run)["evaluations"]]
     return [e for e in found if task in (None, e["task"]) and all(e[k] == v for k, v in fields.items())]
 
 

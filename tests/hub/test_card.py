@@ -54,7 +54,7 @@ def full_rank(report: dict[str, Any]) -> dict[str, Any]:
     for entry in (*other["metrics"], *other["evaluations"]):
         entry["value"] = None if entry["value"] is None else entry["value"] * 1.25
         if entry["name" if "name" in entry else "task"].endswith("update/stable_rank"):
-            entry["settings"] = {**entry["settings"], "since": 100}
+            entry["reference"] = {"since": 100}
     return other
 
 

@@ -43,7 +43,7 @@ def test_a_stored_card_is_of_a_whole_run_of_the_embedded_default(name):
     assert run["steps"] == run["max_steps"] > 100
     assert ModelCard.load(EXAMPLES / name / "README.md").data.eval_results
     # nothing says where it was made
-    assert not re.search(r'"[^"]*(?<![\w.:/])(?:/|~/|[A-Z]:\\\\)\w', json.dumps(report, ensure_ascii=False))
+    assert not re.search(r'"[^"]*(?<![\w.:/])(?:/|~/|[A-Z]:\\\\)\w', report.model_dump_json())
 
 
 def test_there_are_enough_and_they_are_small():

@@ -10,18 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 from hf_lowrank.report import (
     SCHEMA_VERSION,
+    Report,
     ReportError,
+    io,
     metric_entry,
     read_report,
-    schema,
     validate_report,
     write_report,
 )
+from hf_lowrank.report.model import json_schema
 
 FULL = Path(__file__).with_name("full_report.json")
+VERSION_1 = FULL.with_name("report_v1.json")
+SCHEMA = Path(io.__file__).with_name("schema.json")
 
 
 @pytest.fixture
@@ -40,10 +45,60 @@ def change(report: dict[str, Any], path: str, value: Any) -> None:
         target[last] = value
 
 
-def test_schema_is_itself_valid() -> None:
-    validator = schema._validator()
-    validator.check_schema(validator.schema)
-    assert validator.schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+def test_schema_is_what_the_models_export(report: dict[str, Any]) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    assert schema == json_schema(), "write json.dumps(json_schema(), indent=2) to report/schema.json"
+    Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    Draft202012Validator(schema).validate(report)
+
+
+def test_a_report_has_attributes_and_is_a_mapping(report: dict[str, Any]) -> None:
+    read = validate_report(report)
+    assert isinstance(read, Report)
+    assert read["run"]["steps"] == read.run.steps == report["run"]["steps"]
+    assert {**read.metrics[0]} == report["metrics"][0]
+    assert list(read) == list(read.keys()) == list(report)
+    assert read.get("baseline") is read.baseline is None
+    assert "run" in read
+    assert "baseline" not in read
+    assert read | {"data": None} == {**report, "data": None}
+    with pytest.raises(KeyError):
+        read["steps"]
+    report["run"]["wandb_id"] = "w1"
+    assert validate_report(report)["run"]["wandb_id"] == "w1"
+    read["run"]["steps"] = "many"
+    with pytest.raises(ReportError, match="run.steps: 'many' is not of type integer"):
+        validate_report(read)
+
+
+def test_version_1_is_brought_up_to_date_on_reading(report: dict[str, Any], tmp_path: Path) -> None:
+    old = json.loads(VERSION_1.read_text())
+    assert old["schema_version"] == 1
+    assert read_report(VERSION_1) == report
+    update = next(entry for entry in read_report(VERSION_1).metrics if entry.name == "spectral/update/stable_rank")
+    assert (update.settings, update.reference, update.about) == ({"tolerance": 1e-12}, {"since": 0}, {"matrices": 28})
+    old["baseline"] = {
+        **dict.fromkeys(("tokens_seen", "optimizer_state_bytes", "learning_rate", "data")),
+        **{"name": "b", "method": "cola", "steps": 1, "parameters": 1, "evaluations": []},
+        "metrics": [metric_entry("interpolation/consecutive/barrier", 1.0, step=1, settings={"other": "a", "K": 2})],
+    }
+    old["run"]["method"] = "of_somebody_else"
+    read = validate_report(old)
+    assert (read.run.method_label, read.run.method_paper, read.run.dense_form) == (None, None, None)
+    assert read.baseline is not None
+    assert read.baseline.method_label == "CoLA"
+    assert (read.baseline.metrics[0].settings, read.baseline.metrics[0].reference) == ({"K": 2}, {"other": "a"})
+    assert write_report(read, tmp_path / "report.json")
+    assert read_report(tmp_path) == read
+
+
+def test_what_counts_as_stopped_early(report: dict[str, Any]) -> None:
+    report["run"]["steps"] = 150
+    assert validate_report(report).run.stopped_early
+    for checkpoint_of in ({"steps": 300}, {"steps": None}):
+        report["run"]["checkpoint_of"] = checkpoint_of
+        assert not validate_report(report).run.stopped_early
 
 
 def test_full_report_is_valid(report: dict[str, Any]) -> None:
@@ -64,6 +119,8 @@ def test_full_report_is_valid(report: dict[str, Any]) -> None:
         ("run/optimizer/foreach", True),
         ("run/wandb_id", "extra facts are welcome"),
         ("data/source", KeyError),
+        ("run/method_label", "FooGrad"),
+        ("run/method_paper", None),
         ("data/packing", "truncate and pad"),
         ("metrics", []),
         ("metrics/0/step", None),
@@ -82,7 +139,7 @@ def test_accepts(report: dict[str, Any], path: str, value: Any, tmp_path: Path) 
     [
         ("run", KeyError, "run is missing"),
         ("extra", 1, "extra is not a known field"),
-        ("schema_version", "1", "schema_version: \"?'1'\"? is not 1"),
+        ("schema_version", "1", "schema_version: \"?'1'\"? is not 2"),
         ("run/method", KeyError, "run.method is missing"),
         ("run/tokens_seen", KeyError, "run.tokens_seen is missing"),
         ("run/tokens_seen", 1.5, "run.tokens_seen: 1.5 is not of type integer or null"),
@@ -205,7 +262,10 @@ def test_metric_entry(report: dict[str, Any]) -> None:
     assert entry == {"name": "a/b/c", "value": 0.5, "stderr": 0.1, "step": 3, "settings": {}, "space": "dense"}
     assert (bad["value"], bad["stderr"], bad["settings"]) == (None, None, {"k": 5, "note": "not finite: inf"})
     assert kept["settings"] == {"note": "diverged"}
-    report["metrics"] = [entry, bad, kept]
+    told = {"settings": {"K": 2}, "reference": {"since": 3}, "about": {"total": 4}}
+    new = metric_entry("a/b/c", math.nan, step=None, **told)
+    assert {part: new[part] for part in told} == told | {"about": {"total": 4, "note": "not finite: nan"}}
+    report["metrics"] = [entry, bad, kept, new]
     validate_report(report)
 
 
@@ -217,8 +277,10 @@ package = types.ModuleType("hf_lowrank")
 package.__path__ = [sys.argv[1]]
 sys.modules["hf_lowrank"] = package
 import hf_lowrank.report
+hf_lowrank.report.read_report(sys.argv[2])
 sys.exit(f"imported: {loaded}" if (loaded := {"matplotlib", "pandas", "torch"} & set(sys.modules)) else 0)
 """
-    root = Path(schema.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(root)], check=False, capture_output=True, text=True)
+    root = SCHEMA.parents[1]
+    command = [sys.executable, "-c", code, str(root), str(FULL)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
 from hf_lowrank.report import read_report, validate_report
+from hf_lowrank.report.model import details
 from hf_lowrank.run import facts
 
 SAVING = dict(save_strategy="steps", save_steps=2)
@@ -161,7 +162,8 @@ def test_perplexity_and_its_error(sltrain_run):
     assert perplexity["value"] == pytest.approx(math.exp(own), rel=1e-4)
     assert perplexity["stderr"] == pytest.approx(perplexity["value"] * loss["stderr"])
     assert loss["stderr"] > 0
-    assert loss["settings"] == {"sequences": 8, "tokens": 8 * (LENGTH - 1), "stderr": "over sequences"}
+    assert loss["settings"] == {"sequences": 8, "tokens": 8 * (LENGTH - 1)}
+    assert loss["about"] == {"stderr": "over sequences"}
 
 
 def test_perplexity_is_that_of_the_models_own_loss(foreign_run):
@@ -176,7 +178,11 @@ def test_the_report_holds_what_the_callbacks_measured(foreign_run):
     found = metrics(folder)
     assert {step for name, step in found if name == "spectral/weight/stable_rank"} == {0, 2, 4}
     stored = json.loads((folder / "publish" / "metrics" / "spectral.json").read_text())
-    assert all(found[record["name"], record["step"]] == record for record in stored)
+    for record in stored:
+        entry = found[record["name"], record["step"]]
+        assert details(entry) == details(record)
+        for field in ("value", "stderr", "space"):
+            assert entry[field] == record[field]
 
 
 def test_publish_is_complete(foreign_run, sltrain_run):
@@ -441,7 +447,7 @@ def test_a_run_that_diverged_has_a_report(tmp_path, no_figures):
     found = metrics(tmp_path)
     for name in ("validation_loss", "perplexity"):
         assert found[name, 2]["value"] is None
-        assert found[name, 2]["settings"]["note"] == "not finite: nan"
+        assert found[name, 2]["about"]["note"] == "not finite: nan"
 
 
 def test_one_validation_sequence_has_no_standard_error(tmp_path, no_figures):

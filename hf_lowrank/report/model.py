@@ -1,0 +1,292 @@
+"""report.json as types: what one training run was, what it was trained on and what was measured.
+
+`Report` and its parts are strict pydantic models with attributes (`report.run.steps`). They are mappings as well, so
+`report["run"]["steps"]`, `report.get("baseline")`, `"source" in data` and `{**entry}` work as they do on the JSON: a
+mapping holds the fields that were given, and attributes of the others have their defaults. Unknown quantities are
+null, which differs from zero; NaN and infinity are refused, because JSON has neither. `schema.json` beside this file
+is exported from these models (`json_schema`).
+
+A number has three sets of settings. `settings` define it: two numbers compare only where these agree. `reference` is
+what it refers to at its own step, such as the step before: it separates the columns of a table, but not the points of
+a curve. `about` only describes, and decides nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import GenerateJsonSchema
+
+__all__ = [
+    "SCHEMA_VERSION", "Baseline", "Batch", "CheckpointOf", "Data", "EvaluationEntry", "LearningRateSchedule",
+    "MetricEntry", "Model", "Optimizer", "OptimizerStateBytes", "Paper", "Part", "PeakMemory", "Report", "Run",
+    "Seeds", "Space", "details", "json_schema",
+]  # fmt: skip
+
+SCHEMA_VERSION = 2
+
+Name = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Nonnegative = Annotated[float, Field(ge=0)]
+Space = Literal["native", "dense", "linearised"]
+
+
+class Part(BaseModel, Mapping[str, Any]):
+    """A part of a report: a model that is also a mapping of the fields that were given."""
+
+    model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=())
+
+    def __getitem__(self, key: str) -> Any:
+        if key in type(self).model_fields:
+            return getattr(self, key)
+        return (self.model_extra or {})[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.model_fields_set
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        yield from (name for name in type(self).model_fields if name in self.model_fields_set)
+        yield from self.model_extra or ()
+
+    def __len__(self) -> int:
+        return len(self.model_fields_set)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and dict(self) == dict(other)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+
+class Closed(Part):
+    """A part that has no fields but its own; the others hold whatever else a run wants to keep."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Paper(Closed):
+    title: Name
+    arxiv: Name
+    """Its number on arXiv, such as 2403.03507."""
+    authors: Name
+    """Separated by commas."""
+
+
+class Model(Part):
+    architecture: Name
+    """The model type of the base model, such as llama."""
+    size: str | None
+    parameters: Count
+    """All parameters of the model as trained, tied ones once."""
+    parameters_trained: Count
+    config_hash: str | None = None
+
+
+class OptimizerStateBytes(Part):
+    predicted: Count | None
+    measured: Count | None
+    adamw: Count | None
+    """What AdamW would hold for the dense model."""
+
+    @property
+    def best(self) -> int | None:
+        """Measured, or else predicted."""
+        return self.predicted if self.measured is None else self.measured
+
+
+class PeakMemory(Part):
+    value: Count | None
+    kind: str | None
+    """How the peak was taken, such as cuda_allocated or process_rss."""
+
+
+class Seeds(Part):
+    seed: int | None
+    data_seed: int | None
+
+
+class LearningRateSchedule(Part):
+    type: str | None
+    warmup_steps: Annotated[int | float, Field(ge=0)] | None
+
+
+class Optimizer(Part):
+    name: str | None
+    betas: list[float] | None
+    eps: float | None
+    weight_decay: float | None
+    max_grad_norm: float | None
+
+
+class Batch(Part):
+    per_device: Positive | None
+    gradient_accumulation: Positive | None
+    world_size: Positive | None
+    global_sequences: Positive | None
+    """Sequences in one optimizer step."""
+
+
+class CheckpointOf(Closed):
+    """The run that a checkpoint belongs to."""
+
+    steps: Count | None
+    """Optimizer steps that the run had done when this report was cut for its checkpoint; null where the report was
+    written at a save, while training went on."""
+
+
+class Run(Part):
+    """What the training run was; further facts are welcome."""
+
+    name: Name
+    method: Name
+    method_label: str | None = None
+    """The method's name for people."""
+    method_paper: Paper | None = None
+    dense_form: bool | None = None
+    """Whether dense weights compute the same function; null where that is not known."""
+    method_config: dict[str, Any]
+    """The method's configuration, field by field."""
+    model: Model
+    optimizer_state_bytes: OptimizerStateBytes
+    peak_memory_bytes: PeakMemory
+    tokens_seen: Count | None
+    flops: Nonnegative | None
+    steps: Count
+    """Optimizer steps done."""
+    max_steps: Count | None
+    """Optimizer steps planned."""
+    checkpoint_of: CheckpointOf | None = None
+    """Set where this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after `steps`."""
+    seeds: Seeds
+    learning_rate: Nonnegative | None
+    """Peak learning rate."""
+    lr_schedule: LearningRateSchedule
+    optimizer: Optimizer
+    batch: Batch
+    precision: str | None
+    world_size: Positive | None
+    versions: dict[str, str | None]
+    git_commit: str | None
+    hardware: str | dict[str, Any] | None
+    wall_time_seconds: Nonnegative | None
+    command: list[str] | None
+    """The command that repeats the run, one argument an item."""
+    license: str | None
+    date: str | None
+    """When the run ended, ISO 8601."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether training ended before its planned last step.
+
+        A checkpoint of a run that went on (`checkpoint_of`) did not stop: it has done fewer steps than its run, and
+        nothing is wrong with either.
+        """
+        return self.max_steps is not None and self.steps < self.max_steps and self.checkpoint_of is None
+
+
+class Data(Part):
+    """What the run was trained and validated on; null where it is not known, as in a foreign Trainer run."""
+
+    source: Literal["hub", "local", "embedded"] | None = None
+    """Where to look the name up: the Hub's data sets, the machine's files, or the package's embedded corpus."""
+    name: Name
+    config: str | None
+    revision_or_hash: str | None
+    tokenizer_hash: str | None
+    tokenizer_name: str | None
+    sequence_length: Positive | None
+    packing: bool | str | None
+    train_sequences: Count | None
+    validation_sequences: Count | None
+    validation_tokens: Count | None
+    split_seed: int | None
+
+
+class MetricEntry(Closed):
+    """One number of a metric."""
+
+    name: Name
+    """dimension/subject/metric."""
+    value: float | None
+    """null where it could not be measured; about.note says why."""
+    stderr: Nonnegative | None
+    step: Count | None
+    settings: dict[str, Any]
+    """What defines the number: numbers compare only where these agree."""
+    space: Space | None
+    """Which weights were looked at: the parameters as trained, the dense matrices they compute, or the product of the
+    factors where no dense matrix exists; null where the question does not arise."""
+    reference: dict[str, Any] = {}
+    """What the number refers to at its own step, such as the step before."""
+    about: dict[str, Any] = {}
+    """What only describes the number, such as how many matrices it is over."""
+
+
+class EvaluationEntry(Closed):
+    """One number of a downstream task."""
+
+    task: Name
+    metric: Name
+    value: float | None
+    stderr: Nonnegative | None
+    num_fewshot: Count | None
+    limit: Annotated[int | float, Field(ge=0)] | None
+    step: Count | None
+    task_version: str | int | float | None
+    settings: dict[str, Any] = {}
+    """What defines the number beside the fields above: seeds and samples."""
+    about: dict[str, Any] = {}
+    """What only describes the number: form of the weights, truncated requests, chance level."""
+
+
+class Baseline(Closed):
+    """What is known of the run that this one was measured against: enough to tell whether the two compare."""
+
+    name: Name
+    method: Name
+    method_label: str | None = None
+    steps: Count
+    tokens_seen: Count | None
+    parameters: Count
+    optimizer_state_bytes: Count | None
+    """Measured, or else predicted."""
+    learning_rate: Nonnegative | None
+    data: Data | None
+    metrics: list[MetricEntry]
+    evaluations: list[EvaluationEntry]
+
+
+class Report(Closed):
+    """What one training run was, what it was trained on and what was measured.
+
+    Unknown quantities are null; NaN and infinity are not allowed.
+    """
+
+    schema_version: Literal[2]
+    run: Run
+    data: Data | None
+    metrics: list[MetricEntry]
+    evaluations: list[EvaluationEntry]
+    baseline: Baseline | None = None
+
+
+def details(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that is known of how an entry's number was measured, to show it: what it depends on and the rest."""
+    parts = ("settings", "reference", "about")
+    return {key: value for part in parts for key, value in (entry.get(part) or {}).items()}
+
+
+class _WithoutTitles(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of report.json, which `schema.json` in this folder holds."""
+    exported = Report.model_json_schema(schema_generator=_WithoutTitles)
+    return {"$schema": GenerateJsonSchema.schema_dialect, "$id": f"urn:hf_lowrank:report:{SCHEMA_VERSION}", **exported}
