@@ -19,7 +19,6 @@ from typing import Any
 # anything else runs on the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +29,7 @@ from hf_lowrank.cli import fail
 from hf_lowrank.data import Data, load_data
 from hf_lowrank.downstream.quick.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
-from hf_lowrank.machine import keep_freed_memory
+from hf_lowrank.machine import keep_freed_memory, use_cores
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
 from hf_lowrank.report import read_report
 
@@ -40,15 +39,6 @@ RUN_FILES = (
     "checkpoint-*", "publish", "spectral_snapshots", "interpolation_snapshots", "*.safetensors", "config.json",
     "training_args.bin", "evaluation.parquet", "measured.json",
 )  # fmt: skip
-
-
-def use_cores(args: TrainingArguments, threads: int | None) -> None:
-    """On a CPU, give this process its share of the cores: `accelerate launch` leaves each process a single thread."""
-    if args.device.type == "cpu":
-        keep_freed_memory()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-        torch.set_num_threads(threads or max(1, cores // local))
 
 
 def split_batch(args: TrainingArguments, total: int | None) -> None:
@@ -141,7 +131,9 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
     """Everything that can go wrong before training: data, model, method, output folder."""
     args = recipe.training
     size = recipe.recipe.model_size or "tiny"
-    use_cores(args, recipe.recipe.cpu_threads)
+    if args.device.type == "cpu":
+        keep_freed_memory()
+        use_cores(recipe.recipe.cpu_threads)
     split_batch(args, recipe.recipe.total_batch_size)
     checkpoint = starting_point(args, recipe.recipe.overwrite)
     with args.main_process_first(desc="loading the data"):

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_lowrank.data import DataArguments
 from hf_lowrank.families.presets import PRESETS
 from hf_lowrank.families.records import FAMILIES
-from hf_lowrank.machine import keep_freed_memory
-from hf_lowrank.measure.measure import Options, Watcher, measure
+from hf_lowrank.machine import launched, own_device
+from hf_lowrank.measure.measure import MeasureOptions, measure
+from hf_lowrank.measure.progress import ProgressBar
 from hf_lowrank.methods.base import nearest
 from hf_lowrank.report import read_report
 from hf_lowrank.report.terminal import headline_table
@@ -52,36 +51,6 @@ def _data(given: dict[str, Any]) -> DataArguments | None:
     return DataArguments(**known)
 
 
-class _Bar(Watcher):
-    """A progress bar over the units, with what is being measured; problems are printed above it."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("reading", total=None)
-        self.begun, self.points = 0, 0
-
-    def total(self, units: int) -> None:
-        self.progress.update(self.task, total=units)
-
-    def unit(self, run: str, unit: str, skipped: bool) -> None:
-        self.progress.update(
-            self.task, completed=self.begun, description=f"{run} {unit}{' (done before)' if skipped else ''}"
-        )
-        self.begun, self.points = self.begun + 1, 0
-        # a log file has no bar
-        if not skipped and not self.progress.console.is_terminal:
-            total = self.progress.tasks[self.task].total
-            self.progress.console.print(f"{self.begun}/{total:.0f} {run} {unit}", markup=False, highlight=False)
-        self._unit = f"{run} {unit}"
-
-    def point(self) -> None:
-        self.points += 1
-        self.progress.update(self.task, description=f"{self._unit} [{self.points}]".replace("[", r"\["))
-
-    def problem(self, run: str, unit: str, error: str) -> None:
-        self.progress.console.print(f"{run} {unit}: not measured: {error}", style="red", markup=False)
-
-
 def run_measure(
     runs: list[str],
     baseline: str | None,
@@ -105,27 +74,27 @@ def run_measure(
     chosen = PRESETS[preset] if sequences is None else replace(PRESETS[preset], sequences=sequences)
     if chosen.sequences < 1 or batch_size < 1:
         raise ValueError(f"--sequences {sequences}, --batch-size {batch_size}: give 1 or more")
-    options = Options(
+    options = MeasureOptions(
         families=_families(only),
         preset=chosen,
         batch_size=batch_size,
         steps=_steps(steps),
         data=_data(data),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=own_device(device),
         output=output,
     )
     datasets.disable_progress_bars()
-    if options.device == "cpu":
-        keep_freed_memory()
-    console = Console()
+    # of several processes the first one speaks
+    console = Console(quiet=launched()[0] > 0)
     if baseline is None and "activation" in options.families:
         if only is not None:
             raise ValueError("--only activation compares with a full-rank run: name it with --baseline")
         console.print("no --baseline: activations and barriers to a full-rank run are left out")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        measured, failures = measure(runs, baseline, options, _Bar(progress))
-        progress.update(progress.task_ids[0], completed=progress.tasks[0].total, description="measured")
+    with ProgressBar(console, "measured") as progress:
+        measured, failures = measure(runs, baseline, options, progress)
+    # the others must not end the launch while the first one writes
+    if launched()[0] > 0:
+        return 0
     for run in measured:
         console.print(headline_table(read_report(run.output), run.name))
         console.print(f"{run.output / 'publish'} holds report, tables, figures and card", markup=False)

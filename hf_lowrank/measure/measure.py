@@ -1,15 +1,18 @@
-"""Every metric over every checkpoint of runs, each result on disk as soon as it is there.
+"""Every metric over every checkpoint of runs; each result is written as soon as it is there.
 
-The work is a list of units (a family of metrics, a checkpoint, what it is compared with). A unit is done when its
-fingerprint, of settings, sequences and weights, stands in `measured.json` of the run; a measurement that was killed
-goes on with the first that is not.
+The work is a list of units: a family of metrics, a checkpoint, what it is compared with. A unit is done when its
+fingerprint, of settings, sequences and weights, stands in the run's `measured.json`. A measurement that was killed
+continues with the units that are not done.
 """
 
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from hf_lowrank.data import DataArguments
 from hf_lowrank.families.presets import PRESETS, Preset
@@ -21,77 +24,54 @@ from hf_lowrank.families.records import (
     read_measurement,
     write_measurement,
 )
+from hf_lowrank.machine import launched
 from hf_lowrank.measure.bench import Bench, PartialError
+from hf_lowrank.measure.progress import Failure, Progress
+from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
 from hf_lowrank.measure.source import RunSource, open_run, rows_of
 from hf_lowrank.measure.units import Unit, headline_of
 from hf_lowrank.measure.write import write_map, write_run
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.files import atomic_path
 
-__all__ = ["Options", "measure"]
+__all__ = ["MeasureOptions", "measure"]
 
 logger = logging.getLogger(__name__)
 
 STATE = "measured.json"
-# raised when a metric's meaning changes, so that what was measured before is measured again
+# is raised when a metric's meaning changes, so that earlier numbers are measured again
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Options:
-    """How runs are measured.
+class MeasureOptions:
+    """How runs are measured."""
 
-    Attributes:
-        families: which metrics, of `FAMILIES`.
-        preset: settings of each.
-        batch_size: sequences in one forward pass.
-        steps: checkpoints to measure; None for all.
-        data: validation data to use instead of the runs' own.
-        device: where to compute.
-        token: of the Hub.
-        output: folder for a single run's results instead of its own.
-    """
-
-    families: tuple[str, ...] = FAMILIES
-    preset: Preset = field(default_factory=lambda: PRESETS["quick"])
-    batch_size: int = 16
-    steps: tuple[int, ...] | None = None
-    data: DataArguments | None = None
-    device: str = "cpu"
-    token: str | None = None
-    output: Path | None = None
-
-
-class Watcher:
-    """What is told how far a measurement is; this one says nothing."""
-
-    def total(self, units: int) -> None:
-        """How many units there are in all."""
-
-    def unit(self, run: str, unit: str, skipped: bool) -> None:
-        """A unit begins, or is skipped because it is done."""
-
-    def point(self) -> None:
-        """A piece of a unit is done."""
-
-    def problem(self, run: str, unit: str, error: str) -> None:
-        """A unit could not be measured."""
+    families: tuple[str, ...] = field(default=FAMILIES, metadata={"help": "Which metrics; default: all."})
+    preset: Preset = field(default_factory=lambda: PRESETS["quick"], metadata={"help": "Settings of each family."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences in one forward pass."})
+    steps: tuple[int, ...] | None = field(default=None, metadata={"help": "Checkpoints to measure; default: all."})
+    data: DataArguments | None = field(default=None, metadata={"help": "Validation data; default: the runs' own."})
+    device: str = field(default="cpu", metadata={"help": "cuda, cpu, ...; default: a GPU where there is one."})
+    token: str | None = field(default=None, metadata={"help": "Token of the Hub."})
+    output: Path | None = field(default=None, metadata={"help": "Folder for one run's results instead of its own."})
 
 
 def measure(
-    sources: list[str], baseline: str | None, options: Options, watcher: Watcher | None = None
+    sources: list[str], baseline: str | None, options: MeasureOptions, progress: Progress | None = None
 ) -> tuple[list[RunSource], int]:
-    """Measure runs; see `Options`.
+    """Measure runs; see `MeasureOptions`.
 
     Activations and cross-method barriers refer to the baseline; with several runs, barriers between all of them are
     measured at their last common step as well. A metric that fails on a checkpoint becomes a row with its reason, and
-    the others are measured.
+    the others are measured. In a launch of several processes each does some of the work, and the first one writes the
+    reports.
 
     Args:
         sources: runs, as `open_run` takes them.
         baseline: the full-rank run; None to leave out what refers to it.
         options: what to measure and how.
-        watcher: is told what happens.
+        progress: is told what happens.
 
     Returns:
         The runs, and how many units failed.
@@ -99,37 +79,33 @@ def measure(
     Raises:
         ValueError: a run, checkpoint or data set is not there, or the runs are of different sizes.
     """
-    watcher = watcher or Watcher()
     if not sources:
         raise ValueError("no run to measure: give at least one")
     if options.output is not None and len(sources) > 1:
         raise ValueError(f"--output {options.output} is for one run, {len(sources)} are given: drop one of them")
     runs = [open_run(source, options.output, options.token) for source in sources]
     reference = None if baseline is None else _same_or_opened(baseline, sources, runs, options)
-    _tell_apart([*sources, str(baseline)], runs if reference is None or reference in runs else [*runs, reference])
+    every_run = runs if reference is None or reference in runs else [*runs, reference]
+    _tell_apart([*sources, str(baseline)], every_run)
     if reference is None and options.families == ("activation",):
         raise ValueError("activations are compared with a baseline and none is given: add --baseline RUN")
     benches = [
         Bench(run, reference, [r for r in runs if r is not run], options.preset, options.device) for run in runs
     ]
     units = [list(bench.units(options.families, options.steps)) for bench in benches]
-    watcher.total(sum(map(len, units)))
-    failures = 0
+    jobs = []
     # the baseline first: its numbers go into the others' reports
     for bench, todo in sorted(zip(benches, units, strict=True), key=lambda item: item[0].run is not reference):
         if any(unit.family != "spectral" for unit in todo):
             rows = rows_of(bench.run, options.data)
             bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
             bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
-        try:
-            failures += _measure_run(bench, todo, watcher)
-        finally:
-            # interrupted as well: what was measured so far belongs into the report
-            write_run(bench.run, baseline=reference)
-        bench.release()
-    if len(runs) + (reference is not None and reference not in runs) > 1:
-        write_map([*runs, *([reference] if reference is not None and reference not in runs else [])], runs)
-    return runs, failures
+        work = [_Measuring(bench, unit, todo) for unit in todo]
+        jobs.append(Job(work, partial(write_run, bench.run, baseline=reference), bench.release))
+    failures = run_jobs(jobs, runs[0].output / LOCK, progress or Progress())
+    if len(every_run) > 1 and launched()[0] == 0:
+        write_map(every_run, runs)
+    return runs, len(failures)
 
 
 def _tell_apart(sources: list[str], runs: list[RunSource]) -> None:
@@ -140,7 +116,7 @@ def _tell_apart(sources: list[str], runs: list[RunSource]) -> None:
             run.name = source
 
 
-def _same_or_opened(baseline: str, sources: list[str], runs: list[RunSource], options: Options) -> RunSource:
+def _same_or_opened(baseline: str, sources: list[str], runs: list[RunSource], options: MeasureOptions) -> RunSource:
     """The baseline, which may be one of the runs."""
     for source, run in zip(sources, runs, strict=True):
         if source == baseline or (Path(source).is_dir() and Path(source).resolve() == Path(baseline).resolve()):
@@ -148,77 +124,97 @@ def _same_or_opened(baseline: str, sources: list[str], runs: list[RunSource], op
     return open_run(baseline, token=options.token)
 
 
-def _measure_run(bench: Bench, units: list[Unit], watcher: Watcher) -> int:
-    run, failures = bench.run, 0
-    folder, state = metrics_folder(run.output), _State(run.output / STATE)
-    for unit in units:
-        try:
-            fingerprint = _fingerprint(bench, unit)
-            done = state.holds(unit.key, fingerprint) and _is_there(folder, unit)
-            watcher.unit(run.name, unit.label, done)
-            if done:
-                continue
-            found, error = bench.do(unit, watcher.point), None
-        # one metric, or one checkpoint that is cut short, must not cost the others
-        except Exception as raised:
-            if isinstance(raised, PartialError):
-                error, partial = str(raised), raised.found
-            else:
-                error, partial = f"{type(raised).__name__}: {raised}", Measurement([], [])
-            found = _failed(unit, error, partial)
-            fingerprint = ""
-            failures += 1
-            watcher.problem(run.name, unit.label, error)
-        # what was measured before the checkpoint was damaged stays
-        if error is None or not _has_numbers(folder, unit):
-            _replace(folder, unit, found)
-        state.note(unit.key, fingerprint)
-    return failures
+class _Measuring(Work):
+    """A unit of a run's measurement, with what it leaves on disk: rows, records, and its mark in `measured.json`.
+
+    Args:
+        bench: measures it.
+        unit: what is measured.
+        units: all units of the run, in the order in which their results are written.
+    """
+
+    def __init__(self, bench: Bench, unit: Unit, units: list[Unit]) -> None:
+        self.bench, self.unit = bench, unit
+        self.where, self.name = bench.run.name, unit.label
+        self.key = f"{bench.run.output}/{unit.key}"
+        self.folder, self.state = metrics_folder(bench.run.output), bench.run.output / STATE
+        self.order = [u for u in units if u.file == unit.file]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.bench, self.unit)
+
+    def is_done(self) -> bool:
+        marked = _read_state(self.state).get(self.unit.key) == self.fingerprint
+        # training on may have dropped its records
+        return marked and bool(_earlier(self.folder, self.unit))
+
+    def do(self, tick: Callable[[], Any]) -> Measurement:
+        return self.bench.do(self.unit, tick)
+
+    def keep(self, result: Measurement) -> None:
+        _replace(self.folder, self.unit, result, self.order)
+        _mark(self.state, self.unit.key, self.fingerprint)
+
+    def fail(self, error: Exception) -> Failure:
+        if isinstance(error, PartialError):
+            reason, part = str(error), error.found
+        else:
+            reason, part = f"{type(error).__name__}: {error}", Measurement([], [])
+        # numbers that were measured before the checkpoint was damaged stay
+        if not any(record.value is not None for record in _earlier(self.folder, self.unit)):
+            _replace(self.folder, self.unit, _failed(self.unit, reason, part), self.order)
+        _mark(self.state, self.unit.key, "")
+        return Failure(self.where, self.name, reason)
 
 
-def _failed(unit: Unit, error: str, found: Measurement) -> Measurement:
-    """What was found of a unit, with rows that say which headline metrics could not be measured, and why."""
+def _failed(unit: Unit, error: str, part: Measurement) -> Measurement:
+    """The part of a unit that was measured, with rows that say why the other headline metrics could not be."""
     note = {"note": error} if unit.other is None else {"note": error, "other": unit.other}
-    names = {record.name for record in found.records}
+    names = {record.name for record in part.records}
     records = [
         Record(name, None, None, unit.step, note, unit.space) for name in headline_of(unit) if name not in names
     ]
-    return Measurement(found.records + records, found.rows)
-
-
-def _has_numbers(folder: Path, unit: Unit) -> bool:
-    """Whether an earlier measurement of a unit gave numbers."""
-    return any(record.value is not None for record in _earlier(folder, unit))
-
-
-def _is_there(folder: Path, unit: Unit) -> bool:
-    """Whether a unit's records are still in the run's folder: training on may have dropped them."""
-    return bool(_earlier(folder, unit))
+    return Measurement(part.records + records, part.rows)
 
 
 def _earlier(folder: Path, unit: Unit) -> list[Record]:
     """The records of a unit that are in the run's folder."""
     try:
-        found = read_measurement(folder, unit.file)
+        held = read_measurement(folder, unit.file)
     # damaged: as good as gone
     except Exception:
         return []
-    return [] if found is None else [record for record in found.records if unit.owns_record(record)]
+    return [] if held is None else [record for record in held.records if unit.owns_record(record)]
 
 
-def _replace(folder: Path, unit: Unit, found: Measurement) -> None:
-    """Put a unit's results in the place of what it found before."""
+def _replace(folder: Path, unit: Unit, result: Measurement, order: list[Unit]) -> None:
+    """Put a unit's results in the place of its earlier ones, by step and then in the order of the units.
+
+    The files do not depend on the order in which the units were done.
+    """
     try:
         before = read_measurement(folder, unit.file) or Measurement([], [])
     # damaged: it costs the earlier numbers, not these
     except Exception as error:
         logger.warning("%s in %s cannot be read and is written anew: %s", unit.file, folder, error)
         before = Measurement([], [])
-    records = [r for r in before.records if not unit.owns_record(r)] + found.records
-    rows = [r for r in before.rows if not unit.owns_row(r)] + found.rows
-    records.sort(key=lambda r: r.step)
-    rows.sort(key=lambda r: r["step"])
-    write_measurement(folder, unit.file, Measurement(records, rows))
+
+    def place(step: int, owns: Callable[[Unit], bool]) -> tuple[int, int]:
+        return step, next((i for i, other in enumerate(order) if other.step == step and owns(other)), -1)
+
+    records = [r for r in before.records if not unit.owns_record(r)] + result.records
+    rows = [r for r in before.rows if not unit.owns_row(r)] + result.rows
+    records.sort(key=lambda r: place(r.step, lambda other: other.owns_record(r)))
+    rows.sort(key=lambda r: place(int(r["step"]), lambda other: other.owns_row(r)))
+    write_measurement(folder, unit.file, Measurement(records, _with_all_columns(rows)))
+
+
+def _with_all_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with equal keys, in the order in which the rows fill them; those that no row fills are last."""
+    filled = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None and value == value)
+    empty = sorted({key for row in rows for key in row} - filled.keys())
+    return [{key: row.get(key) for key in filled} | dict.fromkeys(empty) for row in rows]
 
 
 def _fingerprint(bench: Bench, unit: Unit) -> str:
@@ -233,25 +229,19 @@ def _fingerprint(bench: Bench, unit: Unit) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class _State:
-    """Which units are done, by their fingerprints; written after every one of them."""
+def _read_state(path: Path) -> dict[str, str]:
+    """Fingerprints of the units that are done, by key."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("%s cannot be read (%s): everything is measured again", path, error)
+        return {}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._done: dict[str, str] = dict(json.loads(path.read_text()))
-        except FileNotFoundError:
-            self._done = {}
-        except ValueError as error:
-            logger.warning("%s cannot be read (%s): everything is measured again", path, error)
-            self._done = {}
 
-    def holds(self, key: str, fingerprint: str) -> bool:
-        """Whether a unit is done with this fingerprint."""
-        return self._done.get(key) == fingerprint
-
-    def note(self, key: str, fingerprint: str) -> None:
-        """Note a unit as done, or with an empty fingerprint as not."""
-        self._done[key] = fingerprint
-        with atomic_path(self.path) as path:
-            path.write_text(json.dumps(self._done, indent=1, sort_keys=True) + "\n")
+def _mark(path: Path, key: str, fingerprint: str) -> None:
+    """Mark a unit as done, or with an empty fingerprint as not."""
+    state = _read_state(path) | {key: fingerprint}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")

@@ -17,8 +17,8 @@ from hf_lowrank.checkpoints import load_model
 from hf_lowrank.cli import main
 from hf_lowrank.data import DataError
 from hf_lowrank.families import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
-from hf_lowrank.measure import Options, measure, open_run
-from hf_lowrank.measure.measure import Watcher
+from hf_lowrank.measure import MeasureOptions, measure, open_run
+from hf_lowrank.measure.progress import Progress
 from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.sequences import EvaluationSet
@@ -32,7 +32,7 @@ PRESET = Preset(
     interpolation=InterpolationSettings(points=3, cross_points=3),
     curvature=CurvatureSettings(2, 2, 3),
 )
-OPTIONS = Options(preset=PRESET, batch_size=4)
+OPTIONS = MeasureOptions(preset=PRESET, batch_size=4)
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2)
 RUNS = {"full": "fullrank", "again": "fullrank", "sparse": "sltrain", "cola": "cola"}
 
@@ -64,7 +64,7 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
 
 
-class Seen(Watcher):
+class Seen(Progress):
     """What a measurement says of itself."""
 
     def __init__(self, stop_after=None):
@@ -75,8 +75,8 @@ class Seen(Watcher):
         if self.stop_after is not None and len(self.units) > self.stop_after:
             raise KeyboardInterrupt
 
-    def problem(self, run, unit, error):
-        self.problems.append((run, unit, error))
+    def failed(self, failure):
+        self.problems.append((failure.where, failure.name, failure.reason))
 
 
 def run_it(folders, baseline=None, options=OPTIONS, watcher=None, **changes):
