@@ -21,12 +21,14 @@ from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
 from hf_lowrank.methods.base import nearest
 from hf_lowrank.models import SIZES
+from hf_lowrank.report.catalogue import CATALOGUE, LOSS
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("spectral", "landscape", "interpolation", "activation", "curvature", "downstream")
+# the loss is evaluated by Trainer
+METRICS = (*(entry.name for entry in CATALOGUE if entry is not LOSS), "downstream")
 # keys of the YAML file that a flag displaces beside its own, since they would contradict it or silently win over it
 DISPLACED = {
     "dataset_name": ("dataset_path", "dataset_glob", "dataset_config_name"),

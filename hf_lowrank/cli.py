@@ -8,6 +8,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hf_lowrank.report.catalogue import CATALOGUE
+
 __all__ = ["app", "fail", "main"]
 
 app = typer.Typer(
@@ -80,7 +82,7 @@ def measure(
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="With commas: loss,spectral,activation,interpolation,curvature,landscape."),
+        typer.Option(help=f"With commas: {','.join(entry.name for entry in CATALOGUE)}."),
     ] = None,
     preset: Annotated[str, typer.Option(help="quick, or study: the settings of arXiv 2605.13652.")] = "quick",
     sequences: Annotated[int | None, typer.Option(help="Validation sequences; default: the preset's.")] = None,

@@ -9,6 +9,7 @@ Importing that module registers what it defines.
 """
 
 import logging
+import sys
 from importlib.metadata import entry_points
 
 __all__ = ["GROUP", "load_plugins"]
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 GROUP = "hf_lowrank.plugins"
 _loaded: set[str] = set()
+# where Python looked for packages last time: reading their metadata again and again would take long
+_searched: list[str] = []
 
 
 def load_plugins() -> None:
@@ -24,6 +27,9 @@ def load_plugins() -> None:
 
     A module that cannot be imported is left out with a warning: somebody else's package must not break this one.
     """
+    if _searched == sys.path:
+        return
+    _searched[:] = sys.path
     for entry in entry_points(group=GROUP):
         if entry.value in _loaded:
             continue

@@ -21,11 +21,11 @@ MAY_IMPORT = {
     "metrics": {"sharding"},
     "optim": {"sharding"},
     "methods": {"optim", "plugins", "report", "sharding"},
-    "report": set(),
+    "report": {"plugins"},
     "figures": {"report"},
     "hub": {"report", "figures", "checkpoints", "methods"},
     "families": {
-        *("metrics", "methods", "report", "hub", "checkpoints", "sharding"),
+        *("metrics", "methods", "plugins", "report", "hub", "checkpoints", "sharding"),
     },
     "run": {
         *("downstream", "figures", "families", "metrics", "methods", "report", "hub", "checkpoints"),

@@ -15,8 +15,7 @@ from hf_lowrank.compare.frame import Comparison
 from hf_lowrank.compare.series import Series, data_identity, differing_settings
 from hf_lowrank.figures.activation import SIMILARITIES
 from hf_lowrank.figures.axes import evenly
-from hf_lowrank.figures.training import SPECTRAL
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS, SPECTRAL
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.tables import describe
 
@@ -258,7 +257,7 @@ def _over_depth(comparison: Comparison) -> Iterator[Chart]:
         if "spectral" in run.tables
         for space in run.tables["spectral"]["space"].unique()
     )
-    for metric in SPECTRAL:
+    for metric in SPECTRAL.metrics:
         for space in spaces:
 
             def curve(run: int, name: str = metric.name, space: str = space) -> _Curve | None:

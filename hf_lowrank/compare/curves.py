@@ -6,8 +6,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet as pq
 
-from hf_lowrank.figures import TABLES
 from hf_lowrank.figures.tables import read_table
+from hf_lowrank.report.catalogue import tables as catalogued_tables
 
 __all__ = ["read_curves"]
 
@@ -23,13 +23,13 @@ def read_curves(metrics: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
     A table that is broken, of another form or unreasonably large is left out: a run is compared without it.
     """
     tables, problems = {}, []
-    for name, (numbers, texts, optional) in TABLES.items():
+    for name, form in catalogued_tables().items():
         path = metrics / f"{name}.parquet"
         if not path.is_file():
             continue
         try:
             _check_size(path)
-            tables[name] = read_table(path, numbers, texts, optional)
+            tables[name] = read_table(path, form)
         # pyarrow raises its own kinds beside ValueError and OSError for files that were damaged or made up
         except (ValueError, OSError, pyarrow.ArrowException, OverflowError, MemoryError) as error:
             reason = " ".join(str(error).replace(str(path), path.name).split())

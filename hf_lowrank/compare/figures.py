@@ -30,7 +30,7 @@ from hf_lowrank.figures.axes import (
     whole_numbers,
 )
 from hf_lowrank.figures.interpolation import barrier_map
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
 
 __all__ = ["draw_comparison"]
 

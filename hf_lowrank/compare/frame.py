@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_lowrank.compare.notices import Notice, differing_facts, metric_notices, run_notices, settings_key
 from hf_lowrank.compare.series import COSTS, ComparedRun, Kind, Point, Series, collect, differing_settings
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.significance import Delta, Sample, difference
 from hf_lowrank.report.tables import (

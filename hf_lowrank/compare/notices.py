@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from hf_lowrank.compare.series import DESCRIPTIVE, ComparedRun, Series, differing_settings
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.tables import UNKNOWN, describe, format_count
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.model import details
 from hf_lowrank.report.tables import describe

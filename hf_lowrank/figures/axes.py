@@ -13,15 +13,17 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, Locator, MaxNLocator, StrMethodFormatter
 
-from hf_lowrank.report.headline import HeadlineMetric
+from hf_lowrank.figures.tables import lines
+from hf_lowrank.report.catalogue import HeadlineMetric
 from hf_lowrank.report.markdown import one_line
 
 __all__ = [
     "COLOURS", "MARKED_POINTS", "STYLE", "evenly", "figure_title", "label", "legend_below", "line_style", "marker",
-    "metric_axis", "new_figure", "panel_grid", "panel_title", "sequential", "short_names", "step_axis", "value_scale",
-    "whole_numbers",
+    "metric_axis", "metrics_over_steps", "new_figure", "panel_grid", "panel_title", "sequential", "short_names",
+    "step_axis", "value_scale", "whole_numbers",
 ]  # fmt: skip
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale on white
@@ -142,6 +144,37 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
     if rows > 2:
         figure.set_figheight(figure.get_figheight() + 0.18 * (rows - 2))
     figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(handles) // rows), frameon=False)
+
+
+def metrics_over_steps(records: pd.DataFrame, metrics: Sequence[HeadlineMetric], title: str) -> Figure | None:
+    """Draw a family's records over the measured steps: a panel a metric, a line a space and setting.
+
+    Bars show one standard error. Return None where there is no record of these metrics.
+    """
+    panels = [(metric, rows) for metric in metrics if len(rows := records[records["name"] == metric.name])]
+    if not panels:
+        return None
+    drawn = [list(lines(rows)) for _, rows in panels]
+    labels = list(dict.fromkeys(name for panel in drawn for name, _ in panel))
+    steps = pd.concat([rows["step"] for _, rows in panels])
+    figure, grid = panel_grid(len(panels))
+    for axes, (metric, rows), panel in zip(grid, panels, drawn, strict=True):
+        for name, line in panel:
+            look = line_style(labels.index(name), len(line))
+            axes.errorbar(line["step"], line["value"], yerr=line["stderr"], capsize=2, elinewidth=0.8, **look)
+        metric_axis(axes, metric, rows["value"].min(), rows["value"].max())
+        if axes.get_yscale() == "log":  # a bar that reaches below 0 would stretch the axis without end
+            axes.set_ylim(bottom=rows["value"].min() / 2)
+        step_axis(axes, steps)
+    notes = labels[:1] if len(labels) == 1 and labels[0] else []
+    if any(rows["stderr"].notna().any() for _, rows in panels):
+        notes.append("bars show one standard error")
+    figure_title(figure, title, *map(label, notes))
+    if len(labels) > 1:
+        points = max(len(line) for panel in drawn for _, line in panel)
+        handles = [Line2D([], [], **line_style(index, points)) for index in range(len(labels))]
+        legend_below(figure, handles, [label(name) or "weights" for name in labels])
+    return figure
 
 
 def label(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The loss around a model: curves along directions (H1 to H5), their sharpness and the curvature over training."""
+"""The loss around a model: curves along directions and their sharpness over training (H1 to H5)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,19 +16,16 @@ from matplotlib.ticker import MaxNLocator
 from hf_lowrank.figures.axes import (
     COLOURS,
     figure_title,
-    label,
     legend_below,
     line_style,
-    metric_axis,
+    metrics_over_steps,
     panel_grid,
     panel_title,
-    step_axis,
     value_scale,
 )
-from hf_lowrank.figures.tables import lines
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import LANDSCAPE
 
-__all__ = ["curvature_over_steps", "landscape_curves", "sharpness_over_steps"]
+__all__ = ["landscape_curves", "sharpness_over_steps"]
 
 _SUBJECTS = ("random", "svd_1", "svd_k", "trajectory")
 # sharpness in the first row, what varies between directions in the second
@@ -163,40 +160,5 @@ def _draw_components(axes: Axes, panel: _Panel) -> dict[str, Artist]:
 
 def sharpness_over_steps(records: pd.DataFrame) -> Figure | None:
     """Draw H1 to H5 with their standard errors over the measured steps."""
-    names = {metric.id: metric.name for metric in HEADLINE_METRICS}
-    return _records_over_steps(records, [names[number] for number in _SHARPNESS], "Loss landscape over training")
-
-
-def curvature_over_steps(records: pd.DataFrame) -> Figure | None:
-    """Draw the Hessian's top eigenvalue and trace with their standard errors over the measured steps."""
-    names = [metric.name for metric in HEADLINE_METRICS if metric.name.startswith("curvature/")]
-    return _records_over_steps(records, names, "Curvature of the loss over training")
-
-
-def _records_over_steps(records: pd.DataFrame, names: list[str], title: str) -> Figure | None:
-    """Draw a panel a metric, a line a space and setting, bars of one standard error."""
-    of_name = {metric.name: metric for metric in HEADLINE_METRICS}
-    panels = [(of_name[name], rows) for name in names if len(rows := records[records["name"] == name])]
-    if not panels:
-        return None
-    drawn = [list(lines(rows)) for _, rows in panels]
-    labels = list(dict.fromkeys(name for panel in drawn for name, _ in panel))
-    steps = pd.concat([rows["step"] for _, rows in panels])
-    figure, grid = panel_grid(len(panels))
-    for axes, (metric, rows), panel in zip(grid, panels, drawn, strict=True):
-        for name, line in panel:
-            look = line_style(labels.index(name), len(line))
-            axes.errorbar(line["step"], line["value"], yerr=line["stderr"], capsize=2, elinewidth=0.8, **look)
-        metric_axis(axes, metric, rows["value"].min(), rows["value"].max())
-        if axes.get_yscale() == "log":  # a bar that reaches below 0 would stretch the axis without end
-            axes.set_ylim(bottom=rows["value"].min() / 2)
-        step_axis(axes, steps)
-    notes = labels[:1] if len(labels) == 1 and labels[0] else []
-    if any(rows["stderr"].notna().any() for _, rows in panels):
-        notes.append("bars show one standard error")
-    figure_title(figure, title, *map(label, notes))
-    if len(labels) > 1:
-        points = max(len(line) for panel in drawn for _, line in panel)
-        handles = [Line2D([], [], **line_style(index, points)) for index in range(len(labels))]
-        legend_below(figure, handles, [label(name) or "weights" for name in labels])
-    return figure
+    metrics = sorted(LANDSCAPE.metrics, key=lambda metric: _SHARPNESS.index(str(metric.id)))
+    return metrics_over_steps(records, metrics, "Loss landscape over training")

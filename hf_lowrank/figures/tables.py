@@ -1,13 +1,14 @@
 """Reading what pictures are drawn from: parquet tables of curves and JSON lists of records, checked on the way in."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from hf_lowrank.report.catalogue import Table
 from hf_lowrank.report.tables import describe
 
 __all__ = ["lines", "one_space", "read_records", "read_table"]
@@ -15,14 +16,11 @@ __all__ = ["lines", "one_space", "read_records", "read_table"]
 _RECORD = ("name", "value", "stderr", "step", "settings", "space")
 
 
-def read_table(
-    path: Path, numbers: Sequence[str], texts: Sequence[str] = (), optional: Sequence[str] = ()
-) -> pd.DataFrame:
-    """Return a parquet table, infinities as NaN; an empty one where there is no file.
+def read_table(path: Path, form: Table) -> pd.DataFrame:
+    """Return a parquet table of the given form, infinities as NaN; an empty one where there is no file.
 
-    Columns of `numbers` and `texts` must be there, those of `optional` may; rows without a number in the first column
-    are left out. Raises `ValueError` that names the file, and the column, for a file that is no parquet, a column that
-    is missing, and one of `numbers` or `optional` that holds something else.
+    Rows without a number in the first column are left out. Raises `ValueError` that names the file, and the column,
+    for a file that is no parquet, a column that is missing, and a column of numbers that holds something else.
     """
     if not path.is_file():
         return pd.DataFrame()
@@ -30,14 +28,14 @@ def read_table(
         table = pd.read_parquet(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not readable as parquet ({error})") from error
-    missing = [column for column in (*numbers, *texts) if column not in table]
+    missing = [column for column in (*form.numbers, *form.texts) if column not in table]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; there are {', '.join(map(str, table.columns))}")
-    for column in (*numbers, *(column for column in optional if column in table)):
+    for column in (*form.numbers, *(column for column in form.optional if column in table)):
         table[column] = _numeric(table[column], f"{path}: column {column}")
-    for column in texts:
+    for column in form.texts:
         table[column] = _texts(table[column])
-    return table[table[numbers[0]].notna()]
+    return table[table[form.numbers[0]].notna()]
 
 
 def read_records(path: Path) -> pd.DataFrame:

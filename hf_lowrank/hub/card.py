@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hf_lowrank.hub.benchmarks import write_benchmarks
 from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
 from hf_lowrank.report.baseline import Comparison, comparisons, differences
+from hf_lowrank.report.catalogue import entries
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
@@ -126,21 +127,6 @@ METHODS: Mapping[str, MethodInfo] = {
     "sltrain": MethodInfo("SLTrain", SLTRAIN),
     "lora": MethodInfo("LoRA", LORA),
     "relora": MethodInfo("ReLoRA", RELORA),
-}
-
-# in the order of the card; figures of other names follow under their own name
-_CAPTIONS = {
-    "loss.png": "Training and validation loss",
-    "landscape_curves.png": "Loss along random, singular and trajectory directions at the last measured step",
-    "sharpness_over_steps.png": "Expected sharpness and loss variance over training",
-    "curvature_over_steps.png": "Top eigenvalue and trace of the Hessian over training",
-    "interpolation_paths.png": "Loss on straight lines to the neighbouring checkpoint and to other runs",
-    "barriers_over_steps.png": "Loss barriers to the neighbouring checkpoint and to other runs over training",
-    "barrier_map.png": "Loss barriers between runs, as trained and after aligning units and heads",
-    "spectra_over_steps.png": "Spectral metrics over training: mean and spread over the weight matrices",
-    "spectra_over_depth.png": "Spectral metrics over depth at the last measured step, by kind of module",
-    "similarity_over_steps.png": "Activations compared with the baseline's over training: mean and range over layers",
-    "similarity_over_depth.png": "Activations compared with the baseline's over depth",
 }
 
 
@@ -292,8 +278,9 @@ def _baseline(report: Mapping[str, Any]) -> Baseline | None:
 
 def _captioned(figures: Sequence[str]) -> list[tuple[str, str]]:
     """Return (file name, caption), the figures that this package draws first."""
-    known = [name for name in _CAPTIONS if name in figures]
-    return [(name, _CAPTIONS.get(name, Path(name).stem)) for name in [*known, *sorted(set(figures) - set(known))]]
+    captions = {picture.file: picture.caption for entry in entries() for picture in entry.pictures}
+    others = sorted(set(figures) - captions.keys())
+    return [(name, captions.get(name, Path(name).stem)) for name in [*captions, *others] if name in figures]
 
 
 def _limits(report: Mapping[str, Any], headline: Sequence[HeadlineRow]) -> list[str]:

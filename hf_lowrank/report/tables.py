@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from hf_lowrank.report.headline import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import headline_metrics
 from hf_lowrank.report.model import details
 
 __all__ = [
@@ -65,7 +65,7 @@ def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
     measured twice at that step, the later entry counts.
     """
     rows = []
-    for metric in HEADLINE_METRICS:
+    for metric in headline_metrics():
         entries = [entry for entry in report["metrics"] if entry["name"] == metric.name]
         for space in sorted({entry["space"] for entry in entries}, key=str):
             in_space = [entry for entry in entries if entry["space"] == space]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.figures.axes import STYLE, evenly, short_names
+from hf_lowrank.figures.loss import loss as loss_figure
 from hf_lowrank.figures.tables import one_space
-from hf_lowrank.figures.training import loss as loss_figure
 from hf_lowrank.report import HEADLINE_METRICS
 
 LLAMA = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]

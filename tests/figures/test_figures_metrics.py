@@ -13,13 +13,14 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_lowrank.figures import _PICTURES, draw_figures
+from hf_lowrank.figures import draw_figures
 from hf_lowrank.figures.activation import similarity_over_depth, similarity_over_steps
 from hf_lowrank.figures.axes import STYLE
+from hf_lowrank.figures.curvature import curvature_over_steps
 from hf_lowrank.figures.interpolation import barrier_map, barriers_over_steps, interpolation_paths
-from hf_lowrank.figures.landscape import curvature_over_steps, landscape_curves, sharpness_over_steps
+from hf_lowrank.figures.landscape import landscape_curves, sharpness_over_steps
 from hf_lowrank.figures.tables import lines
-from hf_lowrank.hub.card import _CAPTIONS
+from hf_lowrank.report.catalogue import CATALOGUE
 
 Data = Any  # a table, or the records of a JSON file
 
@@ -190,8 +191,9 @@ def test_all_twice_then_none(tmp_path: Path) -> None:
 
 
 def test_every_picture_has_a_caption_in_the_order_of_drawing() -> None:
-    assert [name for name, _, _ in _PICTURES] == list(_CAPTIONS)
-    assert {name: source for name, _, source in _PICTURES if name in DRAWN} == DRAWN
+    pictures = [picture for entry in CATALOGUE for picture in entry.pictures]
+    assert all(picture.caption for picture in pictures)
+    assert {picture.file: picture.source for picture in pictures if picture.file in DRAWN} == DRAWN
 
 
 @pytest.mark.slow

@@ -1,84 +1,36 @@
-"""Loss over training, and the spectra of the weight matrices over training and over depth."""
+"""Spectra of the weight matrices over training and over depth (H8 to H13)."""
 
 import re
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hf_lowrank.figures.axes import (
     COLOURS,
-    MARKED_POINTS,
     figure_title,
     label,
     legend_below,
     line_style,
     marker,
     metric_axis,
-    new_figure,
     panel_grid,
     step_axis,
     whole_numbers,
 )
 from hf_lowrank.figures.tables import one_space
-from hf_lowrank.report.headline import HEADLINE_METRICS, HeadlineMetric
+from hf_lowrank.report.catalogue import SPECTRAL, HeadlineMetric
 
-__all__ = ["SPECTRAL", "loss", "spectra_over_depth", "spectra_over_steps"]
-
-SPECTRAL = tuple(metric for metric in HEADLINE_METRICS if metric.name.startswith("spectral/"))
-
-
-def loss(training: pd.DataFrame) -> Figure | None:
-    """Draw training and validation loss over steps, with perplexity on the right."""
-    curves = []
-    for column, name, colour in (("loss", "training", COLOURS[0]), ("eval_loss", "validation", COLOURS[4])):
-        if column in training:
-            points = training[["step", column]].dropna().sort_values("step")
-            if len(points):
-                curves.append((points["step"], points[column], name, colour))
-    if not curves:
-        return None
-    figure = new_figure(6.4, 4.0)
-    axes = figure.add_subplot()
-    for steps, values, name, colour in curves:
-        width = 1.5 if len(steps) <= MARKED_POINTS else 1.0
-        axes.plot(steps, values, color=colour, marker=marker(len(steps)), markersize=3, linewidth=width, label=name)
-    axes.set_title("Loss over training")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    step_axis(axes, pd.concat([steps for steps, *_ in curves]))
-    _perplexity_axis(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _perplexity_axis(axes: Axes) -> None:
-    """Mark round perplexities on the right, where at least two of them fall into the axis' range."""
-    low, high = axes.get_ylim()
-    if high > 50:  # a run that diverged: its perplexity has no readable number
-        return
-    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        round_values = np.outer(10.0 ** np.arange(22), factors).ravel()
-        values = round_values[(np.exp(low) <= round_values) & (round_values <= np.exp(high))]
-        if len(values) >= 4:
-            break
-    if not 2 <= len(values) <= 12:
-        return
-    right = axes.twinx()
-    right.set_ylim(low, high)
-    right.set_yticks(np.log(values), [f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in values])
-    right.set_ylabel("perplexity (per token)")
-    right.spines["right"].set_visible(True)
-    right.grid(False)  # one grid: the loss's
+__all__ = ["spectra_over_depth", "spectra_over_steps"]
 
 
 def spectra_over_steps(spectral: pd.DataFrame) -> Figure | None:
     """Draw, for each metric, mean, quartiles and range over the matrices at every measured step."""
     spectral = one_space(spectral)
-    panels = [metric for metric in SPECTRAL if metric.name in spectral and spectral[metric.name].notna().any()]
+    panels = [metric for metric in SPECTRAL.metrics if metric.name in spectral and spectral[metric.name].notna().any()]
     if not panels:
         return None
     figure, grid = panel_grid(len(panels))
@@ -136,7 +88,7 @@ def spectra_over_depth(spectral: pd.DataFrame) -> Figure | None:
 
 def _depth_panels(spectral: pd.DataFrame) -> Iterator[tuple[HeadlineMetric, int, pd.DataFrame]]:
     """Yield (metric, step, table of layers by kinds of module) for every metric that has values in some layer."""
-    for metric in SPECTRAL:
+    for metric in SPECTRAL.metrics:
         if metric.name not in spectral:
             continue
         rows = spectral[["step", "layer", "module", metric.name]].dropna()

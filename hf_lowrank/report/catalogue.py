@@ -1,0 +1,314 @@
+"""The families of metrics as plain data: names, labels and units, tables, figures and captions, each written once.
+
+Log, report, card, figures and comparisons read it; how a family is measured stands in `hf_lowrank.families`. Numbers
+and names are those of the project's metric definitions; the study is arXiv 2605.13652. A family of another package
+joins with `register`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hf_lowrank.plugins import load_plugins
+
+__all__ = [
+    "ACTIVATION", "CATALOGUE", "CURVATURE", "HEADLINE_METRICS", "INTERPOLATION", "LANDSCAPE", "LOSS", "SPECTRAL",
+    "Entry", "HeadlineMetric", "Picture", "Table", "entries", "entry_of", "headline_metric", "headline_metrics",
+    "register", "tables",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeadlineMetric:
+    """One metric of the headline table.
+
+    `id` is its number (H1 to H16) or None for a scalar beside the sixteen; `name` is the one used in logs and reports;
+    `label` is for people; `axis` is the quantity with its unit, for an axis of a figure.
+    """
+
+    id: str | None
+    name: str
+    label: str
+    axis: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a parquet table: numbers and texts that must be there, and numbers that may be."""
+
+    numbers: Sequence[str]
+    texts: Sequence[str] = ()
+    optional: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of one run.
+
+    `file` is its name in `publish/figures`; `draw` names the function that draws it, `package.module:function`, which
+    takes what `source` in `publish/metrics` holds (a parquet table of `Entry.tables`, or a family's records as JSON)
+    as a data frame and returns a matplotlib figure, or None where there is nothing to draw.
+    """
+
+    file: str
+    caption: str
+    draw: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a reader of reports knows about a family.
+
+    Attributes:
+        name: of the family, and the first part of its metrics' names.
+        title: heading of its metrics in a comparison.
+        help: what it measures, in a few words.
+        metrics: its headline metrics; what else it measures goes by its name.
+        pictures: of one run, in the order of the card.
+        tables: parquet tables in `publish/metrics` by name.
+        file: stem of its files in `publish/metrics`; default: its name.
+    """
+
+    name: str
+    title: str
+    help: str
+    metrics: tuple[HeadlineMetric, ...]
+    pictures: tuple[Picture, ...] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", self.file or self.name)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the headline metrics."""
+        return tuple(metric.name for metric in self.metrics)
+
+
+LOSS = Entry(
+    "loss",
+    "Loss",
+    "validation loss and perplexity",
+    (
+        HeadlineMetric(None, "validation_loss", "Validation loss", "nats per token"),
+        HeadlineMetric(None, "perplexity", "Validation perplexity", "perplexity (per token)"),
+    ),
+    (Picture("loss.png", "Training and validation loss", "hf_lowrank.figures.loss:loss", "training.parquet"),),
+    {"training": Table(["step"], [], ["loss", "eval_loss", "learning_rate", "grad_norm"])},
+    file="validation",
+)
+
+LANDSCAPE = Entry(
+    "landscape",
+    "Loss landscape",
+    "sharpness and variance of the loss along random and singular directions",
+    (
+        HeadlineMetric(
+            "H1", "landscape/random/sharpness", "Expected sharpness, random directions", "loss increase (nats)"
+        ),
+        HeadlineMetric("H2", "landscape/random/variance", "Loss variance over random directions", "variance (nats²)"),
+        HeadlineMetric(
+            "H3", "landscape/svd_1/sharpness", "Expected sharpness, top SVD direction", "loss increase (nats)"
+        ),
+        HeadlineMetric(
+            "H4", "landscape/svd_k/sharpness", "Expected sharpness, top K SVD directions", "loss increase (nats)"
+        ),
+        HeadlineMetric(
+            "H5", "landscape/svd_k/variance", "Loss variance over top K SVD directions", "variance (nats²)"
+        ),
+    ),
+    (
+        Picture(
+            "landscape_curves.png",
+            "Loss along random, singular and trajectory directions at the last measured step",
+            "hf_lowrank.figures.landscape:landscape_curves",
+            "landscape.parquet",
+        ),
+        Picture(
+            "sharpness_over_steps.png",
+            "Expected sharpness and loss variance over training",
+            "hf_lowrank.figures.landscape:sharpness_over_steps",
+            "landscape.json",
+        ),
+    ),
+    {"landscape": Table(["step", "direction", "x", "loss"], ["space", "subject"])},
+)
+
+INTERPOLATION = Entry(
+    "interpolation",
+    "Interpolation",
+    "loss barriers to the neighbouring checkpoint and to other runs",
+    (
+        HeadlineMetric("H6", "interpolation/consecutive/barrier", "Barrier between neighbouring checkpoints", "nats"),
+        HeadlineMetric("H7", "interpolation/cross_method/barrier", "Barrier to another method", "nats"),
+    ),
+    (
+        Picture(
+            "interpolation_paths.png",
+            "Loss on straight lines to the neighbouring checkpoint and to other runs",
+            "hf_lowrank.figures.interpolation:interpolation_paths",
+            "interpolation.parquet",
+        ),
+        Picture(
+            "barriers_over_steps.png",
+            "Loss barriers to the neighbouring checkpoint and to other runs over training",
+            "hf_lowrank.figures.interpolation:barriers_over_steps",
+            "interpolation.json",
+        ),
+        Picture(
+            "barrier_map.png",
+            "Loss barriers between runs, as trained and after aligning units and heads",
+            "hf_lowrank.figures.interpolation:barrier_map",
+            "barrier_map.parquet",
+        ),
+    ),
+    {
+        "interpolation": Table(["step", "other_step", "alpha", "loss"], ["space", "subject", "other"], ["stderr"]),
+        "barrier_map": Table(["step", "barrier"], ["run_a", "method_a", "run_b", "method_b", "aligned"]),
+    },
+)
+
+# W: a weight matrix (m, n); dW: its change since the measurement before
+_SPECTRAL_METRICS = (
+    HeadlineMetric(
+        "H8", "spectral/weight/effective_rank_score", "Effective rank score of W", "effective rank / min(m, n)"
+    ),
+    HeadlineMetric("H9", "spectral/weight/stable_rank", "Stable rank of W", "stable rank"),
+    HeadlineMetric("H10", "spectral/weight/spectral_gap", "Spectral gap of W", "(s₁ − s₂) / s₁"),
+    HeadlineMetric("H11", "spectral/update/relative_norm", "Relative norm of dW", "‖dW‖ / ‖W‖ (Frobenius)"),
+    HeadlineMetric(
+        "H12", "spectral/update/effective_rank_score", "Effective rank score of dW", "effective rank / min(m, n)"
+    ),
+    HeadlineMetric("H13", "spectral/update/stable_rank", "Stable rank of dW", "stable rank"),
+)
+SPECTRAL = Entry(
+    "spectral",
+    "Spectra",
+    "singular values of every weight matrix and of its updates",
+    _SPECTRAL_METRICS,
+    (
+        Picture(
+            "spectra_over_steps.png",
+            "Spectral metrics over training: mean and spread over the weight matrices",
+            "hf_lowrank.figures.spectral:spectra_over_steps",
+            "spectral.parquet",
+        ),
+        Picture(
+            "spectra_over_depth.png",
+            "Spectral metrics over depth at the last measured step, by kind of module",
+            "hf_lowrank.figures.spectral:spectra_over_depth",
+            "spectral.parquet",
+        ),
+    ),
+    {"spectral": Table(["step", "layer"], ["space", "name", "module"], [metric.name for metric in _SPECTRAL_METRICS])},
+)
+
+_SIMILARITIES = ("activation/relative_l2", "activation/cosine", "activation/cka", "activation/cka_debiased")
+ACTIVATION = Entry(
+    "activation",
+    "Activations",
+    "hidden states compared with a full-rank baseline's",
+    (
+        HeadlineMetric("H14", "activation/relative_l2", "Relative L2 distance to the baseline's activations", "ratio"),
+        HeadlineMetric("H15", "activation/cosine", "Cosine similarity to the baseline's activations", "cosine"),
+        HeadlineMetric("H16", "activation/cka", "Linear CKA with the baseline's activations", "CKA"),
+    ),
+    (
+        Picture(
+            "similarity_over_steps.png",
+            "Activations compared with the baseline's over training: mean and range over layers",
+            "hf_lowrank.figures.activation:similarity_over_steps",
+            "activation.parquet",
+        ),
+        Picture(
+            "similarity_over_depth.png",
+            "Activations compared with the baseline's over depth",
+            "hf_lowrank.figures.activation:similarity_over_depth",
+            "activation.parquet",
+        ),
+    ),
+    {
+        "activation": Table(
+            ["step", "layer", "baseline_step"],
+            ["baseline"],
+            [*_SIMILARITIES, *(f"{name}_stderr" for name in _SIMILARITIES)],
+        )
+    },
+)
+
+CURVATURE = Entry(
+    "curvature",
+    "Curvature",
+    "top eigenvalue and trace of the loss's Hessian",
+    (
+        HeadlineMetric(None, "curvature/top_eigenvalue", "Top eigenvalue of the Hessian", "nats per squared weight"),
+        HeadlineMetric(None, "curvature/trace", "Trace of the Hessian", "nats per squared weight"),
+    ),
+    (
+        Picture(
+            "curvature_over_steps.png",
+            "Top eigenvalue and trace of the Hessian over training",
+            "hf_lowrank.figures.curvature:curvature_over_steps",
+            "curvature.json",
+        ),
+    ),
+)
+
+# this package's families, in the order of the card's figures
+CATALOGUE = (LOSS, LANDSCAPE, CURVATURE, INTERPOLATION, SPECTRAL, ACTIVATION)
+_ENTRIES = {entry.name: entry for entry in CATALOGUE}
+
+
+def _in_order(catalogue: Iterable[Entry]) -> tuple[HeadlineMetric, ...]:
+    """The families' metrics as the headline table has them: the loss, H1 to H16, the others."""
+    metrics = [metric for entry in catalogue for metric in entry.metrics]
+    numbers = {metric: int(metric.id[1:]) for metric in metrics if metric.id} | dict.fromkeys(LOSS.metrics, 0)
+    return tuple(sorted(metrics, key=lambda metric: numbers.get(metric, math.inf)))
+
+
+# this package's metrics; `headline_metrics` has those of other packages' families as well
+HEADLINE_METRICS = _in_order(CATALOGUE)
+
+
+def register(entry: Entry) -> Entry:
+    """Add a family of another package, behind ours; return it.
+
+    Raises:
+        ValueError: another family has its name or one of its metrics or figures.
+    """
+    for other in _ENTRIES.values():
+        shared = {entry.name, *entry.metric_names(), *(picture.file for picture in entry.pictures)} & {
+            other.name, *other.metric_names(), *(picture.file for picture in other.pictures)
+        }  # fmt: skip
+        if shared and other != entry:
+            raise ValueError(f"family {entry.name!r} cannot be registered: {other.name!r} has {', '.join(shared)}")
+    _ENTRIES[entry.name] = entry
+    return entry
+
+
+def entries() -> tuple[Entry, ...]:
+    """All families: ours, then those of other packages."""
+    load_plugins()
+    return tuple(_ENTRIES.values())
+
+
+def entry_of(metric: str) -> Entry | None:
+    """The family that a metric's name belongs to, None where it is not known here."""
+    family = metric.partition("/")[0]
+    return next((entry for entry in entries() if family == entry.name or metric in entry.metric_names()), None)
+
+
+def headline_metrics() -> tuple[HeadlineMetric, ...]:
+    """All headline metrics in the order of the headline table."""
+    return _in_order(entries())
+
+
+def headline_metric(name: str) -> HeadlineMetric | None:
+    """The headline metric of a name, None where there is none."""
+    return next((metric for metric in headline_metrics() if metric.name == name), None)
+
+
+def tables() -> dict[str, Table]:
+    """All parquet tables in `publish/metrics`, by name."""
+    return {name: table for entry in entries() for name, table in entry.tables.items()}
