@@ -24,7 +24,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_lowrank.data_arguments import DataArguments, DataError
+from hf_lowrank.options import DataArguments, DataError
 
 __all__ = [
     "Data",

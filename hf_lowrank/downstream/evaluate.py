@@ -21,7 +21,7 @@ from hf_lowrank.downstream.catalogue import Loaded, TaskError, load_tasks, offli
 from hf_lowrank.downstream.harness import Settings, evaluate_group, evaluate_task, quiet
 from hf_lowrank.downstream.model import LowRankLM, load_checkpoint, load_tokenizer
 from hf_lowrank.downstream.quick.generate import GROUP, TASKS, task_folder
-from hf_lowrank.downstream.request import Request, read_requests
+from hf_lowrank.downstream.request import Request, checked_limit, read_requests
 from hf_lowrank.downstream.results import (
     evaluation_entries,
     read_evaluations,
@@ -33,9 +33,10 @@ from hf_lowrank.families.records import metrics_folder
 from hf_lowrank.families.spaces import is_reparameterized
 from hf_lowrank.measure.source import Checkpoint, RunSource, open_run
 from hf_lowrank.measure.write import write_run
+from hf_lowrank.options import EvaluateOptions
 from hf_lowrank.report.model import details
 
-__all__ = ["Options", "evaluate"]
+__all__ = ["evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,42 +46,6 @@ VERSION = 1
 UNREADABLE = "unreadable"
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is evaluated and how.
-
-    Attributes:
-        tasks: names as `find_tasks` takes them, and the suites.
-        checkpoints: `last`, `all`, or steps.
-        num_fewshot, seeds, bootstrap_iterations: None for the suite's or the harness's own.
-        limit: as in `Settings`.
-        include: folders of tasks.
-        form, dtype, device, tokenizer: as for `LowRankLM`.
-        batch_size: requests in a forward pass, or `auto`.
-        max_length: tokens of context; None for what the model's config says.
-        cache: folder for answers, so that a task that was interrupted in its midst goes on there.
-        output: folder for a single run's results instead of its own.
-        token: of the Hub.
-    """
-
-    tasks: tuple[str, ...]
-    checkpoints: str | tuple[int, ...] = "last"
-    num_fewshot: int | None = None
-    seeds: tuple[int, ...] | None = None
-    bootstrap_iterations: int | None = None
-    limit: float | None = None
-    include: tuple[Path, ...] = ()
-    form: str = "native"
-    dtype: str = "auto"
-    device: str = "cpu"
-    tokenizer: str | None = None
-    batch_size: int | str = 16
-    max_length: int | None = None
-    cache: Path | None = None
-    output: Path | None = None
-    token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +64,9 @@ class _Model:
 
 
 def evaluate(
-    sources: Sequence[str], options: Options, watcher: Watcher | None = None
+    sources: Sequence[str], options: EvaluateOptions, watcher: Watcher | None = None
 ) -> tuple[list[tuple[RunSource, list[Row]]], list[Failure]]:
-    """Evaluate runs on tasks; see `Options`.
+    """Evaluate runs on tasks; see `EvaluateOptions`.
 
     A task that fails is reported and the others are evaluated.
 
@@ -142,18 +107,18 @@ def evaluate(
     return kept, failures
 
 
-def _read(options: Options, folders: tuple[Path, ...]) -> tuple[TaskManager, list[Request]]:
+def _read(options: EvaluateOptions, folders: tuple[Path, ...]) -> tuple[TaskManager, list[Request]]:
     return read_requests(
         options.tasks,
         (*folders, *options.include),
         num_fewshot=options.num_fewshot,
         seeds=options.seeds,
         bootstrap_iterations=options.bootstrap_iterations,
-        limit=options.limit,
+        limit=checked_limit(options.limit),
     )
 
 
-def _unseen(runs: Sequence[RunSource], requests: list[Request], options: Options) -> tuple[Path, ...]:
+def _unseen(runs: Sequence[RunSource], requests: list[Request], options: EvaluateOptions) -> tuple[Path, ...]:
     """The folder with items of our own tasks that the runs were not trained on, where it is not the package's."""
     ours = any(leaf.startswith("hf_lowrank_") for request in requests for leaf in request.leaves)
     # who names a folder with these tasks has chosen the items
@@ -175,7 +140,7 @@ def _chosen(run: RunSource, checkpoints: str | tuple[int, ...]) -> list[Checkpoi
     return [c for c in run.checkpoints if c.step in checkpoints]
 
 
-def _model(run: RunSource, checkpoint: Checkpoint, options: Options) -> _Model:
+def _model(run: RunSource, checkpoint: Checkpoint, options: EvaluateOptions) -> _Model:
     try:
         weights, files = checkpoint.digest, sorted(checkpoint.folder.glob("tokenizer*"))
     # cut short while it was saved: it is reported where it is to be loaded
@@ -219,7 +184,7 @@ def _evaluate_model(
     model: _Model,
     requests: list[Request],
     loaded: dict[str, Loaded],
-    options: Options,
+    options: EvaluateOptions,
     failures: list[Failure],
     watcher: Watcher,
 ) -> None:
@@ -336,9 +301,9 @@ class _Call:
         return {**row, "fingerprint": fingerprint, "weights": self.model.weights, "definition": definition}
 
 
-def _language_model(model: _Model, options: Options, watcher: Watcher) -> LowRankLM:
+def _language_model(model: _Model, options: EvaluateOptions, watcher: Watcher) -> LowRankLM:
     tokenizer = load_tokenizer(model.checkpoint, options.tokenizer)
-    loaded = load_checkpoint(model.checkpoint, options.form, options.dtype, options.device)
+    loaded = load_checkpoint(model.checkpoint, options.form, options.dtype, options.device or "cpu")
     return LowRankLM(
         loaded,
         tokenizer,
@@ -354,7 +319,7 @@ def _noted(language_model: LowRankLM) -> dict[str, Any]:
     return {"form": form, "dtype": str(language_model.model.dtype).removeprefix("torch.")}
 
 
-def _cache(model: _Model, requests: list[Request], options: Options, stack: ExitStack) -> Path | None:
+def _cache(model: _Model, requests: list[Request], options: EvaluateOptions, stack: ExitStack) -> Path | None:
     """Where the harness keeps answers: without few-shot examples, later seeds ask what the first has asked."""
     name = hashlib.sha256(model.known.encode()).hexdigest()[:16]
     if options.cache is not None:

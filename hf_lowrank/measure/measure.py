@@ -9,15 +9,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.data import DataArguments
-from hf_lowrank.families.presets import PRESETS, Preset
 from hf_lowrank.families.records import (
-    FAMILIES,
     Measurement,
     Record,
     metrics_folder,
@@ -32,29 +29,16 @@ from hf_lowrank.measure.source import RunSource, open_run, rows_of
 from hf_lowrank.measure.units import Unit, headline_of
 from hf_lowrank.measure.write import write_map, write_run
 from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.options import MeasureOptions
 from hf_lowrank.report.files import atomic_path
 
-__all__ = ["MeasureOptions", "measure"]
+__all__ = ["measure"]
 
 logger = logging.getLogger(__name__)
 
 STATE = "measured.json"
 # is raised when a metric's meaning changes, so that earlier numbers are measured again
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How runs are measured."""
-
-    families: tuple[str, ...] = field(default=FAMILIES, metadata={"help": "Which metrics; default: all."})
-    preset: Preset = field(default_factory=lambda: PRESETS["quick"], metadata={"help": "Settings of each family."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences in one forward pass."})
-    steps: tuple[int, ...] | None = field(default=None, metadata={"help": "Checkpoints to measure; default: all."})
-    data: DataArguments | None = field(default=None, metadata={"help": "Validation data; default: the runs' own."})
-    device: str = field(default="cpu", metadata={"help": "cuda, cpu, ...; default: a GPU where there is one."})
-    token: str | None = field(default=None, metadata={"help": "Token of the Hub."})
-    output: Path | None = field(default=None, metadata={"help": "Folder for one run's results instead of its own."})
 
 
 def measure(
@@ -87,18 +71,18 @@ def measure(
     reference = None if baseline is None else _same_or_opened(baseline, sources, runs, options)
     every_run = runs if reference is None or reference in runs else [*runs, reference]
     _tell_apart([*sources, str(baseline)], every_run)
-    if reference is None and options.families == ("activation",):
+    families, preset = options.chosen_families, options.settings
+    if reference is None and families == ("activation",):
         raise ValueError("activations are compared with a baseline and none is given: add --baseline RUN")
-    benches = [
-        Bench(run, reference, [r for r in runs if r is not run], options.preset, options.device) for run in runs
-    ]
-    units = [list(bench.units(options.families, options.steps)) for bench in benches]
+    device = options.device or "cpu"
+    benches = [Bench(run, reference, [r for r in runs if r is not run], preset, device) for run in runs]
+    units = [list(bench.units(families, options.steps)) for bench in benches]
     jobs = []
     # the baseline first: its numbers go into the others' reports
     for bench, todo in sorted(zip(benches, units, strict=True), key=lambda item: item[0].run is not reference):
         if any(unit.family != "spectral" for unit in todo):
             rows = rows_of(bench.run, options.data)
-            bench.evaluation = EvaluationSet.from_dataset(rows, options.preset.sequences, options.batch_size)
+            bench.evaluation = EvaluationSet.from_dataset(rows, preset.sequences, options.batch_size)
             bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
         work = [_Measuring(bench, unit, todo) for unit in todo]
         jobs.append(Job(work, partial(write_run, bench.run, baseline=reference), bench.release))

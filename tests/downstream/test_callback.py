@@ -69,10 +69,11 @@ def test_numbers_are_logged_and_stand_in_the_report(trained):
 
 
 def test_they_are_those_of_the_checkpoint(trained, tasks, tmp_path):
-    from hf_lowrank.downstream.evaluate import Options, evaluate
+    from hf_lowrank.downstream.evaluate import evaluate
+    from hf_lowrank.options import EvaluateOptions
 
     folder, _ = trained
-    options = Options(("tiny_group", "cloze"), "all", limit=8, include=(tasks,), output=tmp_path / "elsewhere")
+    options = EvaluateOptions(("tiny_group", "cloze"), "all", limit=8, include=(tasks,), output=tmp_path / "elsewhere")
     ((_, found),), failures = evaluate([str(folder)], options)
     assert failures == []
     expected = {(e["step"], e["task"], e["metric"]): e for e in found}

@@ -177,7 +177,7 @@ def test_the_harnesses_own_command_line_knows_our_models_and_tasks(
 ):
     import lm_eval.tasks
 
-    from hf_lowrank.downstream import lm_eval_cli
+    from hf_lowrank.cli import lm_eval as lm_eval_cli
 
     # without the harness's own folder, which takes seconds to read
     class Few(lm_eval_cli._TaskManager):

@@ -36,7 +36,7 @@ def plant(hub: LoopbackHub, name: str, folder: Path, loss: float = 4.0, **facts:
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable:
     """Calls `hf-lowrank compare` in a folder of its own, without figures, which take seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_lowrank.compare.command.draw_comparison", lambda *args: [])
+    monkeypatch.setattr("hf_lowrank.cli.compare.draw_comparison", lambda *args: [])
 
     def call(*argv: object) -> SimpleNamespace:
         capsys.readouterr()

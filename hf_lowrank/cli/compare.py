@@ -1,6 +1,5 @@
 """`hf-lowrank compare`: runs in, terminal, CSV, Markdown, figures, page and Space out."""
 
-import difflib
 from functools import partial
 from pathlib import Path
 
@@ -18,38 +17,27 @@ from hf_lowrank.compare.text import heading, metrics_csv, render_markdown, runs_
 from hf_lowrank.hub.asking import ask_first
 from hf_lowrank.hub.listing import published_runs
 from hf_lowrank.hub.space import push_space, space_card
+from hf_lowrank.options import CompareOptions, nearest
 from hf_lowrank.report.files import atomic_path
 
 __all__ = ["run_compare"]
 
 
-def run_compare(
-    sources: list[str],
-    *,
-    tag: str | None = None,
-    limit: int = 20,
-    baseline: str | None = None,
-    sort: str | None = None,
-    descending: bool = False,
-    group_seeds: bool = False,
-    output: Path = Path("comparison"),
-    push_to_space: str | None = None,
-    yes: bool = False,
-    token: str | None = None,
-) -> int:
-    """Compare runs as the command line says; return how many that were asked for by name were skipped.
+def run_compare(sources: list[str], options: CompareOptions) -> int:
+    """Compare runs; return how many that were asked for by name were skipped.
 
     Raises:
         ValueError: an argument makes no sense, no run is left, or the baseline cannot be read; nothing is written.
     """
+    tag, token, output, baseline = options.tag, options.token, options.output, options.baseline
     if not sources and tag is None:
         raise ValueError("no run to compare: give run folders or Hub repositories, or --tag hf-lowrank")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: give a folder")
-    if push_to_space is not None:
-        validate_repo_id(push_to_space)
+    if options.push_to_space is not None:
+        validate_repo_id(options.push_to_space)
     console = Console()
-    listed = [] if tag is None else published_runs(tag, limit, token)
+    listed = [] if tag is None else published_runs(tag, options.limit, token)
     gathered = gather(sources, listed, token)
     at = None if baseline is None else _baseline(baseline, gathered, sources, token)
     if at is not None and at < 0:
@@ -57,15 +45,17 @@ def run_compare(
         at = 0
     if not gathered.runs:
         raise ValueError(_nothing_left(gathered, tag))
-    comparison = compare(gathered.runs, baseline=at, sort=sort, descending=descending, group_seeds=group_seeds)
+    comparison = compare(
+        gathered.runs, baseline=at, sort=options.sort, descending=options.descending, group_seeds=options.group_seeds
+    )
     _print_left_out(gathered, console)
     print_comparison(comparison, console)
     page, text = _write(comparison, output)
     console.print(Text(f"{output} holds index.html, comparison.md, metrics.csv, runs.csv and figures/"))
-    if push_to_space is not None:
+    if options.push_to_space is not None:
         repos = [repo for row in comparison.rows for repo in row.repos]
         files = {"README.md": space_card(heading(comparison), text, repos), "index.html": page}
-        console.print(Text(ask_first(partial(push_space, files, push_to_space, token=token), yes)))
+        console.print(Text(ask_first(partial(push_space, files, options.push_to_space, token=token), options.yes)))
     return len(gathered.skipped)
 
 
@@ -77,9 +67,7 @@ def _baseline(name: str, gathered: Gathered, sources: list[str], token: str | No
     alone = gather([name], token=token)
     if alone.runs:
         return -1
-    known = [run.label for run in gathered.runs]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    hint = nearest(name, [run.label for run in gathered.runs])
     raise ValueError(f"--baseline {name}{hint}: none of the runs, and {alone.skipped[0].reason}")
 
 

@@ -8,7 +8,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hf_lowrank.report.catalogue import CATALOGUE
+from hf_lowrank import __version__
+from hf_lowrank.cli.flags import with_flags
+from hf_lowrank.options import CompareOptions, EvaluateOptions, MeasureOptions
 
 __all__ = ["app", "fail", "main"]
 
@@ -18,6 +20,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+RUNS = "Run folders, or Hub repos (user/name, user/name@step-1000)."
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-lowrank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -75,87 +94,34 @@ def load(
 
 
 @app.command()
+@with_flags
 def measure(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or Hub repos (user/name, user/name@step-1000).")],
+    runs: Annotated[list[str], typer.Argument(help=RUNS)],
+    options: MeasureOptions,
     baseline: Annotated[
         str | None, typer.Option(help="Full-rank run that activations and barriers between methods refer to.")
     ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option(help=f"With commas: {','.join(entry.name for entry in CATALOGUE)}."),
-    ] = None,
-    preset: Annotated[str, typer.Option(help="quick, or study: the settings of arXiv 2605.13652.")] = "quick",
-    sequences: Annotated[int | None, typer.Option(help="Validation sequences; default: the preset's.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Checkpoints to measure, with commas; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 16,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: a GPU where there is one.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for one run's results instead of its own.")] = None,
-    dataset_name: Annotated[str | None, typer.Option(help="Validation data: Hub data set.")] = None,
-    dataset_config_name: Annotated[str | None, typer.Option(help="Its configuration.")] = None,
-    dataset_path: Annotated[Path | None, typer.Option(help="Validation data: file or folder.")] = None,
-    dataset_glob: Annotated[str | None, typer.Option(help="Files to take from the folder.")] = None,
-    tokenizer_name: Annotated[str | None, typer.Option(help="Tokenizer; default: the run's.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a row of the validation data.")] = None,
 ) -> None:
     """Measure every metric over the checkpoints of runs, into their reports, tables, figures and cards.
 
-    A measurement that was interrupted goes on where it stopped when the same command is given again.
+    The same command continues an interrupted measurement.
     """
-    from hf_lowrank.measure.command import run_measure
+    from hf_lowrank.cli.measure import run_measure
 
-    failures = run_measure(
-        runs, baseline, only=only, preset=preset, sequences=sequences, steps=steps, batch_size=batch_size,
-        device=device, output=output,
-        data={
-            "dataset_name": dataset_name,
-            "dataset_config_name": dataset_config_name,
-            "dataset_path": None if dataset_path is None else str(dataset_path),
-            "dataset_glob": dataset_glob,
-            "tokenizer_name": tokenizer_name,
-            "sequence_length": sequence_length,
-        },
-    )  # fmt: skip
-    if failures:
+    if run_measure(runs, baseline, options):
         raise typer.Exit(1)
 
 
 @app.command()
-def evaluate(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or Hub repos (user/name, user/name@step-1000).")],
-    tasks: Annotated[str, typer.Option(help="With commas: lm-eval tasks, groups, tags, wildcards; study, quick.")],
-    checkpoints: Annotated[str, typer.Option(help="last, all, or steps with commas.")] = "last",
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt; default: each task's own.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="With commas; default: the harness's own.")] = None,
-    bootstrap_iters: Annotated[
-        int | None, typer.Option(help="For standard errors that have no formula; default: 100000, in study 1000.")
-    ] = None,
-    limit: Annotated[float | None, typer.Option(help="First so many items of each task, or a share below 1.")] = None,
-    include_path: Annotated[
-        list[Path] | None, typer.Option("--include-path", "--include_path", help="Folder of own tasks; repeatable.")
-    ] = None,
-    form: Annotated[str, typer.Option(help="native, as trained, or dense.")] = "native",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Requests in one forward pass, or auto.")] = "16",
-    max_length: Annotated[int | None, typer.Option(help="Tokens of context; default: the model's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: a GPU where there is one.")] = None,
-    tokenizer_name: Annotated[str | None, typer.Option(help="Tokenizer; default: the run's.")] = None,
-    use_cache: Annotated[
-        Path | None, typer.Option(help="Folder for answers: a task interrupted in its midst goes on there.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for one run's results instead of its own.")] = None,
-) -> None:
+@with_flags
+def evaluate(runs: Annotated[list[str], typer.Argument(help=RUNS)], options: EvaluateOptions) -> None:
     """Evaluate runs on downstream tasks with lm-evaluation-harness, into their reports and cards.
 
-    An evaluation that was interrupted goes on with the next task when the same command is given again.
+    The same command continues an interrupted evaluation with the next task.
     """
-    from hf_lowrank.downstream.command import run_evaluate
+    from hf_lowrank.cli.evaluate import run_evaluate
 
-    failures = run_evaluate(
-        runs, tasks, checkpoints=checkpoints, num_fewshot=num_fewshot, seeds=seeds, bootstrap_iters=bootstrap_iters,
-        limit=limit, include_path=include_path or [], form=form, dtype=dtype, batch_size=batch_size,
-        max_length=max_length, device=device, tokenizer_name=tokenizer_name, use_cache=use_cache, output=output,
-    )  # fmt: skip
-    if failures:
+    if run_evaluate(runs, options):
         raise typer.Exit(1)
 
 
@@ -166,42 +132,26 @@ def evaluate(
 )
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness' own command line with our tasks and --model hf-lowrank."""
-    from hf_lowrank.downstream.lm_eval_cli import run_lm_eval
+    from hf_lowrank.cli.lm_eval import run_lm_eval
 
     raise typer.Exit(run_lm_eval(context.args))
 
 
 @app.command()
+@with_flags
 def compare(
+    options: CompareOptions,
     runs: Annotated[
         list[str] | None, typer.Argument(help="Run folders, published folders, Hub repos (user/name, repo@revision).")
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="Also the runs that the Hub lists under it: hf-lowrank.")] = None,
-    limit: Annotated[int, typer.Option(help="With --tag: how many of the newest.")] = 20,
-    baseline: Annotated[str | None, typer.Option(help="Run to take differences to: name or source.")] = None,
-    sort: Annotated[
-        str | None, typer.Option(help="Metric to sort by: validation_loss, H9, task/acc, ...; default: as given.")
-    ] = None,
-    descending: Annotated[bool, typer.Option("--descending", help="The largest first.")] = False,
-    group_seeds: Annotated[
-        bool,
-        typer.Option("--group-seeds", help="Runs that differ only in their seed as one, mean and error."),
-    ] = False,
-    output: Annotated[Path, typer.Option(help="Folder for page, tables and figures.")] = Path("comparison"),
-    push_to_space: Annotated[str | None, typer.Option(help="Publish the page as this Space, user/name.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Overwrite a Space that is not ours.")] = False,
 ) -> None:
     """Compare runs: terminal, CSV, Markdown, figures, one HTML page; says where they are not comparable.
 
     Exit code 1: a run that was named could not be read and was skipped.
     """
-    from hf_lowrank.compare.command import run_compare
+    from hf_lowrank.cli.compare import run_compare
 
-    skipped = run_compare(
-        runs or [], tag=tag, limit=limit, baseline=baseline, sort=sort, descending=descending,
-        group_seeds=group_seeds, output=output, push_to_space=push_to_space, yes=yes,
-    )  # fmt: skip
-    if skipped:
+    if run_compare(runs or [], options):
         raise typer.Exit(1)
 
 

@@ -1,9 +1,9 @@
-"""`hf-lowrank evaluate`: words of the command line into options, progress and a table on the terminal."""
+"""`hf-lowrank evaluate`: progress and a table on the terminal."""
 
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -12,12 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hf_lowrank.downstream.evaluate import Options, evaluate
-from hf_lowrank.downstream.model import DTYPES, FORMS
-from hf_lowrank.downstream.request import checked_limit
+from hf_lowrank.downstream.evaluate import evaluate
 from hf_lowrank.downstream.watcher import Failure, Watcher
 from hf_lowrank.machine import keep_freed_memory
-from hf_lowrank.methods.base import nearest
+from hf_lowrank.options import EvaluateOptions
 from hf_lowrank.report.tables import format_value
 
 __all__ = ["run_evaluate"]
@@ -57,52 +55,18 @@ class _Bar(Watcher):
         self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def run_evaluate(
-    runs: list[str],
-    tasks: str,
-    *,
-    checkpoints: str,
-    num_fewshot: int | None,
-    seeds: str | None,
-    bootstrap_iters: int | None,
-    limit: float | None,
-    include_path: list[Path],
-    form: str,
-    dtype: str,
-    batch_size: str,
-    max_length: int | None,
-    device: str | None,
-    tokenizer_name: str | None,
-    use_cache: Path | None,
-    output: Path | None,
-) -> int:
-    """Evaluate as the command line says, print the results; return how many tasks failed.
+def run_evaluate(runs: list[str], options: EvaluateOptions) -> int:
+    """Evaluate runs on tasks, print the results; return how many tasks failed.
 
     Raises:
         ValueError: an argument makes no sense; the message names it.
     """
-    _check(form, dtype, num_fewshot, bootstrap_iters, max_length)
-    options = Options(
-        tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
-        checkpoints=checkpoints if checkpoints in ("last", "all") else _numbers("--checkpoints", checkpoints),
-        num_fewshot=num_fewshot,
-        seeds=None if seeds is None else _numbers("--seeds", seeds),
-        bootstrap_iterations=bootstrap_iters,
-        limit=checked_limit(limit),
-        include=tuple(include_path),
-        form=form,
-        dtype=dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer=tokenizer_name,
-        batch_size=_batch_size(batch_size),
-        max_length=max_length,
-        cache=use_cache,
-        output=output,
-    )
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = replace(options, device=device)
     datasets.disable_progress_bars()
     # warnings of the tokenizers about forks, which the harness's bootstrap makes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if options.device == "cpu":
+    if device == "cpu":
         keep_freed_memory()
     # the harness's prints are kept from standard output, and with them whatever is not bound to it now
     # a file or a pipe has no width: lines in it are to be found by the tasks' names
@@ -123,36 +87,6 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
     if failures:
         names = ", ".join(dict.fromkeys(failure.task for failure in failures))
         console.print(f"{len(failures)} evaluations failed, for the reasons above: {names}", style="red", markup=False)
-
-
-def _check(
-    form: str, dtype: str, num_fewshot: int | None, bootstrap_iters: int | None, max_length: int | None
-) -> None:
-    """`ValueError` for words and numbers that make no sense."""
-    for name, value, known in (("--form", form, FORMS), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name} {value}{nearest(value, list(known))}: it is one of {', '.join(known)}")
-    for name, number, least in (
-        ("--num-fewshot", num_fewshot, 0),
-        ("--bootstrap-iters", bootstrap_iters, 0),
-        ("--max-length", max_length, 1),
-    ):
-        if number is not None and number < least:
-            raise ValueError(f"{name} {number}: give {least} or more")
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(word) for word in text.split(",")))
-    except ValueError:
-        more = "last, all or " if flag == "--checkpoints" else ""
-        raise ValueError(f"{flag} {text}: give {more}whole numbers with commas, 42,43 for example") from None
-
-
-def _batch_size(text: str) -> int | str:
-    if text == "auto" or (text.isdigit() and int(text) > 0):
-        return text if text == "auto" else int(text)
-    raise ValueError(f"--batch-size {text}: give 1 or more, or auto for what fits into the memory")
 
 
 def _table(name: str, entries: list[dict[str, Any]]) -> Table:
