@@ -198,7 +198,7 @@ def test_what_cannot_be_read_is_skipped_with_its_reason(cli, hub: LoopbackHub, t
     (tmp_path / "empty").mkdir()
     newer = write_run(tmp_path / "newer", report("newer"))
     path = newer / "publish" / "report.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 9'))
     done = cli(local, tmp_path / "empty", newer, "user/none")
     assert done.code == 1
     assert "skipped" in done.out
