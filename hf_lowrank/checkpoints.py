@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from hf_lowrank.conversion import check_names, convert_when_loading, own_names
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.model_config import CheckpointError, base_architecture, mark_native, read_config, read_json
@@ -101,7 +102,11 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
-    """`CheckpointError` when a checkpoint was made with another method, settings or sizes than a prepared model."""
+    """`CheckpointError` when a checkpoint was made with another method, settings or sizes than a prepared model.
+
+    From then on the model takes the names that transformers gives its weights on disk, as after `prepare`.
+    """
+    convert_when_loading(model)
     config = read_json(Path(checkpoint) / "config.json")
     own = json.loads(json.dumps(model.config.to_dict(), default=str))
     saved, mine = ({"method": "fullrank", **(c.get("lowrank") or {})} for c in (config, own))
@@ -160,6 +165,12 @@ def _check_weights(folder: Path) -> None:
         return
     for path in weight_files(folder):
         if not path.is_file():
+            pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if (folder / name).is_file()]
+            if pickled:
+                raise CheckpointError(
+                    f"{folder} holds {pickled[0]} and no safetensors, and pickled files are not read here: load it "
+                    "once with transformers and save it again with model.save_pretrained(folder)"
+                )
             raise CheckpointError(f"{folder} is incomplete: {path.name} is missing")
         try:
             with safe_open(path, "pt"):
@@ -241,20 +252,18 @@ def _random_state_kept() -> AbstractContextManager[None]:
 
 
 def _load_strictly(model: PreTrainedModel, state: dict[str, Tensor], where: Path) -> None:
-    own = model.state_dict()
-    wrong = [k for k in state.keys() & own.keys() if state[k].shape != own[k].shape]
-    # tied weights are saved under one of their names
-    storage = {k: own[k].data_ptr() for k in own}
-    given = {storage[k] for k in state.keys() & own.keys()}
-    missing = [k for k in own.keys() - state.keys() if storage[k] not in given]
-    unexpected = state.keys() - own.keys()
-    for what, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", wrong)):
-        if names:
-            raise CheckpointError(
-                f"{where} {what} {min(names)} ({len(names)} in all): its weights do not fit the model and method in "
-                "config.json, so nothing was loaded"
-            )
-    model.load_state_dict(state, strict=False)
+    _take_dtypes(model, state)
+    converted = own_names(model, state)
+    check_names(model, converted, where)
+    _take_dtypes(model, converted)
+    model.load_state_dict(converted, strict=False)
+
+
+def _take_dtypes(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Parameters get the precision that they were saved in: a model may have more than one."""
+    for name, parameter in model.named_parameters():
+        if name in state:
+            parameter.data = parameter.data.to(state[name].dtype)
 
 
 def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:

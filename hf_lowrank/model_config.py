@@ -48,7 +48,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: config.json makes no config of a model that transformers knows.
     """
-    values = _without_kernels(read_json(folder / "config.json"))
+    # transformers writes infinity as {"__float__": "Infinity"}
+    values = PreTrainedConfig._decode_special_floats(_without_kernels(read_json(folder / "config.json")))
     for key in ("auto_map", WEIGHTS):
         values.pop(key, None)
     noted = values.get("lowrank")

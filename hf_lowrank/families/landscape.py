@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
+from hf_lowrank.conversion import own_names
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
 from hf_lowrank.families.records import Measurement, Record, jackknife, record
 from hf_lowrank.families.spaces import SPACES, in_space, no_dense_form, spaces_of
@@ -295,7 +296,8 @@ def measure_trajectory(
         for k in range(pca.coordinates.shape[1]):
             radius = float(abs(pca.coordinates[:, k]).max())
             grid = symmetric_grid(radius, settings.points)
-            direction = {name: tensor.to(device) for name, tensor in pca.direction(k).items()}
+            # the components have the names that the weights have on disk
+            direction = {name: tensor.to(device) for name, tensor in own_names(model, pca.direction(k)).items()}
             noted = {
                 "radius": radius,
                 "points": settings.points,

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import check_same_size
+from hf_lowrank.conversion import stored_names
 from hf_lowrank.families.activation import measure_activations
 from hf_lowrank.families.curvature import measure_curvature
 from hf_lowrank.families.interpolation import measure_interpolation
@@ -206,8 +207,8 @@ class Bench:
         assert self.evaluation is not None
         model, settings = self.model(unit.checkpoints[0]), self.preset.landscape
         if unit.subject == "trajectory":
-            names = [name for name, _ in model.named_parameters()]
             order = sorted(unit.checkpoints, key=lambda c: c.step)
+            names = stored_names(model, order[-1].weights)
             pca = _components([c.weights for c in order], min(settings.trajectory, len(order) - 1), names)
             _, space = in_space(model, "native")
             return measure_trajectory(model, self.evaluation, pca, settings, unit.step, space, progress)

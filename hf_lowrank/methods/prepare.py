@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from hf_lowrank.conversion import convert_when_loading
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
 from hf_lowrank.methods.summary import Summary, summarize
 from hf_lowrank.methods.targets import Target, find_targets, hidden_size
@@ -55,6 +56,7 @@ def prepare(
     config.before_training(model, args)
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)
+    convert_when_loading(model)
     _guard_loading(model, targets)
     if args.should_log:
         Console().print(summarize(model, config, targets, ranks).table())

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import Trainer, TrainerCallback
 
+from hf_lowrank.conversion import check_names, convert_when_loading
 from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
 from hf_lowrank.run.facts import RunInfo
@@ -41,6 +42,7 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     if any(isinstance(callback, ReportCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this Trainer is attached already: give all callbacks to one call of attach")
     _check(callbacks)
+    _load_exactly(trainer)
     for callback in callbacks:
         if isinstance(callback, MetricCallback):
             callback.bind(trainer)
@@ -74,6 +76,27 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         return report.push(commit_message, revision, private, token)
 
     trainer.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]
+
+
+def _load_exactly(trainer: Trainer) -> None:
+    """Resuming and loading the best model restore every weight, or raise `CheckpointError`."""
+    assert trainer.model is not None
+    convert_when_loading(trainer.model)
+    call_model_init = trainer.call_model_init
+
+    def converting_model_init(trial: Any = None) -> Any:
+        model = call_model_init(trial)
+        convert_when_loading(model)
+        return model
+
+    def refuse_incomplete(load_result: Any) -> None:
+        model = trainer.model
+        assert model is not None
+        loaded = {name: t for name, t in model.state_dict().items() if name not in load_result.missing_keys}
+        check_names(model, loaded, "the checkpoint that Trainer loads")
+
+    trainer.call_model_init = converting_model_init  # type: ignore[method-assign]
+    trainer._issue_warnings_after_load = refuse_incomplete  # type: ignore[method-assign]
 
 
 def _check(callbacks: Sequence[TrainerCallback]) -> None:
