@@ -1,95 +1,64 @@
-"""Linear CKA of two models' activations, as a measurement of `evaluate`."""
+"""Linear centred kernel alignment (CKA): how alike two representations of the same inputs are, from 0 to 1, whatever
+rotation and scale separate them. The debiased form is near 0 for unrelated representations where the plain one is not.
+"""
 
 import math
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 
+from hf_lowrank.evaluation import measurement
 from hf_lowrank.families.records import jackknife
 from hf_lowrank.metrics.activations import StreamingCKA
 
-_DESCRIPTION = """\
-Linear centred kernel alignment (CKA): how alike two representations of the same inputs are, from 0 to 1, whatever
-rotation and scale separate them. The debiased form is near 0 for unrelated representations where the plain one is not.
-"""
 
-_CITATION = """\
-@misc{beyondperplexity2026,
-  title         = {Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training},
-  year          = {2026},
-  eprint        = {2605.13652},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2605.13652}
-}
+class CKA(measurement.Measurement):
+    """Linear CKA of two models' activations.
 
-@inproceedings{kornblith2019similarity,
-  title     = {Similarity of Neural Network Representations Revisited},
-  author    = {Kornblith, Simon and Norouzi, Mohammad and Lee, Honglak and Hinton, Geoffrey},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2019},
-  url       = {https://arxiv.org/abs/1905.00414}
-}
+    Args:
+        x: (positions, p) activations of one model: nested lists, numpy array or tensor.
+        y: (positions, q) activations of the other for the same inputs, in the same order. Leave padding out of both.
+        debiased: also return CKA from the unbiased estimate of HSIC: plain CKA is near 1 whatever the features
+            are when
+            there are not many more positions than features.
+        groups: blocks of neighbouring positions that are left out in turn for the standard errors (default 8), fewer
+            where there are fewer positions.
 
-@inproceedings{nguyen2021wide,
-  title     = {Do Wide and Deep Networks Learn the Same Things? Uncovering How Neural Network Representations Vary with
-               Width and Depth},
-  author    = {Nguyen, Thao and Raghu, Maithra and Kornblith, Simon},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021},
-  url       = {https://arxiv.org/abs/2010.15327}
-}
-"""
+    Returns:
+        dict of float: activation/cka and its standard error activation/cka_stderr; with `debiased` also
+        activation/cka_debiased and activation/cka_debiased_stderr. CKA is nan where a representation is
+        constant. There is
+        no standard error where a block left out leaves too few positions, or with `groups` below 2.
 
-_KWARGS_DESCRIPTION = """
-Args:
-    x: (positions, p) activations of one model: nested lists, numpy array or tensor.
-    y: (positions, q) activations of the other for the same inputs, in the same order. Leave padding out of both.
-    debiased: also return CKA from the unbiased estimate of HSIC: plain CKA is near 1 whatever the features are when
-        there are not many more positions than features.
-    groups: blocks of neighbouring positions that are left out in turn for the standard errors (default 8), fewer
-        where there are fewer positions.
+    Raises:
+        ValueError: different numbers of positions, fewer than 2 of them (4 for `debiased`), or rows of
+            different lengths.
 
-Returns:
-    dict of float: activation/cka and its standard error activation/cka_stderr; with `debiased` also
-    activation/cka_debiased and activation/cka_debiased_stderr. CKA is nan where a representation is constant. There is
-    no standard error where a block left out leaves too few positions, or with `groups` below 2.
+    Examples:
 
-Raises:
-    ValueError: different numbers of positions, fewer than 2 of them (4 for `debiased`), or rows of different lengths.
+        >>> import evaluate
+        >>> from hf_lowrank.evaluation.modules import path
+        >>> cka = evaluate.load(path("cka"), module_type="measurement")
+        >>> x = [[1.0, 2.0], [3.0, 1.0], [0.0, 2.0], [4.0, 4.0], [2.0, 5.0], [1.0, 1.0]]
+        >>> turned = [[-2.0 * b, 2.0 * a] for a, b in x]
+        >>> results = cka.compute(x=x, y=turned, debiased=True)
+        >>> print(round(results["activation/cka"], 6), round(results["activation/cka_debiased"], 6))
+        1.0 1.0
+        >>> cka.add_batch(x=x[:4], y=turned[:4])
+        >>> cka.add_batch(x=x[4:], y=turned[4:])
+        >>> print(round(cka.compute()["activation/cka"], 6))
+        1.0
+    """
 
-Examples:
-
-    >>> import evaluate
-    >>> from hf_lowrank.evaluation.modules import path
-    >>> cka = evaluate.load(path("cka"), module_type="measurement")
-    >>> x = [[1.0, 2.0], [3.0, 1.0], [0.0, 2.0], [4.0, 4.0], [2.0, 5.0], [1.0, 1.0]]
-    >>> turned = [[-2.0 * b, 2.0 * a] for a, b in x]
-    >>> results = cka.compute(x=x, y=turned, debiased=True)
-    >>> print(round(results["activation/cka"], 6), round(results["activation/cka_debiased"], 6))
-    1.0 1.0
-    >>> cka.add_batch(x=x[:4], y=turned[:4])
-    >>> cka.add_batch(x=x[4:], y=turned[4:])
-    >>> print(round(cka.compute()["activation/cka"], 6))
-    1.0
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class CKA(evaluate.Measurement):
-    """Linear CKA of two models' activations."""
-
-    def _info(self) -> evaluate.MeasurementInfo:
-        features = datasets.Sequence(datasets.Value("float64"))
-        return evaluate.MeasurementInfo(
-            module_type="measurement",
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"x": features, "y": features}),
-            reference_urls=["https://arxiv.org/abs/1905.00414", "https://arxiv.org/abs/2010.15327"],
-        )
+    features = datasets.Features(
+        {"x": datasets.Sequence(datasets.Value("float64")), "y": datasets.Sequence(datasets.Value("float64"))}
+    )
+    citations = ("beyondperplexity2026", "kornblith2019similarity", "nguyen2021wide")
+    reference_urls = (
+        "https://arxiv.org/abs/1905.00414",
+        "https://arxiv.org/abs/2010.15327",
+    )
 
     def _compute(self, x: list[Any], y: list[Any], debiased: bool = False, groups: int = 8) -> dict[str, float]:
         first, second = _matrix(x, "x"), _matrix(y, "y")

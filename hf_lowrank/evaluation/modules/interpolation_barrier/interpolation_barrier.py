@@ -1,98 +1,72 @@
-"""Barrier of the loss between two sets of weights, as a measurement of `evaluate`."""
+"""Loss barrier between two models: how high the loss rises on the straight line between their weights. It takes the
+losses on the line; `hf_lowrank.metrics.interpolation` measures them on any PyTorch model.
+"""
 
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
 
+from hf_lowrank.evaluation import measurement
 from hf_lowrank.metrics.interpolation import barrier
 
-_DESCRIPTION = """\
-Loss barrier between two models: how high the loss rises on the straight line between their weights. It takes the
-losses on the line; `hf_lowrank.metrics.interpolation` measures them on any PyTorch model.
-"""
 
-_CITATION = """\
-@misc{beyondperplexity2026,
-  title         = {Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training},
-  year          = {2026},
-  eprint        = {2605.13652},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2605.13652}
-}
+class InterpolationBarrier(measurement.Measurement):
+    """Barrier of the loss on the line between two sets of weights.
 
-@inproceedings{frankle2020linear,
-  title     = {Linear Mode Connectivity and the Lottery Ticket Hypothesis},
-  author    = {Frankle, Jonathan and Dziugaite, Gintare Karolina and Roy, Daniel M. and Carbin, Michael},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2020},
-  url       = {https://arxiv.org/abs/1912.05671}
-}
-"""
+    Args:
+        alphas: list of positions on the line, 0 (one model) and 1 (the other) and at least one between them; positions
+            beyond 0 and 1 do not count.
+        losses: list of losses, one a position, in any unit.
+        subject: what the two models are to each other, the middle part of the names: "consecutive" checkpoints
+            of a run
+            (default), "cross_method", "cross_seed", ...
 
-_KWARGS_DESCRIPTION = """
-Args:
-    alphas: list of positions on the line, 0 (one model) and 1 (the other) and at least one between them; positions
-        beyond 0 and 1 do not count.
-    losses: list of losses, one a position, in any unit.
-    subject: what the two models are to each other, the middle part of the names: "consecutive" checkpoints of a run
-        (default), "cross_method", "cross_seed", ...
+    Returns:
+        dict of float:
+        interpolation/consecutive/barrier: highest loss between the ends minus the mean of the two end losses,
+        interpolation/consecutive/barrier_chord: highest excess over the straight line between the end losses,
+        interpolation/consecutive/barrier_alpha: where the highest loss between the ends lies.
+        They are exact for the given losses: a standard error needs the losses of single sequences, as in
+        `hf-lowrank measure`.
 
-Returns:
-    dict of float:
-    interpolation/consecutive/barrier: highest loss between the ends minus the mean of the two end losses,
-    interpolation/consecutive/barrier_chord: highest excess over the straight line between the end losses,
-    interpolation/consecutive/barrier_alpha: where the highest loss between the ends lies.
-    They are exact for the given losses: a standard error needs the losses of single sequences, as in
-    `hf-lowrank measure`.
+    Raises:
+        ValueError: not one loss a position, or positions without 0, 1 or a point between them.
 
-Raises:
-    ValueError: not one loss a position, or positions without 0, 1 or a point between them.
+    Examples:
 
-Examples:
+        >>> import evaluate
+        >>> from hf_lowrank.evaluation.modules import path
+        >>> interpolation_barrier = evaluate.load(path("interpolation_barrier"), module_type="measurement")
+        >>> results = interpolation_barrier.compute(alphas=[0.0, 0.25, 0.5, 1.0], losses=[3.0, 5.0, 4.5, 2.0])
+        >>> print(results["interpolation/consecutive/barrier"], results["interpolation/consecutive/barrier_chord"])
+        2.5 2.25
+        >>> print(results["interpolation/consecutive/barrier_alpha"])
+        0.25
 
-    >>> import evaluate
-    >>> from hf_lowrank.evaluation.modules import path
-    >>> interpolation_barrier = evaluate.load(path("interpolation_barrier"), module_type="measurement")
-    >>> results = interpolation_barrier.compute(alphas=[0.0, 0.25, 0.5, 1.0], losses=[3.0, 5.0, 4.5, 2.0])
-    >>> print(results["interpolation/consecutive/barrier"], results["interpolation/consecutive/barrier_chord"])
-    2.5 2.25
-    >>> print(results["interpolation/consecutive/barrier_alpha"])
-    0.25
+        Of two state dicts, with `loss_fn(model)` a number:
 
-    Of two state dicts, with `loss_fn(model)` a number:
+        >>> import numpy
+        >>> import torch
+        >>> from hf_lowrank.metrics import interpolation
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> first = {"weight": torch.tensor([[-1.0]])}
+        >>> second = {"weight": torch.tensor([[1.0]])}
+        >>> def loss_fn(model):
+        ...     return 1 - model.weight.item() ** 2
+        >>> alphas = numpy.linspace(0, 1, 21)
+        >>> losses = interpolation.loss_path(model, first, second, loss_fn, alphas)
+        >>> results = interpolation_barrier.compute(alphas=alphas, losses=losses, subject="cross_seed")
+        >>> print(results["interpolation/cross_seed/barrier"])
+        1.0
+    """
 
-    >>> import numpy
-    >>> import torch
-    >>> from hf_lowrank.metrics import interpolation
-    >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> first = {"weight": torch.tensor([[-1.0]])}
-    >>> second = {"weight": torch.tensor([[1.0]])}
-    >>> def loss_fn(model):
-    ...     return 1 - model.weight.item() ** 2
-    >>> alphas = numpy.linspace(0, 1, 21)
-    >>> losses = interpolation.loss_path(model, first, second, loss_fn, alphas)
-    >>> results = interpolation_barrier.compute(alphas=alphas, losses=losses, subject="cross_seed")
-    >>> print(results["interpolation/cross_seed/barrier"])
-    1.0
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class InterpolationBarrier(evaluate.Measurement):
-    """Barrier of the loss on the line between two sets of weights."""
-
-    def _info(self) -> evaluate.MeasurementInfo:
-        number = datasets.Value("float64")
-        return evaluate.MeasurementInfo(
-            module_type="measurement",
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"alphas": number, "losses": number}),
-            reference_urls=["https://arxiv.org/abs/2605.13652", "https://arxiv.org/abs/1912.05671"],
-        )
+    features = datasets.Features({"alphas": datasets.Value("float64"), "losses": datasets.Value("float64")})
+    citations = ("beyondperplexity2026", "frankle2020linear")
+    reference_urls = (
+        "https://arxiv.org/abs/2605.13652",
+        "https://arxiv.org/abs/1912.05671",
+    )
 
     def _compute(self, alphas: list[Any], losses: list[Any], subject: str = "consecutive") -> dict[str, float]:
         found = barrier(np.array(alphas, dtype=np.float64), np.array(losses, dtype=np.float64))

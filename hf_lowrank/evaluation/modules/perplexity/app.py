@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import evaluate
-from evaluate.utils import launch_gradio_widget
+from hf_lowrank.evaluation.measurement import serve
 
 
 def main() -> None:
-    """Serve the form; a Space brings gradio, which nothing else here needs."""
-    launch_gradio_widget(evaluate.load(str(Path(__file__).with_name("perplexity.py")), module_type="measurement"))
+    """Serve the form."""
+    serve(Path(__file__).with_name("perplexity.py"))
 
 
 if __name__ == "__main__":

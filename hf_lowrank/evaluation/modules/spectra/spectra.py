@@ -1,100 +1,66 @@
-"""Spectra of weight matrices, and of their updates, as a measurement of `evaluate`."""
+"""Singular-value metrics of weight matrices: rank, effective rank, stable rank, spectral gap, power-law exponent,
+norms.
+With the matrices of an earlier step also the relative norm and the spectrum of the update. They show what a low-rank
+method does to weights that perplexity does not.
+"""
 
 import math
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
 import torch
 
+from hf_lowrank.evaluation import measurement
 from hf_lowrank.families.spectral import averages, update_metrics, weight_metrics
 from hf_lowrank.metrics.spectra import measure_each
 
-_DESCRIPTION = """\
-Singular-value metrics of weight matrices: rank, effective rank, stable rank, spectral gap, power-law exponent, norms.
-With the matrices of an earlier step also the relative norm and the spectrum of the update. They show what a low-rank
-method does to weights that perplexity does not.
-"""
 
-_CITATION = """\
-@misc{beyondperplexity2026,
-  title         = {Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training},
-  year          = {2026},
-  eprint        = {2605.13652},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2605.13652}
-}
+class Spectra(measurement.Measurement):
+    """Spectra of weight matrices and of their updates.
 
-@inproceedings{roy2007effective,
-  title     = {The effective rank: A measure of effective dimensionality},
-  author    = {Roy, Olivier and Vetterli, Martin},
-  booktitle = {European Signal Processing Conference},
-  year      = {2007}
-}
+    Args:
+        data: list of matrices (m, n): nested lists, numpy arrays or tensors, of any shapes. A single one is
+            `[matrix]`.
+            They are handed on as float64, which changes no number.
+        previous: the same matrices at an earlier step, in the same order; None (default) leaves the updates out.
+        dtype: precision that the weights are kept in, "float32" for example, which sets the tolerance of
+            `numerical_rank`. Default: float32 for a matrix whose entries all are float32 numbers, otherwise float64.
+        per_matrix: also return every matrix's own numbers.
 
-@article{martin2021predicting,
-  title   = {Predicting trends in the quality of state-of-the-art neural networks without access to training or testing
-             data},
-  author  = {Martin, Charles H. and Peng, Tongsu and Mahoney, Michael W.},
-  journal = {Nature Communications},
-  volume  = {12},
-  year    = {2021}
-}
-"""
+    Returns:
+        dict of float, plain means over the matrices (those whose value is finite; nan where none is):
+        spectral/weight/rank, rank_ratio, numerical_rank, effective_rank, effective_rank_score, stable_rank,
+        spectral_gap,
+        singular_value_ratio, num_gt, ratio_gt, alpha, spectral_norm and frobenius_norm, each with that prefix.
+        They are
+        exact for the given weights and have no standard error.
+        With `previous` also spectral/update/relative_norm (of all matrices together), relative_norm_mean,
+        effective_rank_score, stable_rank, effective_rank, spectral_gap and spectral_norm.
+        With `per_matrix` also `matrices`: a list of such dicts, one a matrix.
 
-_KWARGS_DESCRIPTION = """
-Args:
-    data: list of matrices (m, n): nested lists, numpy arrays or tensors, of any shapes. A single one is `[matrix]`.
-        They are handed on as float64, which changes no number.
-    previous: the same matrices at an earlier step, in the same order; None (default) leaves the updates out.
-    dtype: precision that the weights are kept in, "float32" for example, which sets the tolerance of
-        `numerical_rank`. Default: float32 for a matrix whose entries all are float32 numbers, otherwise float64.
-    per_matrix: also return every matrix's own numbers.
+    Raises:
+        ValueError: no matrix, an empty one, NaN or infinity in one, or an earlier matrix of another shape.
 
-Returns:
-    dict of float, plain means over the matrices (those whose value is finite; nan where none is):
-    spectral/weight/rank, rank_ratio, numerical_rank, effective_rank, effective_rank_score, stable_rank, spectral_gap,
-    singular_value_ratio, num_gt, ratio_gt, alpha, spectral_norm and frobenius_norm, each with that prefix. They are
-    exact for the given weights and have no standard error.
-    With `previous` also spectral/update/relative_norm (of all matrices together), relative_norm_mean,
-    effective_rank_score, stable_rank, effective_rank, spectral_gap and spectral_norm.
-    With `per_matrix` also `matrices`: a list of such dicts, one a matrix.
+    Examples:
 
-Raises:
-    ValueError: no matrix, an empty one, NaN or infinity in one, or an earlier matrix of another shape.
+        >>> import evaluate
+        >>> from hf_lowrank.evaluation.modules import path
+        >>> spectra = evaluate.load(path("spectra"), module_type="measurement")
+        >>> before = [[[2.0, 0.0], [0.0, 2.0]]]
+        >>> after = [[[3.0, 0.0], [0.0, 1.0]]]
+        >>> results = spectra.compute(data=after, previous=before)
+        >>> print(round(results["spectral/weight/stable_rank"], 4))
+        1.1111
+        >>> print(round(results["spectral/weight/spectral_gap"], 4))
+        0.6667
+        >>> print(round(results["spectral/update/relative_norm"], 4))
+        0.5
+    """
 
-Examples:
-
-    >>> import evaluate
-    >>> from hf_lowrank.evaluation.modules import path
-    >>> spectra = evaluate.load(path("spectra"), module_type="measurement")
-    >>> before = [[[2.0, 0.0], [0.0, 2.0]]]
-    >>> after = [[[3.0, 0.0], [0.0, 1.0]]]
-    >>> results = spectra.compute(data=after, previous=before)
-    >>> print(round(results["spectral/weight/stable_rank"], 4))
-    1.1111
-    >>> print(round(results["spectral/weight/spectral_gap"], 4))
-    0.6667
-    >>> print(round(results["spectral/update/relative_norm"], 4))
-    0.5
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class Spectra(evaluate.Measurement):
-    """Spectra of weight matrices and of their updates."""
-
-    def _info(self) -> evaluate.MeasurementInfo:
-        matrix = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
-        return evaluate.MeasurementInfo(
-            module_type="measurement",
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({"data": matrix}),
-            reference_urls=["https://arxiv.org/abs/2605.13652"],
-        )
+    features = datasets.Features({"data": datasets.Sequence(datasets.Sequence(datasets.Value("float64")))})
+    citations = ("beyondperplexity2026", "roy2007effective", "martin2021predicting")
+    reference_urls = ("https://arxiv.org/abs/2605.13652",)
 
     def _compute(
         self, data: list[Any], previous: Any = None, dtype: str | None = None, per_matrix: bool = False
