@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hf_lowrank.compare.series import ComparedRun
-from hf_lowrank.report import metric_entry, write_report
+from hf_lowrank.compare.frame import ComparedRun
+from hf_lowrank.report import metric_entry, validate_report, write_report
 
 FULL = json.loads((Path(__file__).parent / "report" / "full_report.json").read_text())
 ON = {"evaluation_hash": "e1", "sequences": 32, "tokens": 8160}
@@ -40,7 +40,11 @@ def task(name: str, value: float | None, **more: Any) -> dict[str, Any]:
 
 
 def runs(*reports: dict[str, Any]) -> list[ComparedRun]:
-    return [ComparedRun(made["run"]["name"], made) for made in reports]
+    return [compared(made["run"]["name"], made) for made in reports]
+
+
+def compared(label: str, made: dict[str, Any], *tables: Any, **more: Any) -> ComparedRun:
+    return ComparedRun(label, validate_report(made), *tables, **more)
 
 
 def write_run(folder: Path, made: dict[str, Any], curves: bool = True) -> Path:

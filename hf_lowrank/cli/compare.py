@@ -9,11 +9,10 @@ from rich.text import Text
 
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.figures import draw_comparison
-from hf_lowrank.compare.frame import Comparison, compare
 from hf_lowrank.compare.gather import Gathered, gather
 from hf_lowrank.compare.page import render_page
-from hf_lowrank.compare.terminal import print_comparison
-from hf_lowrank.compare.text import heading, metrics_csv, render_markdown, runs_csv
+from hf_lowrank.compare.table import Comparison, compare
+from hf_lowrank.compare.text import heading, metrics_csv, print_comparison, render_markdown, runs_csv
 from hf_lowrank.hub.asking import ask_first
 from hf_lowrank.hub.listing import published_runs
 from hf_lowrank.hub.space import push_space, space_card

@@ -4,26 +4,26 @@ A chart holds one quantity measured in one way, a line a row of the comparison. 
 the places that all of them have, with the standard error over seeds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from hf_lowrank.compare.frame import Comparison
-from hf_lowrank.compare.series import Series, data_identity, differing_settings
+from hf_lowrank.compare.frame import defining_settings, differing_settings, metric_words
+from hf_lowrank.compare.table import Comparison
 from hf_lowrank.figures.activation import SIMILARITIES
 from hf_lowrank.figures.axes import evenly
-from hf_lowrank.report.catalogue import HEADLINE_METRICS, SPECTRAL
+from hf_lowrank.report.catalogue import SPECTRAL
+from hf_lowrank.report.comparability import PEER, Difference, Number, data_identity, differences
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.tables import describe
+from hf_lowrank.report.tables import UNKNOWN, describe
 
 __all__ = ["Chart", "Group", "Line", "charts"]
 
 Group = Literal["Training", "Metrics over training", "Loss along directions", "Paths between models", "Over depth"]
 
-_HEADLINE = {metric.name: metric for metric in HEADLINE_METRICS}
 _MOST_POINTS = 1000
 _LOGGED = {
     "loss": ("Training loss", "nats per token"),
@@ -75,12 +75,13 @@ class Chart:
     lines: Sequence[Line]
 
 
-_Curve = tuple[Sequence[float], Sequence[float], Sequence[float | None]]
+# columns of a chart's points: the run's index, the place, the value and its standard error
+_POINT = ["run", "x", "y", "error"]
 
 
 def charts(comparison: Comparison) -> list[Chart]:
     """Return every chart that has a line of two or more points."""
-    found = [
+    drawn = [
         *_training(comparison),
         *_over_steps(comparison),
         *_along_directions(comparison),
@@ -88,36 +89,41 @@ def charts(comparison: Comparison) -> list[Chart]:
         *_over_depth(comparison),
         *_similarity_over_depth(comparison),
     ]
-    return [chart for chart in found if any(len(line.x) > 1 for line in chart.lines)]
+    return [chart for chart in drawn if any(len(line.x) > 1 for line in chart.lines)]
 
 
-def _lines(comparison: Comparison, curve: Callable[[int], _Curve | None]) -> list[Line]:
-    """Return the lines of all rows; `curve` gives a run's, by its index."""
+def _lines(comparison: Comparison, points: pd.DataFrame) -> list[Line]:
+    """Return a line a row of the comparison; of several seeds the mean where all have a point, with its error."""
+    # what is beyond comes from nothing that was measured, and no axis holds it
+    points = points[(points["x"].abs() < 1e150) & (points["y"].abs() < 1e150)]
     lines = []
     for index, row in enumerate(comparison.rows):
-        curves = [found for member in row.members if (found := curve(member)) is not None and len(found[0])]
-        if curves:
-            x, y, error = curves[0] if len(curves) == 1 else _mean(curves)
-            # what is beyond comes from nothing that was measured, and no axis holds it
-            usable = [i for i in range(len(x)) if abs(x[i]) < 1e150 and abs(y[i]) < 1e150]
-            kept = evenly(usable, _MOST_POINTS)
-            if kept:
-                places, values = [float(x[i]) for i in kept], [float(y[i]) for i in kept]
-                lines.append(Line(index, places, values, _errors(error, kept)))
+        mine = points[points["run"].isin(row.members)].sort_values("x", kind="stable")
+        seeds = mine["run"].nunique()
+        if seeds > 1:
+            at_place = mine.groupby("x")["y"]
+            shared = at_place.count() == seeds
+            mine = pd.DataFrame({"y": at_place.mean(), "error": at_place.sem()})[shared].reset_index()
+        if len(mine):
+            kept = mine.iloc[evenly(list(range(len(mine))), _MOST_POINTS)]
+            errors = [float(error) if abs(error) < 1e150 else None for error in kept["error"]]
+            lines.append(Line(index, kept["x"].tolist(), kept["y"].tolist(), errors))
     return lines
 
 
-def _errors(error: Sequence[float | None], kept: Sequence[int]) -> list[float | None]:
-    values = [error[index] for index in kept]
-    return [None if value is None or not abs(value) < 1e150 else float(value) for value in values]
+def _of_runs(runs: Iterable[int], curve: Callable[[int], pd.DataFrame | None]) -> pd.DataFrame:
+    """Return the points of runs; `curve` gives those of one by its index, with columns x, y and error."""
+    curves = {run: points for run in runs if (points := curve(run)) is not None and len(points)}
+    parts = [points.assign(run=run)[_POINT] for run, points in curves.items()]
+    return pd.concat(parts, ignore_index=True).astype(float) if parts else pd.DataFrame(columns=_POINT, dtype=float)
 
 
-def _mean(curves: Sequence[_Curve]) -> _Curve:
-    """Return mean and standard error over seeds at the places that all curves have."""
-    tables = [dict(zip(x, y, strict=True)) for x, y, _ in curves]
-    places = sorted(set.intersection(*(set(table) for table in tables)))
-    values = np.array([[table[place] for place in places] for table in tables])
-    return places, values.mean(axis=0).tolist(), (values.std(axis=0, ddof=1) / len(tables) ** 0.5).tolist()
+def _curve(table: pd.DataFrame, x: str, y: str, error: str = "") -> pd.DataFrame | None:
+    """Return two columns of a table as a curve; of two rows at one place the later counts."""
+    if x not in table or y not in table:
+        return None
+    rows = table.dropna(subset=[x, y]).drop_duplicates(x, keep="last")
+    return pd.DataFrame({"x": rows[x], "y": rows[y], "error": rows.get(error, np.nan)})
 
 
 def _table(comparison: Comparison, run: int, name: str, **values: Any) -> pd.DataFrame:
@@ -133,162 +139,131 @@ def _last_step(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _training(comparison: Comparison) -> Iterator[Chart]:
-    identities = [data_identity(run.report) for run in comparison.runs]
+    reports = [run.report for run in comparison.runs]
+    on_data: dict[str, list[int]] = {}
+    for run, report in enumerate(reports):
+        on_data.setdefault(data_identity(report), []).append(run)
+    differing = [each for each in differences(reports) if each.fact.of_data]
     for name, (title, unit) in _LOGGED.items():
         # losses on other data are other quantities; rates and norms are the same whatever the data
-        apart = dict.fromkeys(identities) if unit == "nats per token" else [()]
-        for identity in apart:
-
-            def curve(run: int, name: str = name, identity: Any = identity) -> _Curve | None:
-                table = _table(comparison, run, "training")
-                if name not in table or identity not in ((), identities[run]):
-                    return None
-                points = table[["step", name]].dropna().drop_duplicates("step", keep="last").sort_values("step")
-                return points["step"].tolist(), points[name].tolist(), [None] * len(points)
-
-            detail = _of_data(identity, list(apart))
-            lines = _lines(comparison, curve)
+        groups = list(on_data.values()) if unit == "nats per token" else [list(range(len(reports)))]
+        for runs in groups:
+            points = _of_runs(runs, lambda run, y=name: _curve(_table(comparison, run, "training"), "step", y))  # type: ignore[misc]
+            detail = "" if len(groups) == 1 else _data_in_words(differing, runs[0])
+            lines = _lines(comparison, points)
             yield Chart("Training", f"training/{name}", title, detail, "optimizer step", unit, lines)
 
 
-def _of_data(identity: tuple[Any, ...] | None, apart: Sequence[tuple[Any, ...] | None]) -> str:
-    """Return what tells these data from the others, empty where there are no others."""
-    known = [other for other in apart if other]
-    if len(apart) == 1:
-        return ""
-    if not identity:
+def _data_in_words(differing: Sequence[Difference], run: int) -> str:
+    """Return what tells a run's data from the others'."""
+    words = {each.fact.title.lower(): each.words[run] for each in differing}
+    if set(words.values()) == {UNKNOWN}:
         return "data not recorded"
-    names = ("", "", "data", "tokenizer", "sequence length", "packing", "split seed", "validation sequences")
-    parts = zip(names, identity, zip(*known, strict=True), strict=True)
-    told = [f"{name} {one_line(mine)[:12]}".strip() for name, mine, all_of in parts if len(set(all_of)) > 1]
-    return ", ".join(told) or f"data {identity[2][:12]}"
+    return ", ".join(f"{title} {text}" for title, text in words.items())
 
 
-def _details(series: Sequence[Series]) -> list[str]:
-    """Return what tells series of one metric apart."""
-    of_name: dict[str, list[dict[str, Any]]] = {}
-    for one in series:
-        of_name.setdefault(one.name, []).append(one.settings)
-    differing = {name: differing_settings(settings) for name, settings in of_name.items()}
-    found = []
-    for one in series:
-        keys = differing[one.name]
-        told = describe({key: value for key, value in one.settings.items() if key in keys})
-        found.append(one_line(", ".join(part for part in (f"{one.space} weights" if one.space else "", told) if part)))
-    return found
+def _series(comparison: Comparison, name: str | None = None) -> list[tuple[Number, str, pd.DataFrame]]:
+    """Return the series of a metric, or all but costs: one of its numbers, what tells it from others, its points."""
+    points = comparison.points[comparison.points["kind"] != "cost"]
+    groups = [group for _, group in points[points["metric"] == name if name else slice(None)].groupby("series")]
+    of_metric: dict[str, list[dict[str, Any]]] = {}
+    defining = []
+    for group in groups:
+        number = group["number"].iloc[0]
+        defining.append(defining_settings(number, comparison.runs[group["run"].iloc[0]].label))
+        of_metric.setdefault(number.name, []).append(defining[-1])
+    differing = {metric: differing_settings(settings) for metric, settings in of_metric.items()}
+    described = []
+    for group, settings in zip(groups, defining, strict=True):
+        number = group["number"].iloc[0]
+        told = describe({key: value for key, value in settings.items() if key in differing[number.name]})
+        detail = ", ".join(part for part in (f"{number.space} weights" if number.space else "", told) if part)
+        described.append((number, one_line(detail), group))
+    return described
 
 
 def _over_steps(comparison: Comparison) -> Iterator[Chart]:
-    series = [one for one in comparison.series if one.kind != "cost"]
-    for one, detail in zip(series, _details(series), strict=True):
-
-        def curve(run: int, one: Series = one) -> _Curve | None:
-            by_step = {p.step: p for p in one.of_run(run) if p.step is not None and p.value is not None}
-            points = [(step, point.value, point.stderr) for step, point in sorted(by_step.items())]
-            return None if not points else tuple(map(list, zip(*points, strict=True)))  # type: ignore[return-value]
-
-        metric = _HEADLINE.get(one.name)
-        title = f"{metric.id} {metric.label}" if metric and metric.id else metric.label if metric else one.name
-        unit = metric.axis if metric else ""
-        lines = _lines(comparison, curve)
-        yield Chart("Metrics over training", one.name, title, detail, "optimizer step", unit, lines)
-
-
-def _together(comparison: Comparison, name: str) -> list[tuple[Series, set[int]]]:
-    """Return the series of a metric with their runs."""
-    return [(one, {p.run for p in one.points}) for one in comparison.series if one.name == name]
+    for number, detail, points in _series(comparison):
+        title, unit = metric_words(number.name)
+        points = points.dropna(subset=["step", "value"]).drop_duplicates(["run", "step"], keep="last")
+        points = points.rename(columns={"step": "x", "value": "y", "stderr": "error"})
+        lines = _lines(comparison, points)
+        yield Chart("Metrics over training", number.name, title, detail, "optimizer step", unit, lines)
 
 
 def _along_directions(comparison: Comparison) -> Iterator[Chart]:
     """Yield the rise of the loss along directions at each run's last step, its mean over the directions."""
     for subject, words in _DIRECTIONS.items():
         name = f"landscape/{subject}/sharpness"
-        found = _together(comparison, name)
-        for (one, runs), detail in zip(found, _details([one for one, _ in found]), strict=True):
+        for number, detail, points in _series(comparison, name):
 
-            def curve(run: int, one: Series = one, runs: set[int] = runs, subject: str = subject) -> _Curve | None:
-                rows = _last_step(_table(comparison, run, "landscape", subject=subject, space=one.space or ""))
-                if run not in runs or rows.empty:
-                    return None
+            def rise(run: int, number: Number = number, subject: str = subject) -> pd.DataFrame | None:
+                rows = _last_step(_table(comparison, run, "landscape", subject=subject, space=number.space or ""))
                 # one table holds the curves of all K: the first K of them are those of this series
-                most = one.settings.get("K")
-                rows = rows[rows["direction"] < most] if isinstance(most, int) else rows
+                most = number.settings.get("K")
+                rows = rows[rows["direction"] < most] if isinstance(most, int) and len(rows) else rows
+                if rows.empty:
+                    return None
                 grid = rows.pivot_table(index="x", columns="direction", values="loss", aggfunc="last").dropna()
                 if 0 not in grid.index:
                     return None
-                rise = grid - grid.loc[0]
-                error = rise.std(axis=1, ddof=1) / rise.shape[1] ** 0.5
-                return rise.index.tolist(), rise.mean(axis=1).tolist(), error.tolist()
+                rises = grid - grid.loc[0]
+                return pd.DataFrame({"y": rises.mean(axis=1), "error": rises.sem(axis=1)}).reset_index()
 
+            lines = _lines(comparison, _of_runs(points["run"].unique(), rise))
             title, unit = f"Rise of the loss along {words}", "loss − loss at x = 0 (nats)"
-            lines = _lines(comparison, curve)
             yield Chart("Loss along directions", name, title, detail, "step length x", unit, lines)
 
 
 def _between_models(comparison: Comparison) -> Iterator[Chart]:
     """Yield the loss on straight lines at each run's last step: to the checkpoint before, to each other run."""
-    for name in dict.fromkeys(one.name for one in comparison.series if one.name.endswith("/barrier")):
+    names = comparison.points["metric"].unique()
+    for name in (name for name in names if name.startswith("interpolation/") and name.endswith("/barrier")):
         subject = name.split("/")[1]
-        found = _together(comparison, name)
-        for (one, runs), detail in zip(found, _details([one for one, _ in found]), strict=True):
+        for number, detail, points in _series(comparison, name):
+            peer = {PEER: str(number.settings[PEER])} if PEER in number.settings else {}
 
-            def curve(run: int, one: Series = one, runs: set[int] = runs, subject: str = subject) -> _Curve | None:
-                other = {"other": str(one.settings["other"])} if "other" in one.settings else {}
-                table = _table(comparison, run, "interpolation", subject=subject, space=one.space or "", **other)
-                path = _last_step(table)
-                if run not in runs or path.empty:
-                    return None
-                path = path.drop_duplicates("alpha", keep="last").dropna(subset=["alpha", "loss"]).sort_values("alpha")
-                error = path["stderr"].tolist() if "stderr" in path else [None] * len(path)
-                return path["alpha"].tolist(), path["loss"].tolist(), error
+            def path(
+                run: int, number: Number = number, subject: str = subject, peer: Any = peer
+            ) -> pd.DataFrame | None:
+                table = _table(comparison, run, "interpolation", subject=subject, space=number.space or "", **peer)
+                return _curve(_last_step(table), "alpha", "loss", "stderr")
 
+            if peer and f"{PEER}=" not in detail:
+                detail = ", ".join(part for part in (detail, f"{PEER}={one_line(peer[PEER])}") if part)
+            lines = _lines(comparison, _of_runs(points["run"].unique(), path))
             title = f"Loss on the line {_PATHS.get(subject, subject)}"
-            if "other" in one.settings and "other=" not in detail:
-                detail = ", ".join(part for part in (detail, f"other={one_line(one.settings['other'])}") if part)
-            lines = _lines(comparison, curve)
             yield Chart("Paths between models", name, title, detail, "position α", "loss (nats)", lines)
 
 
 def _over_depth(comparison: Comparison) -> Iterator[Chart]:
     """Yield spectral metrics layer by layer at each run's last step, the mean over a layer's matrices."""
-    spaces = dict.fromkeys(
-        space
-        for run in comparison.runs
-        if "spectral" in run.tables
-        for space in run.tables["spectral"]["space"].unique()
-    )
+    tables = [run.tables["spectral"] for run in comparison.runs if "spectral" in run.tables]
+    spaces = dict.fromkeys(space for table in tables for space in table["space"].unique())
     for metric in SPECTRAL.metrics:
         for space in spaces:
 
-            def curve(run: int, name: str = metric.name, space: str = space) -> _Curve | None:
+            def layers(run: int, name: str = metric.name, space: str = space) -> pd.DataFrame | None:
                 table = _table(comparison, run, "spectral", space=space)
                 if name not in table:
                     return None
-                layers = _last_step(table.dropna(subset=[name, "layer"])).groupby("layer")[name].mean()
-                return layers.index.tolist(), layers.tolist(), [None] * len(layers)
+                rows = _last_step(table.dropna(subset=[name, "layer"]))
+                return _curve(rows.groupby("layer", as_index=False)[name].mean(), "layer", name)
 
-            title = f"{metric.id} {metric.label}"
-            detail = f"{one_line(space)} weights"
-            lines = _lines(comparison, curve)
+            lines = _lines(comparison, _of_runs(range(len(comparison.runs)), layers))
+            title, detail = f"{metric.id} {metric.label}", f"{one_line(space)} weights"
             yield Chart("Over depth", metric.name, title, detail, "layer", metric.axis, lines)
 
 
 def _similarity_over_depth(comparison: Comparison) -> Iterator[Chart]:
     for name in SIMILARITIES:
-        found = _together(comparison, name)
-        for (one, runs), detail in zip(found, _details([one for one, _ in found]), strict=True):
+        for number, detail, points in _series(comparison, name):
 
-            def curve(run: int, one: Series = one, runs: set[int] = runs) -> _Curve | None:
-                baseline = str(one.settings.get("baseline", ""))
+            def layers(run: int, number: Number = number) -> pd.DataFrame | None:
+                baseline = str(number.settings.get("baseline", ""))
                 table = _last_step(_table(comparison, run, "activation", baseline=baseline))
-                if run not in runs or one.name not in table:
-                    return None
-                rows = table.dropna(subset=[one.name, "layer"]).drop_duplicates("layer", keep="last")
-                rows = rows.sort_values("layer")
-                error = f"{one.name}_stderr"
-                errors = rows[error].tolist() if error in rows else [None] * len(rows)
-                return rows["layer"].tolist(), rows[one.name].tolist(), errors
+                return _curve(table, "layer", number.name, f"{number.name}_stderr")
 
+            lines = _lines(comparison, _of_runs(points["run"].unique(), layers))
             title = f"{_SIMILARITIES[name]} with the baseline's activations"
-            lines = _lines(comparison, curve)
             yield Chart("Over depth", name, title, detail, "layer (0: embeddings)", "", lines)

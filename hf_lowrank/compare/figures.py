@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hf_lowrank.compare.charts import Chart
-from hf_lowrank.compare.frame import Comparison
+from hf_lowrank.compare.table import Comparison
 from hf_lowrank.figures import save_figure
 from hf_lowrank.figures.axes import (
     MARKED_POINTS,
@@ -30,17 +30,23 @@ from hf_lowrank.figures.axes import (
     whole_numbers,
 )
 from hf_lowrank.figures.interpolation import barrier_map
-from hf_lowrank.report.catalogue import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import (
+    ACTIVATION,
+    CATALOGUE,
+    CURVATURE,
+    INTERPOLATION,
+    LANDSCAPE,
+    SPECTRAL,
+    Entry,
+    entries,
+)
 
 __all__ = ["draw_comparison"]
 
-_HEADLINE = frozenset(metric.name for metric in HEADLINE_METRICS)
 
-
-def _over_steps(*starts: str) -> Callable[[Chart], bool]:
-    return lambda chart: (
-        chart.group == "Metrics over training" and chart.name.startswith(starts) and chart.name in _HEADLINE
-    )
+def _over_steps(family: Entry) -> Callable[[Chart], bool]:
+    names = family.metric_names()
+    return lambda chart: chart.group == "Metrics over training" and chart.name in names
 
 
 # (picture, title, the charts that are its panels)
@@ -48,18 +54,27 @@ _PICTURES: tuple[tuple[str, str, Callable[[Chart], bool]], ...] = (
     ("loss.png", "Loss over training", lambda chart: chart.name in ("training/loss", "training/eval_loss")),
     ("landscape_curves.png", "Loss along directions, mean and its standard error over directions",
      lambda chart: chart.group == "Loss along directions"),
-    ("sharpness_over_steps.png", "Loss landscape over training", _over_steps("landscape/")),
-    ("curvature_over_steps.png", "Curvature of the loss over training", _over_steps("curvature/")),
+    ("sharpness_over_steps.png", "Loss landscape over training", _over_steps(LANDSCAPE)),
+    ("curvature_over_steps.png", "Curvature of the loss over training", _over_steps(CURVATURE)),
     ("interpolation_paths.png", "Loss on straight lines between models",
      lambda chart: chart.group == "Paths between models"),
-    ("barriers_over_steps.png", "Loss barriers over training", _over_steps("interpolation/")),
-    ("spectra_over_steps.png", "Spectra over training", _over_steps("spectral/")),
+    ("barriers_over_steps.png", "Loss barriers over training", _over_steps(INTERPOLATION)),
+    ("spectra_over_steps.png", "Spectra over training", _over_steps(SPECTRAL)),
     ("spectra_over_depth.png", "Spectra over depth",
      lambda chart: chart.group == "Over depth" and chart.name.startswith("spectral/")),
-    ("similarity_over_steps.png", "Activations over training", _over_steps("activation/")),
+    ("similarity_over_steps.png", "Activations over training", _over_steps(ACTIVATION)),
     ("similarity_over_depth.png", "Activations over depth",
      lambda chart: chart.group == "Over depth" and chart.name.startswith("activation/")),
 )  # fmt: skip
+
+
+def _pictures() -> list[tuple[str, str, Callable[[Chart], bool]]]:
+    """Return our pictures, and of each family of another package its metrics over training."""
+    others = [family for family in entries() if family not in CATALOGUE]
+    theirs = [
+        (f"{family.name}_over_steps.png", f"{family.title} over training", _over_steps(family)) for family in others
+    ]
+    return [*_PICTURES, *theirs]
 
 
 def draw_comparison(comparison: Comparison, charts: Sequence[Chart], folder: Path) -> list[Path]:
@@ -72,7 +87,7 @@ def draw_comparison(comparison: Comparison, charts: Sequence[Chart], folder: Pat
     with matplotlib.rc_context(STYLE):
         figures: dict[str, Figure | None] = {
             name: _picture(title, _covering([chart for chart in charts if chosen(chart)]), names, comparison)
-            for name, title, chosen in _PICTURES
+            for name, title, chosen in _pictures()
         }
         figures["evaluations.png"] = _tasks(comparison, names)
         maps = [run.tables["barrier_map"] for run in comparison.runs if "barrier_map" in run.tables]
@@ -154,22 +169,18 @@ def _panel(axes: Axes, chart: Chart) -> None:
 
 def _tasks(comparison: Comparison, names: Sequence[str]) -> Figure | None:
     """Draw the downstream tasks, a mark a run with its standard error."""
-    columns = [index for index, column in enumerate(comparison.columns) if column.kind == "evaluation"]
-    columns = [
-        i for i in columns if any((cell := row.cells.get(i)) and cell.value is not None for row in comparison.rows)
-    ]
+    cells = comparison.cells[comparison.cells["value"].notna()].reset_index()
+    columns = [at for at in sorted(set(cells["column"])) if comparison.columns[at].kind == "evaluation"]
     if not columns:
         return None
     figure = new_figure(max(4.5, min(1.8 + 0.16 * len(columns) * (len(names) + 2), 16)), 4.2)
     axes = figure.add_subplot()
-    for place, row in enumerate(comparison.rows):
-        cells = [(at, row.cells[i]) for at, i in enumerate(columns) if i in row.cells]
-        known = [(at, cell.value, cell.stderr) for at, cell in cells if cell.value is not None]
+    for place in range(len(names)):
+        mine = cells[(cells["row"] == place) & cells["column"].isin(columns)]
         aside = 0.7 * ((place + 0.5) / len(names) - 0.5)
         axes.errorbar(
-            [at + aside for at, *_ in known], [value for _, value, _ in known],
-            yerr=[error or 0 for *_, error in known], capsize=2, elinewidth=0.8,
-            **{**line_style(place, 1), "linestyle": "none"},
+            [columns.index(column) + aside for column in mine["column"]], mine["value"], yerr=mine["stderr"].fillna(0),
+            capsize=2, elinewidth=0.8, **{**line_style(place, 1), "linestyle": "none"},
         )  # fmt: skip
     labels = [label(comparison.columns[i].title) for i in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=40, ha="right", rotation_mode="anchor")

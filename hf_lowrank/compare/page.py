@@ -7,6 +7,7 @@ text nodes. The page's policy (CSP) admits its own script and style by their has
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -16,10 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lowrank.compare.charts import Chart
-from hf_lowrank.compare.frame import Comparison, Row
+from hf_lowrank.compare.table import Comparison, Row
 from hf_lowrank.compare.text import heading, significance_text
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.significance import stars
 
 __all__ = ["render_page"]
 
@@ -120,19 +120,18 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
             }
             for index, column in enumerate(comparison.columns)
         ],
-        "cells": [[_cell(row, index) for index in range(len(comparison.columns))] for row in comparison.rows],
+        "cells": comparison.pivot(_cell).values.tolist(),
         "charts": [_chart(chart) for chart in charts],
     }
 
 
-def _cell(row: Row, index: int) -> dict[str, Any] | None:
-    cell = row.cells.get(index)
-    if cell is None:
-        return None
-    why = cell.delta.why if cell.delta is not None else None
-    noted = "; ".join(one_line(note) for note in (cell.note, why if why != "no standard error" else None) if note)
-    shown = {"v": cell.value, "t": cell.text, "d": cell.delta_text, "n": noted}
-    return {**shown, "s": stars(None if cell.delta is None else cell.delta.p)}
+def _cell(cell: Any) -> dict[str, Any]:
+    """Return a cell for the page's script: value, text, difference, note, marks."""
+    noted = "; ".join(
+        one_line(note) for note in (cell.note, None if cell.why == "no standard error" else cell.why) if note
+    )
+    value = None if math.isnan(cell.value) else cell.value
+    return {"v": value, "t": cell.text, "d": cell.delta_text, "n": noted, "s": cell.marks}
 
 
 def _chart(chart: Chart) -> dict[str, Any]:

@@ -1,20 +1,29 @@
-"""A comparison as CSV and as Markdown."""
+"""A comparison as text: CSV, Markdown and the terminal's tables."""
 
-import csv
-import io
 from collections.abc import Sequence
+from typing import Any
 
-from hf_lowrank.compare.frame import Cell, Column, Comparison, Row
+import pandas as pd
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
 from hf_lowrank.compare.notices import Notice
+from hf_lowrank.compare.table import Comparison
 from hf_lowrank.report.markdown import escape, one_line
-from hf_lowrank.report.significance import stars
 
-__all__ = ["heading", "metrics_csv", "render_markdown", "runs_csv", "significance_text"]
+__all__ = ["heading", "metrics_csv", "print_comparison", "render_markdown", "runs_csv", "significance_text"]
 
-_METRIC_FIELDS = (
-    "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "step", "value", "stderr", "n_seeds",
-    "delta", "delta_stderr", "p", "test", "not_comparable_in", "note",
-)  # fmt: skip
+_SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
+_METRIC_WIDTH, _RUN_WIDTH = 44, 31  # characters of the terminal
+_SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds")
+
+
+def heading(comparison: Comparison) -> str:
+    """Return the comparison in a few words."""
+    count = len(comparison.runs)
+    return f"{count} pre-training run{'s' if count > 1 else ''} compared"
 
 
 def significance_text(comparison: Comparison) -> list[str]:
@@ -46,41 +55,61 @@ def significance_text(comparison: Comparison) -> list[str]:
     return said
 
 
+# ---- CSV ----
+
+
 def metrics_csv(comparison: Comparison) -> str:
     """Return all numbers, a line a row and metric, with full precision."""
-    lines = []
-    for row in comparison.rows:
-        for index, column in enumerate(comparison.columns):
-            if index in row.cells:
-                lines.append(_csv_line(row, column, row.cells[index]))
-    return _csv([_METRIC_FIELDS, *lines])
+    cells = comparison.cells.reset_index()
+    rows = [comparison.rows[row] for row in cells["row"]]
+    columns = [comparison.columns[column] for column in cells["column"]]
+    counts = pd.Series([column.unit in ("count", "bytes") for column in columns], dtype=bool)
+    table = pd.DataFrame(
+        {
+            "run": [row.label for row in rows],
+            "method": [row.method for row in rows],
+            "seeds": [" ".join(map(str, row.seeds)) for row in rows],
+            "metric": [column.name for column in columns],
+            "id": [column.id for column in columns],
+            "label": [column.label for column in columns],
+            "weights": [column.space for column in columns],
+            "settings": [column.settings for column in columns],
+            "step": cells["step"],
+            "value": [_exact(value, whole) for value, whole in zip(cells["value"], counts, strict=True)],
+            **cells[["stderr", "n_seeds"]],
+            "delta": [_exact(value, whole) for value, whole in zip(cells["delta"], counts, strict=True)],
+            **cells[["delta_stderr", "p", "test"]],
+            "not_comparable_in": ["; ".join(row.differs) for row in rows],
+            "note": cells["note"].where(cells["note"] != "", cells["why"]),
+            "differs_in": ["; ".join(row.notes) for row in rows],
+        }
+    )
+    return _csv(table)
 
 
-def _csv_line(row: Row, column: Column, cell: Cell) -> Sequence[object]:
-    delta = cell.delta
-    return (
-        row.label, row.method, " ".join(map(str, row.seeds)), column.name, column.id, column.label, column.space,
-        column.settings, cell.step, cell.value, cell.stderr, cell.seeds,
-        *((None,) * 4 if delta is None else (delta.value, delta.stderr, delta.p, delta.test)),
-        "; ".join(row.differs), cell.note or (delta.why if delta else None),
-    )  # fmt: skip
+def _exact(value: float, whole: bool) -> float | int:
+    """Counts without a decimal point, as far as they are whole: over seeds they need not be."""
+    return int(value) if whole and value == value // 1 else value
 
 
 def runs_csv(comparison: Comparison) -> str:
     """Return what the runs were, a line a row."""
-    keys = list(dict.fromkeys(fact.key for row in comparison.rows for fact in row.facts))
-    lines = []
-    for row in comparison.rows:
-        facts = {fact.key: fact.text for fact in row.facts}
-        told = (row.label, " ".join(row.repos), len(row.members), "; ".join(row.differs))
-        lines.append((*told, *(facts.get(key) for key in keys)))
-    return _csv([("run", "repo", "n_seeds", "not_comparable_in", *keys), *lines])
+    lines = [
+        {
+            "run": row.label,
+            "repo": " ".join(row.repos),
+            "n_seeds": len(row.members),
+            "not_comparable_in": "; ".join(row.differs),
+            "differs_in": "; ".join(row.notes),
+            **{fact.key: fact.text for fact in row.facts},
+        }
+        for row in comparison.rows
+    ]
+    return _csv(pd.DataFrame(lines))
 
 
-def _csv(lines: Sequence[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([_spreadsheet_safe(field) for field in line] for line in lines)
-    return stream.getvalue()
+def _csv(table: pd.DataFrame) -> str:
+    return str(table.map(_spreadsheet_safe).to_csv(index=False, lineterminator="\n"))
 
 
 def _spreadsheet_safe(field: object) -> object:
@@ -91,22 +120,28 @@ def _spreadsheet_safe(field: object) -> object:
     return field
 
 
+# ---- Markdown ----
+
+
 def render_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
     """Return the comparison as Markdown; `figures` are paths of pictures to show."""
+
+    def show(cell: Any) -> str:
+        delta = f" ({cell.delta_text}{f' {cell.marks}' if cell.marks else ''})" if cell.delta_text else ""
+        note = f" [{cell.note}]" if cell.note else ""
+        return f"{cell.text}{delta}{note}{' ≠' if comparison.rows[cell.Index[0]].differs else ''}"
+
+    table = comparison.pivot(show).T.fillna("")
+    table.insert(0, "metric", [column.title for column in comparison.columns])
+    header = ["metric", *(row.label for row in comparison.rows)]
     parts = [f"# {heading(comparison)}", *_notices(comparison.notices), "## Runs", _runs_table(comparison)]
     for group in dict.fromkeys(column.group for column in comparison.columns):
-        chosen = [i for i, column in enumerate(comparison.columns) if column.group == group]
-        parts += [f"## {escape(group)}", _metrics_table(comparison, chosen)]
+        chosen = [index for index, column in enumerate(comparison.columns) if column.group == group]
+        parts += [f"## {escape(group)}", _table(header, table.iloc[chosen].values.tolist())]
     parts += ["## How to read this", *significance_text(comparison)]
     if figures:
         parts += ["## Figures", *(f"![{escape(name)}]({name})" for name in figures)]
     return "\n\n".join(parts) + "\n"
-
-
-def heading(comparison: Comparison) -> str:
-    """Return the comparison in a few words."""
-    count = len(comparison.runs)
-    return f"{count} pre-training run{'s' if count > 1 else ''} compared"
 
 
 def _notices(notices: Sequence[Notice]) -> list[str]:
@@ -126,9 +161,6 @@ def _rest(notice: Notice) -> str:
     return escape(". ".join(part for part in (notice.text, values) if part))
 
 
-_SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
-
-
 def _runs_table(comparison: Comparison) -> str:
     labels = {fact.key: fact.label for row in comparison.rows for fact in row.facts}
     lines = []
@@ -142,32 +174,66 @@ def _runs_table(comparison: Comparison) -> str:
     return _table(["run", *(labels.get(key, key) for key in _SHOWN_FACTS), "not comparable in"], lines)
 
 
-def _metrics_table(comparison: Comparison, columns: Sequence[int]) -> str:
-    lines = []
-    for index in columns:
-        column = comparison.columns[index]
-        cells = [row.cells.get(index) for row in comparison.rows]
-        lines.append(
-            [
-                column.title,
-                *("" if cell is None else _cell(cell, row) for cell, row in zip(cells, comparison.rows, strict=True)),
-            ]
-        )
-    return _table(["metric", *(row.label for row in comparison.rows)], lines)
-
-
-def _cell(cell: Cell, row: Row) -> str:
-    delta = "" if not cell.delta_text else f" ({cell.delta_text}{_marks(cell)})"
-    note = f" [{cell.note}]" if cell.note else ""
-    return f"{cell.text}{delta}{note}{' ≠' if row.differs else ''}"
-
-
-def _marks(cell: Cell) -> str:
-    marks = stars(None if cell.delta is None else cell.delta.p)
-    return f" {marks}" if marks else ""
-
-
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    text = ["| " + " | ".join(cell if row is rows[1] else escape(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(text)
+    texts = [[escape(cell) for cell in line] for line in (header, *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (texts[0], ["---"] * len(header), *texts[1:]))
+
+
+# ---- the terminal ----
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print notices, runs, headline metrics, tasks and costs; names come out as text, whatever they hold."""
+    if comparison.conflicts:
+        lines = "\n".join(f"• {notice.line}" for notice in comparison.conflicts)
+        console.print(Panel(Text(lines), title="NOT COMPARABLE", border_style="bold red", title_align="left"))
+    console.print(_terminal_runs(comparison))
+    costs = {index for index, column in enumerate(comparison.columns) if column.name in _SHOWN_COSTS}
+    table = comparison.pivot(_terminal_cell)[sorted({*comparison.usual, *costs})]
+    block = max(1, (console.width - _METRIC_WIDTH) // _RUN_WIDTH)
+    for start in range(0, len(comparison.rows), block):
+        console.print(_terminal_metrics(comparison, table.iloc[start : start + block]))
+    for notice in comparison.notices:
+        if notice.level == "note":
+            console.print(Text(f"note: {notice.line}", style="dim"))
+
+
+def _terminal_runs(comparison: Comparison) -> Table:
+    table = Table(title="runs", title_justify="left")
+    sort = None if comparison.sort is None else comparison.columns[comparison.sort]
+    sorted_by = [] if sort is None else [f"{sort.title} {'↓' if comparison.descending else '↑'}"]
+    for column in ("run", "method", "seed", "tokens seen", "learning rate", *sorted_by, "not comparable in"):
+        table.add_column(column, overflow="fold")
+    sorted_texts = None if sort is None else comparison.pivot(lambda cell: cell.text)[comparison.sort]
+    for index, row in enumerate(comparison.rows):
+        facts = {fact.key: fact.text for fact in row.facts}
+        table.add_row(
+            Text(row.label + (" (baseline)" if index == comparison.baseline else "")),
+            Text(row.method),
+            Text(", ".join("?" if seed is None else str(seed) for seed in row.seeds)),
+            Text(facts["tokens_seen"]),
+            Text(facts["learning_rate"]),
+            *([] if sorted_texts is None else [Text(sorted_texts[index] or "")]),
+            Text(", ".join(row.differs), style="bold red"),
+        )
+    return table
+
+
+def _terminal_metrics(comparison: Comparison, cells: pd.DataFrame) -> Table:
+    table = Table(title="metrics", title_justify="left")
+    table.add_column("metric", overflow="fold", max_width=_METRIC_WIDTH)
+    for index in cells.index:
+        row = comparison.rows[index]
+        table.add_column(Text(row.label + (" ≠" if row.differs else "")), justify="right", overflow="fold")
+    for column, texts in cells.items():
+        if texts.notna().any():
+            shown = [Text("") if text is None else text for text in texts]
+            table.add_row(Text(comparison.columns[int(str(column))].title), *shown)
+    return table
+
+
+def _terminal_cell(cell: Any) -> Text:
+    text = Text(cell.text)
+    if cell.delta_text:
+        text.append(f"\n{cell.delta_text} {cell.marks}".rstrip(), style="dim")
+    return text

@@ -18,11 +18,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_lowrank.hub.benchmarks import write_benchmarks
 from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
-from hf_lowrank.report.baseline import Comparison, comparisons, differences
+from hf_lowrank.report.baseline import Pair, beside_baseline
 from hf_lowrank.report.catalogue import entries
+from hf_lowrank.report.comparability import Difference, differences
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.io import read_report
+from hf_lowrank.report.io import read_report, validate_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
+from hf_lowrank.report.model import Report
 from hf_lowrank.report.tables import (
     UNKNOWN,
     Fact,
@@ -132,13 +134,21 @@ METHODS: Mapping[str, MethodInfo] = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """The run that this one was measured against: what it was, what of the two compares, and in what they differ."""
+    """The run that this one was measured against.
+
+    Attributes:
+        name, method, facts: what it was.
+        rows: numbers of the two that compare.
+        conflicts: in what they differ so that their numbers are not of the same thing.
+        notes: in what else they differ.
+    """
 
     name: str
     method: str
     facts: Sequence[str]
-    rows: Sequence[Comparison]
-    differences: Sequence[str]
+    rows: Sequence[Pair]
+    conflicts: Sequence[str]
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,8 @@ class CardData:
         Without `repo_id` the snippets show `user/<run's name>` and the card says so. Raises `ValueError` for a
         `repo_id` that the Hub would refuse.
         """
-        run, data = report["run"], report["data"]
+        report = validate_report(report)
+        run, data = report.run, report.data
         if repo_id is not None:
             try:
                 validate_repo_id(repo_id)
@@ -263,17 +274,36 @@ def _environment() -> Environment:
     return environment
 
 
-def _baseline(report: Mapping[str, Any]) -> Baseline | None:
-    known = report.get("baseline")
-    if known is None:
+def _baseline(report: Report) -> Baseline | None:
+    baseline = report.baseline
+    if baseline is None:
         return None
-    state, rate = format_bytes(known["optimizer_state_bytes"]), known["learning_rate"]
-    facts = [f"{format_count(known['parameters'])} parameters"] if known["parameters"] else []
-    facts += [f"{format_count(known['tokens_seen'])} tokens"] if known["tokens_seen"] is not None else []
+    state, rate = format_bytes(baseline.optimizer_state_bytes), baseline.learning_rate
+    facts = [f"{format_count(baseline.parameters)} parameters"] if baseline.parameters else []
+    facts += [f"{format_count(baseline.tokens_seen)} tokens"] if baseline.tokens_seen is not None else []
     facts += [f"peak learning rate {rate:g}"] if rate is not None else []
     facts += [f"{state} of optimizer state"] if state is not None else []
-    label = METHODS.get(known["method"], MethodInfo(known["method"])).label
-    return Baseline(known["name"], label, facts, comparisons(report), differences(report))
+    texts: dict[str, list[str]] = {"conflict": [], "note": []}
+    for difference in differences([report, baseline], reference=1):
+        texts[difference.level].append(_in_words(difference))
+    return Baseline(
+        name=baseline.name,
+        method=METHODS.get(baseline.method, MethodInfo(baseline.method)).label,
+        facts=facts,
+        rows=beside_baseline(report),
+        conflicts=texts["conflict"],
+        notes=texts["note"],
+    )
+
+
+def _in_words(difference: Difference) -> str:
+    """Return a difference between run and baseline, `tokens seen (99 here, 10 there)`."""
+    here, there = difference.words
+    if UNKNOWN in (here, there):
+        values = f"{UNKNOWN} for {'this run' if here == UNKNOWN else 'the baseline'}"
+    else:
+        values = f"{here} here, {there} there"
+    return f"{difference.fact.title.lower()} ({values})"
 
 
 def _captioned(figures: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,45 +1,32 @@
-"""A run beside its baseline: what a report keeps of the other run's report, and what of the two can be compared."""
+"""A run beside its baseline: what a report keeps of the other run's report, and their numbers side by side."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.report.io import metric_entry
-from hf_lowrank.report.model import details
-from hf_lowrank.report.tables import (
-    HeadlineRow,
-    describe,
-    evaluation_rows,
-    evaluation_settings,
-    format_count,
-    format_value,
-    headline_rows,
-)
+from hf_lowrank.report.catalogue import headline_metric, headline_metrics
+from hf_lowrank.report.comparability import Number, latest, numbers
+from hf_lowrank.report.io import validate_report
+from hf_lowrank.report.model import EvaluationEntry, Report
+from hf_lowrank.report.significance import Delta, Sample, difference
+from hf_lowrank.report.tables import format_value
 
-__all__ = ["Comparison", "baseline_of", "comparisons", "differences"]
+__all__ = ["Pair", "baseline_of", "beside_baseline"]
 
 # measured between a run and another one: they say nothing about the baseline by itself
 _BETWEEN_RUNS = ("activation/", "interpolation/cross_")
-_ROWS = "evaluation_hash"
-_ITEMS = ("seed", "seeds", "samples", "tasks", "context_length", "add_special_tokens")
-# what must agree before losses mean the same, and how it is called
-_DATA = {
-    "name": "data",
-    "config": "data configuration",
-    "revision_or_hash": "data revision",
-    "tokenizer_hash": "tokenizer",
-    "sequence_length": "sequence length",
-    "packing": "packing",
-}
+# what a report keeps of another run as it stands there; the rest of its facts decides nothing
+_KEPT = (
+    "name", "method", "method_label", "steps", "max_steps", "checkpoint_of", "tokens_seen", "model", "learning_rate",
+    "lr_schedule", "optimizer", "batch", "precision", "versions", "hardware",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Pair:
     """One quantity of a run beside its baseline's, both measured in the same way.
 
-    `label` is for people, `name` the metric's or the task's; `difference` is the run's minus the baseline's, its
-    standard error as if the two were independent.
+    `id` and `label` are for people, `name` is the metric's or the task's, `difference` the run's minus the baseline's.
     """
 
     id: str | None
@@ -51,6 +38,7 @@ class Comparison:
     stderr: float | None
     baseline: float
     baseline_stderr: float | None
+    delta: Delta
 
     @property
     def text(self) -> str:
@@ -62,87 +50,61 @@ class Comparison:
 
     @property
     def difference(self) -> str:
-        errors = [error for error in (self.stderr, self.baseline_stderr) if error is not None]
-        text = format_value(self.value - self.baseline, math.hypot(*errors) if errors else None)
-        return text if text.startswith(("-", "(-")) else f"+{text}"
+        return self.delta.size
 
 
 def baseline_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report of another run says about `report`'s run as its baseline (report.json's `baseline`)."""
-    run, state = report["run"], report["run"]["optimizer_state_bytes"]
+    """Return what the report of another run says about `report`'s run as its baseline (report.json's `baseline`).
+
+    That is every fact by which runs are told to be comparable, and the headline numbers of the run by itself.
+    """
+    read = validate_report(report)
+    kept = [number for number in _headline_numbers(read) if not number.name.startswith(_BETWEEN_RUNS)]
     return {
-        "name": run["name"],
-        "method": run["method"],
-        "method_label": run.get("method_label"),
-        "steps": run["steps"],
-        "tokens_seen": run["tokens_seen"],
-        "parameters": run["model"]["parameters"],
-        "optimizer_state_bytes": state["predicted"] if state["measured"] is None else state["measured"],
-        "learning_rate": run["learning_rate"],
-        "data": report["data"],
-        "metrics": [
-            metric_entry(row.name, row.value, step=row.step, stderr=row.stderr, settings=row.settings, space=row.space)
-            for row in headline_rows(report)
-            if not row.name.startswith(_BETWEEN_RUNS)
-        ],
-        "evaluations": evaluation_rows(report),
+        **{key: getattr(read.run, key) for key in _KEPT},
+        "parameters": read.run.model.parameters,
+        "optimizer_state_bytes": read.run.optimizer_state_bytes.best,
+        "data": read.data,
+        "metrics": [number.entry for number in kept if number.kind == "metric"],
+        "evaluations": [number.entry for number in kept if number.kind == "evaluation"],
     }
 
 
-def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
-    """Return the headline metrics and downstream results that run and baseline have under the same settings."""
-    baseline = report.get("baseline")
-    if baseline is None:
+def beside_baseline(report: Report) -> list[Pair]:
+    """Return the headline metrics and downstream results that run and baseline have measured in the same way."""
+    if report.baseline is None:
         return []
-    theirs = {_setting(entry["name"], entry["space"], details(entry)): entry for entry in baseline["metrics"]}
-    found = []
-    for row in headline_rows(report):
-        other = theirs.get(_setting(row.name, row.space, row.settings))
-        if other is not None and row.value is not None and other["value"] is not None and _same_rows(row, other):
-            pair = (row.value, row.stderr, other["value"], other["stderr"])
-            found.append(Comparison(row.id, row.label, row.name, row.space, row.settings, *pair))
-    evaluated = {_evaluation_setting(entry): entry for entry in baseline["evaluations"]}
-    for entry in evaluation_rows(report):
-        other = evaluated.get(_evaluation_setting(entry))
-        if entry["value"] is not None and other is not None and other["value"] is not None:
-            pair = (entry["value"], entry["stderr"], other["value"], other["stderr"])
-            settings = {"num_fewshot": entry["num_fewshot"], "limit": entry["limit"], **evaluation_settings(entry)}
-            found.append(Comparison(None, entry["task"], entry["metric"], None, settings, *pair))
-    return found
+    theirs = {number.column: number for number in latest(numbers(report.baseline)) if number.comparable}
+    mine = _headline_numbers(report)
+    pairs = [(number, theirs[number.column]) for number in mine if number.column in theirs and number.comparable]
+    return [_pair(ours, base) for ours, base in pairs if ours.value is not None and base.value is not None]
 
 
-def differences(report: Mapping[str, Any]) -> list[str]:
-    """Return in what run and baseline differ beyond the method, so that their numbers are not of the same thing."""
-    baseline = report.get("baseline")
-    return [] if baseline is None else list(_differences(report, baseline))
+def _headline_numbers(report: Report) -> list[Number]:
+    """Return what a card shows of a run: headline metrics in the order of their numbers, then downstream tasks."""
+    places = {metric.name: place for place, metric in enumerate(headline_metrics())}
+    shown = [number for number in latest(numbers(report)) if number.kind == "evaluation" or number.name in places]
+    return sorted(shown, key=lambda number: (places.get(number.name, len(places)), str(number.space)))
 
 
-def _differences(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[str]:
-    run, mine, theirs = report["run"], report["data"], baseline["data"]
-    if mine is None or theirs is None:
-        yield f"data (not recorded for {'this run' if mine is None else 'the baseline'})"
+def _pair(ours: Number, base: Number) -> Pair:
+    assert ours.value is not None
+    assert base.value is not None
+    if isinstance(ours.entry, EvaluationEntry):
+        number, label, name = None, ours.entry.task, ours.entry.metric
     else:
-        for key, label in _DATA.items():
-            if mine[key] != theirs[key]:
-                yield f"{label} ({mine[key]} here, {theirs[key]} there)"
-    for key, label in (("tokens_seen", "tokens seen"), ("steps", "optimizer steps")):
-        if run[key] != baseline[key]:
-            here, there = (format_count(count) or "not recorded" for count in (run[key], baseline[key]))
-            yield f"{label} ({here} here, {there} there)"
-
-
-def _setting(name: str, space: str | None, settings: Mapping[str, Any]) -> tuple[str, str | None, str]:
-    return name, space, describe({key: value for key, value in settings.items() if key != _ROWS})
-
-
-def _same_rows(row: HeadlineRow, other: Mapping[str, Any]) -> bool:
-    """Whether two numbers are of the same rows, as far as it is recorded: in training their count alone is noted."""
-    hashes = row.settings.get(_ROWS), other["settings"].get(_ROWS)
-    return None in hashes or hashes[0] == hashes[1]
-
-
-def _evaluation_setting(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two results share that are of the same items and examples, whatever form the weights had."""
-    keys = ("task", "metric", "num_fewshot", "limit", "task_version")
-    settings = details(entry)
-    return *(entry[key] for key in keys), describe({key: settings.get(key) for key in _ITEMS})
+        metric = headline_metric(ours.name)
+        assert metric is not None
+        number, label, name = metric.id, metric.label, metric.name
+    return Pair(
+        id=number,
+        label=label,
+        name=name,
+        space=ours.space,
+        settings={**ours.settings, **ours.reference, **ours.about},
+        value=ours.value,
+        stderr=ours.stderr,
+        baseline=base.value,
+        baseline_stderr=base.stderr,
+        delta=difference(Sample.of(ours), Sample.of(base)),
+    )

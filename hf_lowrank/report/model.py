@@ -138,6 +138,15 @@ class CheckpointOf(Closed):
     written at a save, while training went on."""
 
 
+def _stopped_early(run: "Run | Baseline") -> bool:
+    """Whether training ended before its planned last step.
+
+    A checkpoint of a run that went on (`checkpoint_of`) did not stop: it has done fewer steps than its run, and
+    nothing is wrong with either.
+    """
+    return run.max_steps is not None and run.steps < run.max_steps and run.checkpoint_of is None
+
+
 class Run(Part):
     """What the training run was; further facts are welcome."""
 
@@ -179,14 +188,7 @@ class Run(Part):
     date: str | None
     """When the run ended, ISO 8601."""
 
-    @property
-    def stopped_early(self) -> bool:
-        """Whether training ended before its planned last step.
-
-        A checkpoint of a run that went on (`checkpoint_of`) did not stop: it has done fewer steps than its run, and
-        nothing is wrong with either.
-        """
-        return self.max_steps is not None and self.steps < self.max_steps and self.checkpoint_of is None
+    stopped_early = property(_stopped_early)
 
 
 class Data(Part):
@@ -245,20 +247,34 @@ class EvaluationEntry(Closed):
 
 
 class Baseline(Closed):
-    """What is known of the run that this one was measured against: enough to tell whether the two compare."""
+    """What is known of the run that this one was measured against: enough to tell whether the two compare.
+
+    Fields with a default are not in the reports of older versions.
+    """
 
     name: Name
     method: Name
     method_label: str | None = None
+    model: Model | None = None
     steps: Count
+    max_steps: Count | None = None
+    checkpoint_of: CheckpointOf | None = None
     tokens_seen: Count | None
     parameters: Count
     optimizer_state_bytes: Count | None
     """Measured, or else predicted."""
     learning_rate: Nonnegative | None
+    lr_schedule: LearningRateSchedule | None = None
+    optimizer: Optimizer | None = None
+    batch: Batch | None = None
+    precision: str | None = None
+    versions: dict[str, str | None] | None = None
+    hardware: str | dict[str, Any] | None = None
     data: Data | None
     metrics: list[MetricEntry]
     evaluations: list[EvaluationEntry]
+
+    stopped_early = property(_stopped_early)
 
 
 class Report(Closed):

@@ -6,13 +6,12 @@ Several seeds each: Welch's t-test (Welch 1947) on the values of the seeds, whic
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from scipy.stats import ttest_ind_from_stats
-
+from hf_lowrank.report.comparability import Number
 from hf_lowrank.report.tables import format_value
 
 __all__ = ["Delta", "Sample", "difference", "format_p", "stars"]
@@ -34,10 +33,16 @@ class Sample:
     seeds: Sequence[float]
     sampling: bool = True
 
+    @classmethod
+    def of(cls, number: Number) -> "Sample":
+        """Return the number of a single run."""
+        assert number.value is not None
+        return cls(number.value, number.stderr, [number.value], number.sampling)
+
     @property
     def spread(self) -> float:
         """Standard deviation over seeds (ddof 1)."""
-        return float(np.std(self.seeds, ddof=1))
+        return statistics.stdev(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,16 @@ class Delta:
     why: str | None = None
 
     @property
-    def text(self) -> str:
-        """The difference with its sign, error and p-value, `-0.863 ± 0.132, p < 0.001`."""
+    def size(self) -> str:
+        """The difference with its sign and error, `−0.863 ± 0.132`."""
         # a true minus sign, as wide as the plus
-        shown = format_value(abs(self.value), self.stderr)
         sign = "−" if self.value < 0 else "+" if self.value > 0 else ""
-        return f"{sign}{shown}" if self.p is None else f"{sign}{shown}, {format_p(self.p)}"
+        return f"{sign}{format_value(abs(self.value), self.stderr)}"
+
+    @property
+    def text(self) -> str:
+        """The difference with its sign, error and p-value, `−0.863 ± 0.132, p < 0.001`."""
+        return self.size if self.p is None else f"{self.size}, {format_p(self.p)}"
 
 
 def difference(ours: Sample, baseline: Sample) -> Delta:
@@ -73,6 +82,9 @@ def difference(ours: Sample, baseline: Sample) -> Delta:
         error = math.hypot(ours.stderr or 0.0, baseline.stderr or 0.0)
         if error == 0:
             return Delta(value, 0.0, None, None, "no spread between seeds")
+        # scipy takes long to import, and only seeds need it
+        from scipy.stats import ttest_ind_from_stats
+
         sides = [part for side in (ours, baseline) for part in (side.value, side.spread, len(side.seeds))]
         p = float(ttest_ind_from_stats(*sides, equal_var=False).pvalue)
         return Delta(value, error, p, "welch")

@@ -12,7 +12,7 @@ _ABOUT = frozenset(
     (
         *("matrices", "total", "layers", "stderr", "explained", "checkpoints", "note", "error"),
         *("form", "dtype", "context_length", "requests", "truncated_requests", "chance", "higher_is_better"),
-        *("bootstrap_iterations", "filter"),
+        *("bootstrap_iterations", "filter", "other_method", "other_seed"),
     )
 )
 _REFERENCE = frozenset(("since", "other_step", "baseline_step"))
@@ -116,5 +116,8 @@ def _split(entry: dict[str, Any]) -> None:
     reference = _REFERENCE | {"other"} if consecutive else _REFERENCE
     entry["settings"] = {key: value for key, value in settings.items() if key not in _ABOUT | reference}
     entry["about"] = {key: value for key, value in settings.items() if key in _ABOUT}
+    # every number on text has told which since version 2: null says that it is not known
+    if "sequences" in settings and "tokens" in settings:
+        entry["settings"].setdefault("evaluation_hash", None)
     if "task" not in entry:
         entry["reference"] = {key: value for key, value in settings.items() if key in reference}

@@ -6,14 +6,13 @@ import math
 
 import pandas as pd
 import pytest
-from compared import ON, report, runs, task, write_run
+from compared import ON, compared, report, runs, task, write_run
 from scipy.stats import ttest_ind
 
 from hf_lowrank.compare.charts import charts
-from hf_lowrank.compare.curves import read_curves
 from hf_lowrank.compare.figures import draw_comparison
-from hf_lowrank.compare.frame import Comparison, compare
-from hf_lowrank.compare.series import ComparedRun
+from hf_lowrank.compare.gather import read_curves
+from hf_lowrank.compare.table import Comparison, compare
 from hf_lowrank.compare.text import metrics_csv, render_markdown, runs_csv
 from hf_lowrank.report import metric_entry
 from hf_lowrank.report.significance import Delta, Sample, difference
@@ -28,8 +27,12 @@ def column(comparison: Comparison, name: str, distinct: str | None = None) -> in
     return found[0]
 
 
+def cell(comparison: Comparison, row: int, at: int) -> pd.Series:
+    return comparison.cells.loc[(row, at)]
+
+
 def values(comparison: Comparison, at: int) -> list[float | None]:
-    return [row.cells[at].value if at in row.cells else None for row in comparison.rows]
+    return comparison.pivot(lambda cell: None if math.isnan(cell.value) else cell.value)[at].tolist()
 
 
 def said(comparison: Comparison, level: str = "conflict") -> str:
@@ -42,7 +45,7 @@ def said(comparison: Comparison, level: str = "conflict") -> str:
 def test_equal_measurements_share_a_column_at_the_last_step() -> None:
     found = compare(runs(report("a", loss=4.0), report("b", loss=3.0)))
     assert values(found, column(found, LOSS)) == [4.0, 3.0]
-    assert [row.cells[column(found, LOSS)].text for row in found.rows] == ["4.00 ± 0.10", "3.00 ± 0.10"]
+    assert [cell(found, row, column(found, LOSS)).text for row in (0, 1)] == ["4.00 ± 0.10", "3.00 ± 0.10"]
     assert found.columns[column(found, "spectral/update/stable_rank")].settings == "since=150"
     assert values(found, column(found, "brackets/acc")) == [0.54, 0.53]
     assert values(found, column(found, "parameters_trained")) == [1840512, 1840512]
@@ -73,7 +76,7 @@ def test_what_could_not_be_measured_stands_in_the_others_column_and_is_no_confli
     for name in ("landscape/random/sharpness", "spectral/update/stable_rank"):
         assert [c.name for c in found.columns].count(name) == 1
         assert values(found, column(found, name))[2] is None
-        assert found.rows[2].cells[column(found, name)].text.startswith("n/a")
+        assert cell(found, 2, column(found, name)).text.startswith("n/a")
     assert said(found) == ""
 
 
@@ -109,7 +112,7 @@ def test_other_settings_are_another_column_and_said_loudly(change, told) -> None
     found = compare(runs(report("a"), other), baseline=0)
     columns = [i for i, c in enumerate(found.columns) if c.name == "landscape/random/sharpness"]
     assert [values(found, i) for i in columns] in ([[0.04, None], [None, 0.04]], [[None, 0.04], [0.04, None]])
-    assert all(row.cells[i].delta is None for row in found.rows for i in columns if i in row.cells)
+    assert found.cells.query("column in @columns")["delta"].isna().all()
     assert "Expected sharpness, random directions: measured in different ways" in said(found)
     assert all(part in said(found) for part in told)
 
@@ -141,33 +144,38 @@ def test_how_weights_were_held_in_a_task_is_no_other_measurement() -> None:
     a, b = report("a"), report("b")
     a["evaluations"] = [task("brackets", 0.6, settings={"form": "native", "samples": 9})]
     b["evaluations"] = [task("brackets", 0.5, settings={"form": "dense", "samples": 9})]
-    found = compare([ComparedRun("a", a), ComparedRun("b", b)])
+    found = compare([compared("a", a), compared("b", b)])
     assert values(found, column(found, "brackets/acc")) == [0.6, 0.5]
 
 
-def test_a_missing_evaluation_hash_joins_only_where_data_agree() -> None:
-    def without_hash(name: str, revision: str | None) -> dict:
+def test_a_number_on_an_unknown_text_is_shown_and_compares_with_nothing() -> None:
+    def without_hash(name: str) -> dict:
         made = report(name)
-        made["data"]["revision_or_hash"] = revision
         for entry in made["metrics"]:
+            # as a report of version 1 has it
             entry["settings"] = {k: v for k, v in entry["settings"].items() if k != "evaluation_hash"}
         return made
 
-    found = compare(runs(report("a"), without_hash("b", "sha256:0f3a")))
-    assert values(found, column(found, LOSS)) == [4.0, 4.0]
-    assert "evaluation set is not recorded" in said(found, "note")
-    for revision in ("sha256:9999", None):
-        found = compare(runs(report("a"), without_hash("b", revision)))
-        assert len([c for c in found.columns if c.name == LOSS]) == 2
-        assert "Validation loss" in said(found)
+    found = compare(runs(report("a"), without_hash("b"), without_hash("c")), baseline=1)
+    losses = [at for at, each in enumerate(found.columns) if each.name == LOSS]
+    assert sorted(values(found, at).index(4.0) for at in losses) == [0, 1, 2]
+    assert len({found.columns[at].distinct for at in losses}) == 3
+    assert found.cells.query("column in @losses")["delta"].isna().all()
+    assert "what it was measured on is not recorded, so it is comparable with no other run's" in said(found)
+    assert "not recorded (b, c)" in said(found)
+    alone = compare(runs(without_hash("b")))
+    assert values(alone, column(alone, LOSS)) == [4.0]
+    assert said(alone) == ""
+    assert "Validation loss" in said(alone, "note")
 
 
 def test_a_number_that_could_not_be_measured_says_why() -> None:
     made = report("a")
     made["metrics"].append(metric_entry("curvature/trace", math.nan, step=300, space="dense"))
     found = compare(runs(made, report("b")))
-    cell = found.rows[0].cells[column(found, "curvature/trace")]
-    assert (cell.value, cell.text, cell.note) == (None, "n/a", "not finite: nan")
+    trace = cell(found, 0, column(found, "curvature/trace"))
+    assert math.isnan(trace.value)
+    assert (trace.text, trace.note) == ("n/a", "not finite: nan")
 
 
 def test_other_steps_and_sets_of_matrices_are_said() -> None:
@@ -230,16 +238,16 @@ def test_a_foreign_run_without_data_cannot_be_told_to_be_comparable() -> None:
 
 def test_z_of_two_measurements() -> None:
     found = compare(runs(report("a", loss=4.0), report("b", loss=3.8)), baseline=0)
-    at = column(found, LOSS)
-    delta = found.rows[1].cells[at].delta
-    assert found.rows[0].cells[at].delta is None
-    assert delta.value == pytest.approx(-0.2)
-    assert delta.stderr == pytest.approx(0.1 * math.sqrt(2))
-    assert delta.p == pytest.approx(0.157299, abs=1e-6)  # of z = sqrt(2)
-    assert found.rows[1].cells[at].delta_text == "−0.20 ± 0.14, p = 0.16"
-    exact = found.rows[1].cells[column(found, "spectral/weight/stable_rank")].delta
-    assert (exact.p, exact.why) == (None, "no standard error")
-    assert found.rows[1].cells[column(found, "parameters")].delta_text == "the same"
+    loss = cell(found, 1, column(found, LOSS))
+    assert math.isnan(cell(found, 0, column(found, LOSS)).delta)
+    assert loss.delta == pytest.approx(-0.2)
+    assert loss.delta_stderr == pytest.approx(0.1 * math.sqrt(2))
+    assert loss.p == pytest.approx(0.157299, abs=1e-6)  # of z = sqrt(2)
+    assert loss.delta_text == "−0.20 ± 0.14, p = 0.16"
+    exact = cell(found, 1, column(found, "spectral/weight/stable_rank"))
+    assert math.isnan(exact.p)
+    assert exact.why == "no standard error"
+    assert cell(found, 1, column(found, "parameters")).delta_text == "the same"
 
 
 @pytest.mark.parametrize(
@@ -267,12 +275,12 @@ def test_seeds_are_grouped_and_tested_by_welch() -> None:
     ]  # fmt: skip
     assert found.baseline == 1
     at = column(found, LOSS)
-    cell = found.rows[0].cells[at]
-    assert (cell.value, cell.seeds) == (pytest.approx(4.1), 3)
-    assert cell.stderr == pytest.approx(0.1 / math.sqrt(3))
-    assert cell.delta.test == "welch"
-    assert cell.delta.p == pytest.approx(ttest_ind([4.0, 4.2, 4.1], [4.6, 5.0, 4.7], equal_var=False).pvalue)
-    assert found.rows[2].cells[at].delta.why == "one side is a single seed"
+    mean = cell(found, 0, at)
+    assert (mean.value, mean.n_seeds) == (pytest.approx(4.1), 3)
+    assert mean.stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert mean.test == "welch"
+    assert mean.p == pytest.approx(ttest_ind([4.0, 4.2, 4.1], [4.6, 5.0, 4.7], equal_var=False).pvalue)
+    assert cell(found, 2, at).why == "one side is a single seed"
     assert "Single seeds" in said(found, "note")
     [loss] = [chart for chart in charts(found) if chart.name == LOSS]
     assert [line.row for line in loss.lines] == [0, 1, 2]
@@ -317,13 +325,13 @@ def test_csv_holds_every_number_exactly_and_no_formula() -> None:
     loss = next(line for line in lines if line["metric"] == LOSS)
     assert (loss["run"], float(loss["value"]), float(loss["stderr"])) == ("'=1+1", 4.125, 0.1)
     assert float(loss["delta"]) == 0.625
-    assert len(lines) == sum(len(row.cells) for row in found.rows)
+    assert len(lines) == len(found.cells)
     assert [line["run"] for line in csv.DictReader(io.StringIO(runs_csv(found)))] == ["'=1+1", "b"]
 
 
 def test_markdown_shows_names_as_text() -> None:
     hostile = "</td>|`<script>` *x*\n# y"
-    text = render_markdown(compare([ComparedRun(hostile, report(hostile)), ComparedRun("b", report("b"))], baseline=1))
+    text = render_markdown(compare([compared(hostile, report(hostile)), compared("b", report("b"))], baseline=1))
     assert "<script>" not in text
     assert "\n# y" not in text
     rows = [line for line in text.splitlines() if line.startswith("| Validation loss")]
@@ -339,7 +347,7 @@ def test_curves_and_figures_have_a_line_a_run(tmp_path) -> None:
         folder = write_run(tmp_path / name, report(name, loss=loss))
         tables, problems = read_curves(folder / "publish" / "metrics")
         assert problems == []
-        made.append(ComparedRun(name, report(name, loss=loss), tables))
+        made.append(compared(name, report(name, loss=loss), tables))
     found = compare(made)
     drawn = {chart.title: chart for chart in charts(found)}
     rise = drawn["Rise of the loss along random directions"]
@@ -357,7 +365,7 @@ def test_losses_on_other_data_are_other_charts(key) -> None:
     other = report("b")
     other["data"][key] = 7 if key == "split_seed" else "sha256:other"
     table = pd.DataFrame({"step": [1, 2], "loss": [4.0, 3.0]})
-    made = [ComparedRun(r["run"]["name"], r, {"training": table}) for r in (report("a"), other)]
+    made = [compared(r["run"]["name"], r, {"training": table}) for r in (report("a"), other)]
     losses = [chart for chart in charts(compare(made)) if chart.name == "training/loss"]
     assert [[line.row for line in chart.lines] for chart in losses] == [[0], [1]]
     assert len({chart.detail for chart in losses}) == 2
@@ -379,7 +387,7 @@ def test_tables_that_cannot_be_used_are_left_out_with_their_reason(tmp_path, nam
     tables, problems = read_curves(tmp_path)
     assert tables == {}
     assert reason in problems[0]
-    found = compare([ComparedRun("a", report("a"), tables, problems=problems)])
+    found = compare([compared("a", report("a"), tables, problems=problems)])
     assert reason in said(found, "note")
 
 
@@ -396,4 +404,4 @@ def test_settings_of_any_form_do_no_harm() -> None:
     found = compare(runs(odd, report("b")), baseline=1)
     charts(found)
     render_markdown(found)
-    assert found.rows[0].cells[column(found, "landscape/svd_k/sharpness")].text == "n/a"
+    assert cell(found, 0, column(found, "landscape/svd_k/sharpness")).text == "n/a"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from compared import report
+from compared import compared, report
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -17,9 +17,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from hf_lowrank.compare.charts import charts
-from hf_lowrank.compare.frame import Comparison, compare
 from hf_lowrank.compare.page import render_page
-from hf_lowrank.compare.series import ComparedRun
+from hf_lowrank.compare.table import Comparison, compare
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- {{ 7*7 }}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,7 +35,7 @@ def comparison() -> Comparison:
     for one in (report("base", "fullrank", loss=4.0), report(HOSTILE, "<b>galore</b>", loss=3.0), other):
         loss = one["metrics"][-4]["value"]
         training = pd.DataFrame({"step": [10, 100, 1000], "loss": [loss + 2, loss + 1, loss]})
-        made.append(ComparedRun(one["run"]["name"], one, {"training": training}, repo="user/run@step-3"))
+        made.append(compared(one["run"]["name"], one, {"training": training}, repo="user/run@step-3"))
     return compare(made, baseline=0)
 
 
@@ -77,7 +76,7 @@ def test_equal_comparisons_give_equal_pages(page: str) -> None:
 def test_a_page_without_curves_or_baseline() -> None:
     made = report("only")
     made["metrics"], made["evaluations"] = [], []
-    found = compare([ComparedRun("only", made)])
+    found = compare([compared("only", made)])
     assert "1 pre-training run compared" in render_page(found, charts(found))
 
 

@@ -144,7 +144,7 @@ def test_baseline(report: dict[str, Any]) -> None:
     section = card.split("### Beside its baseline")[1].split("![")[0]
     assert "The baseline is tiny-fullrank: full-rank training, " in section
     assert "14.04 MiB of optimizer state" in section
-    assert "37.00 ± 0.42 | 46.25 ± 0.42 | -9.25 ± 0.59" in section
+    assert "37.00 ± 0.42 | 46.25 ± 0.42 | −9.25 ± 0.59" in section
     assert "lambada\\_openai" in section
     # the same items, answered by another form of the weights
     report["evaluations"][0]["settings"] |= {"form": "native", "dtype": "float32", "truncated_requests": 1}
@@ -341,7 +341,8 @@ def test_values_come_out_as_text(report: dict[str, Any], text: str) -> None:
     run["command"] = ["python", "train.py", "--name", text]
     report["data"] |= {"name": text, "config": text, "tokenizer_name": text}
     report["evaluations"][0] |= {"task": text, "metric": text, "task_version": text, "settings": {"note": text}}
-    report["baseline"] |= {"name": text, "method": text, "data": report["data"]}
+    shared = {key: run[key] for key in ("model", "precision", "versions", "hardware")}
+    report["baseline"] |= {"name": text, "method": text, "data": report["data"], **shared}
     report["baseline"]["evaluations"] = report["evaluations"]
     report["metrics"] += [
         metric_entry("spectral/weight/stable_rank", 1.0, step=300, space="native", settings={"note": text}),

@@ -1,0 +1,330 @@
+"""Runs side by side: rows of runs (or of seeds taken together), columns of metrics, differences to a baseline.
+
+The cells of the table are grouped from the frame of all numbers (`hf_lowrank.compare.frame`), and every file, table
+and figure of a comparison is made of these two.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from hf_lowrank.compare.frame import Column, ComparedRun, collect, columns_of
+from hf_lowrank.compare.notices import Notice, metric_notices, run_notices
+from hf_lowrank.report.comparability import (
+    Difference,
+    differences,
+    settings_key,
+)
+from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.significance import Delta, Sample, difference, stars
+from hf_lowrank.report.tables import (
+    Fact,
+    fact_rows,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_value,
+)
+
+__all__ = ["Comparison", "Row", "compare"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, or runs that differ in nothing but their seed.
+
+    Attributes:
+        label, method: what it is called.
+        members: indices of its runs.
+        seeds: their seeds.
+        differs, notes: titles of facts in which it is not as the baseline is (or most others are): those that make
+            its numbers not comparable, and those that do not.
+        facts: what the run was, of several seeds the first's.
+        repos: of its runs on the Hub.
+    """
+
+    label: str
+    method: str
+    members: tuple[int, ...]
+    seeds: tuple[int | None, ...]
+    differs: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: Sequence[Fact]
+    repos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a comparison shows.
+
+    Attributes:
+        runs, rows, columns: what is compared; `baseline` is a row's index, `sort` a column's.
+        points: all numbers, as `collect` gives them, with the `row` that they belong to.
+        cells: the table, indexed by row and column: value, stderr, n_seeds, step, text, note, and the difference to
+            the baseline's cell with delta, delta_stderr, p, test, delta_text, why and marks.
+        notices: what readers must know, conflicts first.
+    """
+
+    runs: Sequence[ComparedRun]
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    points: pd.DataFrame
+    cells: pd.DataFrame
+    notices: Sequence[Notice]
+    baseline: int | None
+    grouped: bool
+    sort: int | None = None
+    descending: bool = False
+
+    @property
+    def tests(self) -> int:
+        """How many differences were tested."""
+        return int(self.cells["p"].count())
+
+    @property
+    def usual(self) -> list[int]:
+        """Columns that most readers look for: headline metrics and tasks, of each the one that most rows have.
+
+        Other columns of a metric join where rows lack the first; factors as trained only where there is nothing else.
+        """
+        rows_of: dict[int, set[int]] = {}
+        for row, column in self.cells.index:
+            rows_of.setdefault(column, set()).add(row)
+        chosen = set() if self.sort is None else {self.sort}
+        for name in {column.name for column in self.columns if column.headline}:
+            having = [index for index in rows_of if self.columns[index].name == name]
+            shown: set[int] = set()
+            for index in sorted(having, key=lambda i: (self.columns[i].space == "native", -len(rows_of[i]), i)):
+                if rows_of[index] - shown:
+                    chosen.add(index)
+                    shown |= rows_of[index]
+        return sorted(chosen)
+
+    @property
+    def conflicts(self) -> list[Notice]:
+        """What makes runs or metrics not comparable."""
+        return [notice for notice in self.notices if notice.level == "conflict"]
+
+    def pivot(self, show: Callable[[Any], Any]) -> pd.DataFrame:
+        """Return the table with a line a row and a column a metric, None where nothing was measured.
+
+        `show` makes an entry of a cell, given as a named tuple whose `Index` is (row, column).
+        """
+        shown = pd.Series([show(cell) for cell in self.cells.itertuples()], index=self.cells.index, dtype=object)
+        table = shown.unstack("column").reindex(index=range(len(self.rows)), columns=range(len(self.columns)))
+        return table.astype(object).where(table.notna(), None)
+
+
+def compare(
+    runs: Sequence[ComparedRun],
+    *,
+    baseline: int | None = None,
+    sort: str | None = None,
+    descending: bool = False,
+    group_seeds: bool = False,
+) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        runs: one or more, with labels of their own.
+        baseline: index of the run that the others are compared with.
+        sort: a metric's name or id (`validation_loss`, `H9`, `task/acc`, `parameters_trained`); of several columns the
+            one with the most runs counts. Rows without it come last.
+        descending: the largest first.
+        group_seeds: runs that differ only in their seed become one row, mean and standard error over the seeds.
+
+    Raises:
+        ValueError: there is no run, or no metric of the name `sort`.
+    """
+    if not runs:
+        raise ValueError("no run to compare: give run folders or Hub repositories, or --tag")
+    points = collect(runs)
+    columns = columns_of(points, runs)
+    reports, labels = [run.report for run in runs], [run.label for run in runs]
+    groups, twins = _seed_groups(runs) if group_seeds else ([(index,) for index in range(len(runs))], [])
+    against_usual = differences(reports, baseline)
+    rows = [_row(runs, members, against_usual) for members in groups]
+    chosen = None if sort is None else _sort_column(sort, columns, points)
+    cells = _cells(points, columns, rows)
+    if chosen is not None:
+        values = cells["value"].xs(chosen, level="column").reindex(range(len(rows)))
+        order = values.sort_values(ascending=not descending, kind="stable", na_position="last").index
+        rows = [rows[index] for index in order]
+        cells = cells.rename(index={old: new for new, old in enumerate(order)}, level="row").sort_index()
+    row_of = {run: place for place, row in enumerate(rows) for run in row.members}
+    at = None if baseline is None else row_of[baseline]
+    notices = [
+        *run_notices(differences(reports), labels),
+        *metric_notices(points, labels),
+        *twins,
+        *_seed_notice(runs, rows, group_seeds),
+        *(Notice("note", run.label, problem) for run in runs for problem in run.problems),
+    ]
+    return Comparison(
+        runs=runs,
+        rows=rows,
+        columns=columns,
+        points=points.assign(row=points["run"].map(row_of)),
+        cells=_with_differences(cells, at, columns),
+        notices=sorted(notices, key=lambda notice: notice.level != "conflict"),
+        baseline=at,
+        grouped=group_seeds,
+        sort=chosen,
+        descending=descending,
+    )
+
+
+# ---- rows ----
+
+
+def _row(runs: Sequence[ComparedRun], members: tuple[int, ...], differing: Sequence[Difference]) -> Row:
+    first = runs[members[0]]
+    more = len(members) - 1
+    titles: dict[str, list[str]] = {"conflict": [], "note": []}
+    for each in differing:
+        if any(each.odd[member] for member in members):
+            titles[each.level].append(each.fact.title.lower())
+    return Row(
+        label=f"{first.label} + {more} seed{'s' if more > 1 else ''}" if more else first.label,
+        method=one_line(first.report.run.method),
+        members=members,
+        seeds=tuple(runs[member].report.run.seeds.seed for member in members),
+        differs=tuple(titles["conflict"]),
+        notes=tuple(titles["note"]),
+        facts=[replace(fact, text=one_line(fact.text)) for fact in fact_rows(first.report)],
+        repos=tuple(repo for member in members if (repo := runs[member].repo) is not None),
+    )
+
+
+def _seed_groups(runs: Sequence[ComparedRun]) -> tuple[list[tuple[int, ...]], list[Notice]]:
+    """Return runs that differ only in their seed together; the same seed twice is no second sample."""
+    groups: dict[Any, list[int]] = {}
+    twins = []
+    for index, run in enumerate(runs):
+        seed = run.report.run.seeds.seed
+        members = groups.setdefault(index if seed is None else settings_key(run.report), [])
+        twin = next((member for member in members if runs[member].report.run.seeds.seed == seed), None)
+        if twin is None:
+            members.append(index)
+        else:
+            text = f"has seed {seed} as {runs[twin].label} has: left out, since the same seed is no second sample"
+            twins.append(Notice("note", run.label, text))
+    return [tuple(members) for members in groups.values()], twins
+
+
+def _seed_notice(runs: Sequence[ComparedRun], rows: Sequence[Row], grouped: bool) -> list[Notice]:
+    if grouped:
+        single = tuple(row.label for row in rows if len(row.members) == 1)
+        text = "nothing is known of the spread over seeds"
+        return [Notice("note", "Single seeds", text, (("1 seed", single),))] if single else []
+    kin = [tuple(runs[index].label for index in group) for group in _seed_groups(runs)[0] if len(group) > 1]
+    text = "errors cover the measurement alone, not how much another seed would differ"
+    if kin:
+        text += "; --group-seeds takes together what differs only in the seed"
+    parts = tuple(("seeds of one", labels) for labels in kin)
+    return [Notice("note", "Each row is one run with one seed", text, parts)]
+
+
+def _sort_column(name: str, columns: Sequence[Column], points: pd.DataFrame) -> int:
+    wanted = [index for index, column in enumerate(columns) if name in (column.name, column.id)]
+    if not wanted:
+        known = list(dict.fromkeys(column.name for column in columns))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise ValueError(f"no run has the metric {name!r} to sort by{hint}; there are {', '.join(known[:30])}")
+    return max(wanted, key=lambda index: int((points["column"] == index).sum()))
+
+
+# ---- cells ----
+
+
+def _cells(points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the table's cells without differences: of several seeds the mean, with its standard error over them."""
+    row_of = {run: place for place, row in enumerate(rows) for run in row.members}
+    # a run whose seed another one has already stands in no row
+    lines = points[(points["column"] >= 0) & points["run"].isin(row_of)]
+    lines = lines.assign(
+        row=lines["run"].map(row_of),
+        missing=[
+            one_line(number.about.get("note") or "not measured") if math.isnan(value) else None
+            for number, value in zip(lines["number"], lines["value"], strict=True)
+        ],
+        sampling=[number.sampling for number in lines["number"]],
+    )
+    cells = lines.groupby(["row", "column"]).agg(
+        value=("value", "mean"),
+        stderr=("stderr", "first"),
+        spread=("value", "sem"),
+        n_seeds=("value", "count"),
+        runs=("run", "size"),
+        first_step=("step", "min"),
+        last_step=("step", "max"),
+        steps=("step", "count"),
+        missing=("missing", lambda why: list(dict.fromkeys(why.dropna()))),
+        sampling=("sampling", "all"),
+        seeds=("value", lambda values: values.dropna().tolist()),
+    )
+    same_step = (cells["first_step"] == cells["last_step"]) & (cells["steps"] == cells["runs"])
+    cells["step"] = cells["first_step"].where(same_step).astype("Int64")
+    cells["stderr"] = cells["spread"].where(cells["n_seeds"] > 1, cells["stderr"])
+    cells["note"] = [_note(cell, len(rows[cell.Index[0]].members)) for cell in cells.itertuples()]
+    cells["n_seeds"] = cells["n_seeds"].where(cells["n_seeds"] > 0, cells["runs"])
+    cells["text"] = [_text(columns[cell.Index[1]], cell.value, cell.stderr) for cell in cells.itertuples()]
+    return cells[["value", "stderr", "n_seeds", "step", "text", "note", "sampling", "seeds"]]
+
+
+def _note(cell: Any, members: int) -> str:
+    notes = [f"{cell.runs} of {members} seeds"] if cell.runs < members else []
+    if cell.n_seeds == 0:
+        notes += cell.missing
+    elif cell.n_seeds == 1 and members > 1:
+        notes.append("one seed: the error is that of the measurement")
+    return "; ".join(notes)
+
+
+def _text(column: Column, value: float, stderr: float) -> str:
+    if column.kind != "cost" or math.isnan(value):
+        return format_value(value, stderr)
+    if column.unit == "count":
+        return str(format_count(value)).partition(" ")[0]
+    shown = {"bytes": format_bytes, "seconds": format_duration}.get(column.unit)
+    return str(shown(value)) if shown else f"{value:.3g}"
+
+
+def _with_differences(cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]) -> pd.DataFrame:
+    """Return the cells with their differences to the baseline's, each tested as its column and seeds allow."""
+    base = (
+        {} if baseline is None else {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
+    )
+    lines: list[tuple[Any, ...]] = []
+    for cell in cells.itertuples():
+        row, column = cell.Index
+        there = base.get(column)
+        if row == baseline or there is None or math.isnan(cell.value) or math.isnan(there.value):
+            lines.append((None, None, None, None, "", ""))
+            continue
+        if columns[column].kind == "cost":
+            delta, text = Delta(cell.value - there.value, None, None, None), _percent(cell.value, there.value)
+        else:
+            delta = difference(_sample(cell), _sample(there))
+            text = delta.text
+        lines.append((delta.value, delta.stderr, delta.p, delta.test, text, delta.why or ""))
+    names = ["delta", "delta_stderr", "p", "test", "delta_text", "why"]
+    added = pd.DataFrame(lines, columns=names, index=cells.index)
+    added = added.astype({"delta": float, "delta_stderr": float, "p": float})
+    return cells.drop(columns=["sampling", "seeds"]).join(added.assign(marks=added["p"].map(stars)))
+
+
+def _percent(value: float, base: float) -> str:
+    if not base:
+        return ""
+    change = 100 * (value / base - 1)
+    return f"{change:+.1f} %".replace("-", "−") if change else "the same"
+
+
+def _sample(cell: Any) -> Sample:
+    return Sample(cell.value, None if math.isnan(cell.stderr) else cell.stderr, cell.seeds, cell.sampling)
