@@ -176,7 +176,9 @@ def _runs_table(comparison: Comparison) -> str:
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     texts = [[escape(cell) for cell in line] for line in (header, *lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (texts[0], ["---"] * len(header), *texts[1:]))
+    rule = "| --- " * len(header) + "|"
+    shown = ["| " + " | ".join(line) + " |" for line in texts]
+    return "\n".join([shown[0], rule, *shown[1:]])
 
 
 # ---- the terminal ----

@@ -22,7 +22,9 @@ from hf_lowrank.sharding import all_reduce_sum, rank_and_world
 
 __all__ = [
     "EvaluationSet",
+    "evaluation_settings",
     "predicts_next_token",
+    "rows_digest",
     "sequence_losses",
     "sequences_at_once",
     "without_autocast",
@@ -168,6 +170,33 @@ def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     return torch.cat(losses), (targets != IGNORED).sum(1)
 
 
+def rows_digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """SHA-256 (hex) of sequences, equal however they are batched and padded.
+
+    Args:
+        batches: ids and labels, each (n, t); what follows a row's last predicted token is left out.
+    """
+    digest = hashlib.sha256()
+    predicted = [labels != IGNORED for _, labels in batches]
+    # columns of the last predicted token, plus one; 0 where a row has none
+    ends = [((mask * torch.arange(1, mask.shape[1] + 1)).amax(1)).tolist() for mask in predicted]
+    for part in range(2):
+        for batch, lengths in zip(batches, ends, strict=True):
+            rows = batch[part].to(torch.int64).contiguous().numpy()
+            for row, length in zip(rows, lengths, strict=True):
+                digest.update(row[:length].tobytes())
+    return digest.hexdigest()
+
+
+def evaluation_settings(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """What a number measured on these sequences depends on; arguments as for `rows_digest`."""
+    return {
+        "sequences": sum(len(ids) for ids, _ in batches),
+        "tokens": sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches),
+        "evaluation_hash": rows_digest(batches)[:16],
+    }
+
+
 class EvaluationSet:
     """Sequences to measure losses on, in a fixed order; calling it with a model gives the token-weighted mean loss.
 
@@ -251,14 +280,11 @@ class EvaluationSet:
 
     def digest(self) -> str:
         """SHA-256 (hex) of ids and labels: equal for equal sets on any machine."""
-        digest = hashlib.sha256()
-        for key in ("input_ids", "labels"):
-            digest.update(self.rows[key].to(torch.int64).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return rows_digest([(self.rows["input_ids"], self.rows["labels"])])
 
     def settings(self) -> dict[str, Any]:
         """What a number measured on this set depends on."""
-        return {"sequences": len(self), "tokens": self.tokens, "evaluation_hash": self.digest()[:16]}
+        return evaluation_settings([(self.rows["input_ids"], self.rows["labels"])])
 
     def mine(self, at_most: int | None = None) -> Iterator[Tensor]:
         """Indices of the batches that this process computes; as many batches on every process, some may be empty."""

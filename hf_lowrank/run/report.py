@@ -46,7 +46,7 @@ from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perplexity import mean_loss, perplexity
-from hf_lowrank.metrics.sequences import predicts_next_token, sequence_losses
+from hf_lowrank.metrics.sequences import IGNORED, evaluation_settings, predicts_next_token, sequence_losses
 from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, metric_entry, read_report, write_report
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
@@ -198,22 +198,26 @@ class ReportCallback(TrainerCallback):
             return []
         training = model.training
         model.eval()
-        losses, tokens = [], []
+        losses, tokens, rows = [], [], []
         for batch in trainer.get_eval_dataloader():
             if "labels" not in batch:
                 return []
+            inputs = trainer._prepare_inputs(batch)
             with trainer.compute_loss_context_manager():
-                found = sequence_losses(model, trainer._prepare_inputs(batch))
-            gathered = trainer.accelerator.gather_for_metrics(found)
-            losses.append(gathered[0].cpu())
-            tokens.append(gathered[1].cpu())
+                measured = sequence_losses(model, inputs)
+            # processes pad their batches each to its own longest row
+            padded = [
+                trainer.accelerator.pad_across_processes(inputs[key], dim=1, pad_index=pad)
+                for key, pad in (("input_ids", 0), ("labels", IGNORED))
+            ]
+            gathered = trainer.accelerator.gather_for_metrics((*measured, *padded))
+            sums, counts, ids, labels = (part.cpu() for part in gathered)
+            losses.append(sums)
+            tokens.append(counts)
+            rows.append((ids, labels))
         model.train(training)
         loss = mean_loss(torch.cat(losses), torch.cat(tokens))
-        settings = {
-            "sequences": len(torch.cat(losses)),
-            "tokens": int(torch.cat(tokens).sum()),
-            "stderr": "over sequences",
-        }
+        settings = {**evaluation_settings(rows), "stderr": "over sequences"}
         named = {"validation_loss": loss, "perplexity": perplexity(loss)}
         entries = (
             metric_entry(name, found.value, stderr=found.stderr, step=state.global_step, settings=settings)

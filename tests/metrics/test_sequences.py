@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 
 from hf_lowrank.metrics import sequences
 from hf_lowrank.metrics.perplexity import mean_loss
-from hf_lowrank.metrics.sequences import EvaluationSet, sequence_losses
+from hf_lowrank.metrics.sequences import EvaluationSet, rows_digest, sequence_losses
 
 SMALL = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
@@ -126,6 +126,15 @@ def test_the_digest_is_of_the_tokens():
     one, two = (EvaluationSet.from_dataset(dataset(3, seed=s)) for s in (0, 1))
     assert one.digest() == EvaluationSet.from_dataset(dataset(3, seed=0), batch_size=1).digest() != two.digest()
     assert one.settings() == {"sequences": 3, "tokens": 45, "evaluation_hash": one.digest()[:16]}
+
+
+def test_the_digest_does_not_depend_on_batches_and_padding():
+    rows = [{"input_ids": list(range(1, 2 + length))} for length in (5, 2, 7)]
+    whole = EvaluationSet.from_dataset(rows)
+    parts = [EvaluationSet.from_dataset(rows[:2]).rows, EvaluationSet.from_dataset(rows[2:]).rows]
+    assert parts[0]["labels"].shape != whole.rows["labels"].shape
+    assert rows_digest([(part["input_ids"], part["labels"]) for part in parts]) == whole.digest()
+    assert whole.digest() != EvaluationSet.from_dataset(rows[::-1]).digest()
 
 
 @pytest.mark.parametrize(

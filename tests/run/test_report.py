@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
+from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report import read_report, validate_report
 from hf_lowrank.report.model import details
 from hf_lowrank.run import facts
@@ -162,7 +163,9 @@ def test_perplexity_and_its_error(sltrain_run):
     assert perplexity["value"] == pytest.approx(math.exp(own), rel=1e-4)
     assert perplexity["stderr"] == pytest.approx(perplexity["value"] * loss["stderr"])
     assert loss["stderr"] > 0
-    assert loss["settings"] == {"sequences": 8, "tokens": 8 * (LENGTH - 1)}
+    # as `hf-lowrank measure` has it of the same rows
+    assert loss["settings"] == EvaluationSet.from_dataset(dataset(8, seed=1)).settings()
+    assert (loss["settings"]["sequences"], loss["settings"]["tokens"]) == (8, 8 * (LENGTH - 1))
     assert loss["about"] == {"stderr": "over sequences"}
 
 
