@@ -1,7 +1,7 @@
 """Runs that kill themselves at a chosen point and go on from their last checkpoint; every one in a fork of its own.
 
-Usage: killed_worker.py FOLDER. The result, case -> what differs from the run that was never stopped (empty where
-nothing does), goes to FOLDER/killed.json.
+Usage: killed_worker.py FOLDER. Every method of `tiny_runs.METHODS` takes part. The result, case -> what differs from
+the run that was never stopped (empty where nothing does), goes to FOLDER/killed.json.
 """
 
 import json
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny_runs import METHODS, arguments, make_trainer
+from tiny_runs import METHODS, arguments, make_trainer, projected, restarted
 
 import hf_lowrank as lr
 import hf_lowrank.methods.relora as relora
-from hf_lowrank.optim.projected import ProjectedAdamW
 
 SAVE_STEPS, MAX_STEPS, MATRICES = 4, 12, 14
 
@@ -52,13 +51,11 @@ def in_backward(trainer):
 
 def in_refresh(trainer):
     # refreshes are due in steps 1, 4 and 7, one call a matrix: this is in the middle of the third
-    kill_at_call(ProjectedAdamW, "refresh_projectors", 2 * MATRICES + 5)
-    kill_at_call(lr.optim.ApolloAdamW, "refresh_projectors", 2 * MATRICES + 5)
+    kill_at_call(trainer.optimizer_cls_and_kwargs[0], "refresh_projectors", 2 * MATRICES + 5)
 
 
 def in_update(trainer):
-    for cls in ProjectedAdamW.__subclasses__():
-        kill_at_call(cls, "update", 6 * MATRICES + 5)
+    kill_at_call(trainer.optimizer_cls_and_kwargs[0], "update", 6 * MATRICES + 5)
 
 
 def in_merge(trainer):
@@ -81,9 +78,9 @@ def in_save(trainer):
 
 def points(method):
     found = {"in the backward pass": in_backward, "in a save": in_save}
-    if METHODS[method].method in ("galore", "fira", "apollo"):
+    if projected(METHODS[method]):
         found |= {"in a refresh": in_refresh, "in an update": in_update}
-    if method == "relora":
+    if restarted(METHODS[method]):
         found["in a merge"] = in_merge
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer
+from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer, optimizers
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +22,7 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
+from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
 STEPS, SEQUENCES, LENGTH = 20, 12, 8
 # 27 rows of the MLP are shared unevenly by 2 and 4 processes; k_proj's and v_proj's 6 rows leave a fourth without any
@@ -31,14 +32,19 @@ SHAPES = [(1, 7), (2, 9), (5, 8), (8, 5), (6, 6)]
 
 MATRIX_CASES = {
     **{
-        f"galore {proj_type} {refresh}": (GaLoreAdamW, {"proj_type": proj_type, "refresh": refresh})
-        for proj_type in ("std", "reverse_std", "right", "left", "full")
-        for refresh in ("gram", "subspace", "svd")
+        f"GaLoreAdamW {proj_type} {refresh}": (GaLoreAdamW, {"proj_type": proj_type, "refresh": refresh})
+        for proj_type in PROJ_TYPES
+        for refresh in REFRESHES
     },
-    **{f"fira {proj_type}": (FiraAdamW, {"proj_type": proj_type}) for proj_type in ("std", "reverse_std", "full")},
-    "fira alpha 1": (FiraAdamW, {"alpha": 1.0}),
-    "apollo channel": (ApolloAdamW, {}),
-    "apollo tensor": (ApolloAdamW, {"scale_type": "tensor", "scale": 128.0}),
+    **{
+        f"{cls.__name__} {proj_type}": (cls, {"proj_type": proj_type})
+        for cls in optimizers()
+        for proj_type in ("std", "reverse_std", "full")
+        if "proj_type" in cls.options and cls is not GaLoreAdamW
+    },
+    **{cls.__name__: (cls, {}) for cls in optimizers() if "proj_type" not in cls.options},
+    "FiraAdamW alpha 1": (FiraAdamW, {"alpha": 1.0}),
+    "ApolloAdamW tensor": (ApolloAdamW, {"scale_type": "tensor", "scale": 128.0}),
 }
 
 
@@ -94,7 +100,11 @@ def step_matrices(model, optimizer, steps, broken=()):
 
 
 # sharded in pairs, replicated over two of them (HSDP)
-HYBRID_CASES = ("galore std gram", "galore full svd", "fira std", "apollo channel", "apollo tensor")
+HYBRID_CASES = [
+    *("GaLoreAdamW std gram", "GaLoreAdamW full svd", "ApolloAdamW tensor"),
+    *(f"{cls.__name__} std" for cls in optimizers() if f"{cls.__name__} std" in MATRIX_CASES),
+    *(cls.__name__ for cls in optimizers() if cls.__name__ in MATRIX_CASES),
+]
 
 
 def matrices(folder):

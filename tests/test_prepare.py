@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
+from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, projected, restarted, weights
 from torch import nn
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -306,7 +306,7 @@ def test_the_table_is_printed_by_the_main_process_alone(tmp_path, capsys, monkey
 # What cannot be trained
 
 
-@pytest.mark.parametrize("method", ["galore", "fira", "apollo", "relora"])
+@pytest.mark.parametrize("method", [name for name, c in METHODS.items() if projected(c) or restarted(c)])
 def test_deepspeed_is_refused_however_it_was_asked_for(method, tmp_path):
     args = arguments(tmp_path)
     # what accelerate launch leaves there; args.deepspeed stays empty
@@ -315,7 +315,7 @@ def test_deepspeed_is_refused_however_it_was_asked_for(method, tmp_path):
         lr.prepare(llama(), METHODS[method], args)
 
 
-@pytest.mark.parametrize("method", ["galore", "apollo", "sltrain", "cola", "lora"])
+@pytest.mark.parametrize("method", [name for name, config in METHODS.items() if hasattr(config, "r")])
 def test_a_target_that_shares_its_weight_is_named(method, tmp_path):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
@@ -328,7 +328,8 @@ def test_a_target_that_shares_its_weight_is_named(method, tmp_path):
 
 @pytest.mark.parametrize("proj_type", ["left", "right", "std", "full"])
 def test_state_is_predicted_for_weights_that_are_stored_transposed(proj_type, tmp_path):
-    for config in (lr.GaLoreConfig(r=4, proj_type=proj_type), lr.FiraConfig(r=4, proj_type=proj_type)):
+    sided = {type(config) for config in METHODS.values() if projected(config) and hasattr(config, "proj_type")}
+    for config in [config_cls(r=4, proj_type=proj_type) for config_cls in sided]:
         trainer = make_trainer(config, arguments(tmp_path, max_steps=1), model=gpt2())
         trainer.train()
         predicted = summary_of(trainer.model, config).state_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer, weights
+from tiny_runs import METHODS, arguments, dataset, gpt2, kind, llama, make_trainer, restarted, weights
 from transformers import Trainer
 
 import hf_lowrank as lr
@@ -37,10 +37,9 @@ CAPABILITIES = {
 }
 # what cannot go together, with the words of the error that says so
 CONTRADICTIONS = {("cola-m", "gradient checkpointing"): "both recompute the blocks: drop gradient_checkpointing"}
-# seconds a case: one method of a kind (projected, factored, restarted) at once, the others with the slow tests
-DEAR = [
-    name if name in ("galore", "sltrain", "relora") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
-]
+# seconds a case: the first method of each kind at once, the others with the slow tests
+FIRST = {kind(config): name for name, config in reversed(METHODS.items()) if kind(config)}
+DEAR = [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 CASES = [
     pytest.param(method, name, marks=pytest.mark.slow if name == "compiled model" and method not in DEAR else ())
     for method in METHODS
@@ -85,7 +84,7 @@ def test_clipping_reaches_the_optimizer(method, tmp_path):
     # gradients of 1e-12 vanish beside eps, so nothing moves by more than lr * 1e-12 / eps a step
     for key, tensor in after.items():
         # a restart draws A anew
-        if not (method == "relora" and "lora_A" in key):
+        if not (restarted(METHODS[method]) and "lora_A" in key):
             assert (tensor.double() - before[key].double()).abs().max() < 1e-3
 
 

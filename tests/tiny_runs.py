@@ -6,6 +6,7 @@ from transformers import GPT2Config, LlamaConfig, Trainer, TrainerCallback, Trai
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
+from hf_lowrank.methods import ProjectedConfig
 
 VOCABULARY, LENGTH = 64, 16
 
@@ -23,6 +24,27 @@ METHODS = {
     "lora": lr.LoRAConfig(r=4),
     "relora": lr.ReLoRAConfig(r=4, reset_every=3, restart_warmup_steps=1),
 }
+
+
+def projected(config):
+    """Whether the method projects gradients."""
+    return isinstance(config, ProjectedConfig)
+
+
+def restarted(config):
+    """Whether the method merges its factors and starts them anew."""
+    return isinstance(config, lr.ReLoRAConfig)
+
+
+def kind(config):
+    """What sets methods apart in what they do to model and optimizer."""
+    factored = config.replaces_layers and not config.keeps_weights and config.has_dense_form
+    return "projected" if projected(config) else "restarted" if restarted(config) else "factored" if factored else ""
+
+
+def optimizers():
+    """The optimizer classes of the projected methods."""
+    return list(dict.fromkeys(config.optimizer_cls for config in METHODS.values() if projected(config)))
 
 
 def llama(seed=0, **changes):

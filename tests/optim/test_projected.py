@@ -6,17 +6,22 @@ import logging
 import pytest
 import torch
 from optim_matrices import gradients, parameters, take_steps
+from tiny_runs import optimizers
 from torch import nn
 
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
 KINDS = {
-    **{f"GaLore {p}": (GaLoreAdamW, {"proj_type": p}) for p in PROJ_TYPES},
+    **{
+        f"{cls.__name__} {p}": (cls, {"proj_type": p})
+        for cls in optimizers()
+        for p in PROJ_TYPES
+        if "proj_type" in cls.options
+    },
+    **{cls.__name__: (cls, {}) for cls in optimizers() if "proj_type" not in cls.options},
     **{f"GaLore {r}": (GaLoreAdamW, {"refresh": r}) for r in REFRESHES},
-    **{f"Fira {p}": (FiraAdamW, {"proj_type": p}) for p in PROJ_TYPES},
     "Fira alpha 1": (FiraAdamW, {"alpha": 1.0}),
-    "APOLLO": (ApolloAdamW, {}),
     "APOLLO-Mini": (ApolloAdamW, {"scale": 128.0, "scale_type": "tensor"}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -82,7 +87,8 @@ def test_the_step_counts_once_and_not_without_a_gradient(kind):
     alone = parameters([(12, 20)])
     kept = [[step[0]] for step in grads if step[0] is not None]
     take_steps(make(kind, alone, 4), alone, kept)
-    if "APOLLO" not in kind:
+    # what is drawn for a parameter depends on its place among the others
+    if "seed" not in optimizer.state[params[0]]:
         torch.testing.assert_close(params[0], alone[0])
 
 
