@@ -18,6 +18,7 @@ from hf_lowrank.families.records import metrics_folder, read_measurement, read_r
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
+from hf_lowrank.methods import get_method
 from hf_lowrank.model_config import base_architecture
 from hf_lowrank.report import SCHEMA_VERSION, Report, baseline_of, read_report, write_report
 from hf_lowrank.report.files import atomic_path
@@ -103,6 +104,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "generated_from": "checkpoints",
         "name": run.name,
         "method": run.method,
+        **get_method(run.method).facts(),
         "method_config": run.settings(),
         "model": {
             "architecture": base_architecture(run.config) or "unknown",

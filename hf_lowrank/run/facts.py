@@ -139,6 +139,7 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
     return {
         "name": info.name or Path(str(args.output_dir)).resolve().name,
         "method": method.method,
+        **method.facts(),
         "method_config": method.to_dict(),
         "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
         "optimizer_state_bytes": {
