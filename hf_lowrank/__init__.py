@@ -62,7 +62,7 @@ __all__ = [
     "to_dense",
 ]
 
-# where each name comes from: it is imported when it is first asked for, so that importing the package costs nothing
+# the module of each name: it is imported when the name is first used, so that importing the package costs nothing
 _MODULES = {
     "ActivationCallback": "hf_lowrank.families",
     "ApolloConfig": "hf_lowrank.methods",

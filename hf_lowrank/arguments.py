@@ -1,7 +1,7 @@
-"""The recipe's command line: a YAML file of defaults, flags over it, and one-line errors before anything is written.
+"""The recipe's command line: a YAML file of defaults, flags that override it, and errors of one line.
 
-`--method` is read first and only that method's fields become flags, since several methods have an `alpha`. Everything
-else that `HfArgumentParser` knows stays as it is: types, help texts, lists.
+`--method` is read first, and only that method's fields become flags, since several methods have an `alpha`. Types,
+help texts and lists work as in `HfArgumentParser`.
 """
 
 import argparse
@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_lowrank.data import DataArguments
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
-from hf_lowrank.methods.base import nearest
 from hf_lowrank.models import SIZES
+from hf_lowrank.options import DataArguments, nearest, option
 from hf_lowrank.report.catalogue import CATALOGUE, LOSS
 
 __all__ = ["Recipe", "RecipeArguments", "parse_recipe"]
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # the loss is evaluated by Trainer
 METRICS = (*(entry.name for entry in CATALOGUE if entry is not LOSS), "downstream")
-# keys of the YAML file that a flag displaces beside its own, since they would contradict it or silently win over it
+# other keys of the YAML file that a flag removes: they would contradict it, or silently win over it
 DISPLACED = {
     "dataset_name": ("dataset_path", "dataset_glob", "dataset_config_name"),
     "dataset_path": ("dataset_name", "dataset_config_name"),
@@ -39,7 +38,7 @@ DISPLACED = {
     "gradient_accumulation_steps": ("total_batch_size",),
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
 }
-# least values of TrainingArguments' own that it does not check itself
+# lower limits of values that TrainingArguments does not check itself
 LEAST = {
     "learning_rate": 0,
     "warmup_steps": 0,
@@ -51,53 +50,41 @@ LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
 }
-# secrets, and what says where a run lies but not what it is: left out of the command that goes into the report
+# secrets, and flags that say where a run is stored but not what it is: the command in the report lacks them
 NOT_REPORTED = ("hub_token", "push_to_hub_token", "output_dir", "resume_from_checkpoint", "overwrite")
 
 
 @dataclass
 class RecipeArguments:
-    """Flags of the recipe beside TrainingArguments, the data's and the method's own."""
+    """The recipe's own flags; those of training, data and method are classes of their own."""
 
-    method: str = field(default="galore", metadata={"help": "Pre-training method."})
-    model_size: str | None = field(
-        default=None, metadata={"help": "tiny, 60m, 130m, 350m or 1b: the study's Llama sizes (default: tiny)."}
+    method: str = option("galore", "Pre-training method.")
+    model_size: str | None = option(None, "tiny, 60m, 130m, 350m or 1b: the study's Llama sizes (default: tiny).")
+    model_config: str | None = option(
+        None, "Instead of a size: folder, JSON file or Hub repo of a transformers config."
     )
-    model_config: str | None = field(
-        default=None, metadata={"help": "Instead of a size: folder, JSON file or Hub repo of a transformers config."}
-    )
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Sequences in one optimizer step over all processes; sets the gradient accumulation."},
+    total_batch_size: int | None = option(
+        None, "Sequences in one optimizer step over all processes; sets the gradient accumulation."
     )
     metrics: list[str] = field(
         default_factory=lambda: ["spectral"],
         metadata={"help": f"Metrics during training: {', '.join(METRICS)}, or none."},
     )
-    metrics_every: int = field(default=500, metadata={"help": "Optimizer steps between two measurements."})
-    metrics_sequences: int = field(
-        default=32, metadata={"help": "Validation sequences that landscapes, barriers and the like are measured on."}
+    metrics_every: int = option(500, "Optimizer steps between two measurements.")
+    metrics_sequences: int = option(
+        32, "Validation sequences on which landscapes, barriers, activations and curvature are measured."
     )
-    metrics_budget: float = field(
-        default=0.02, metadata={"help": "Share of the training time that all metrics together may take."}
-    )
+    metrics_budget: float = option(0.02, "Share of the training time that all metrics together may take.")
     metrics_tasks: list[str] = field(
         default_factory=lambda: ["quick"], metadata={"help": "lm-eval tasks of --metrics downstream."}
     )
-    metrics_limit: float | None = field(
-        default=None, metadata={"help": "Items of each of these tasks, or a share below 1 (default: all)."}
+    metrics_limit: float | None = option(None, "Items of each of these tasks, or a share below 1 (default: all).")
+    baseline: str | None = option(None, "Run or Hub repo of the full-rank model with which activations are compared.")
+    cpu_threads: int | None = option(
+        None, "Threads of a process on a CPU (default: its share of the cores; accelerate launch sets one)."
     )
-    baseline: str | None = field(
-        default=None, metadata={"help": "Run or Hub repo of the full-rank model that activations are compared with."}
-    )
-    cpu_threads: int | None = field(
-        default=None,
-        metadata={"help": "Threads a process on a CPU (default: its share of the cores; accelerate launch sets one)."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew where the output folder holds a run: the old run is removed."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, as the Hub names it."})
+    overwrite: bool = option(False, "Start anew where the output folder holds a run: the old run is removed.")
+    license: str | None = option(None, "Licence of the weights, as the Hub names it.")
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -125,12 +112,12 @@ class RecipeArguments:
 
 @dataclass
 class Recipe:
-    """Everything a recipe was told.
+    """A recipe's whole command line, parsed.
 
     Attributes:
         recipe, data, method, training: the four parts.
         source: the YAML file that the defaults came from, None without one.
-        command: the arguments as typed, without secrets and places.
+        command: the arguments as typed, without secrets and paths.
     """
 
     recipe: RecipeArguments
@@ -142,14 +129,14 @@ class Recipe:
 
 
 class _Parser(HfArgumentParser):
-    """argparse prints all flags before an error: hundreds of lines here, so an error is one line of its own."""
+    """Raises an error in one line; argparse would print hundreds of lines of usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def _method_flags(config_cls: type[LowRankConfig]) -> type:
-    """The method's fields as a dataclass for the parser, which knows no `list[str] | str`."""
+    """The method's fields as a dataclass for the parser, which does not support `list[str] | str`."""
     flags = []
     for f in dataclasses.fields(config_cls):
         kind: Any = list[str] | None if f.name == "target_modules" else f.type
@@ -161,14 +148,14 @@ def _method_config(config_cls: type[LowRankConfig], flags: Any) -> LowRankConfig
     values = dict(vars(flags))
     targets = values["target_modules"]
     if targets is not None and len(targets) == 1:
-        # one word that is no plain name is a regular expression or all-linear
+        # a single word is a regular expression or all-linear, unless it is a plain name
         values["target_modules"] = targets if re.fullmatch(r"[\w.]+", targets[0]) else targets[0]
     return config_cls(**values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"'{path}': there is no such file; give a YAML file of recipe settings, or flags alone")
+        raise ValueError(f"'{path}': there is no such file; give a YAML file with recipe settings, or only flags")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -181,10 +168,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _default_of(action: argparse.Action, value: Any) -> Any:
-    """A YAML value as a default, which argparse converts and checks only when it is a string.
+    """A YAML value as a default, as a string where possible: argparse converts and checks only strings.
 
     Raises:
-        ValueError: a list or mapping where one value is wanted, or nothing where there is a default.
+        ValueError: a list or mapping stands where one value is expected, or nothing where there is a default.
     """
     if value is None and action.default is None:
         return None
@@ -223,11 +210,11 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
 
     Args:
         argv: arguments without the program's name; a YAML file may come first, its keys are the flags' names.
-        configs: folder of `<size>/<method>.yaml`, taken as the defaults when no YAML file is given.
+        configs: folder of `<size>/<method>.yaml` files, which hold the defaults when no YAML file is given.
 
     Raises:
-        ValueError: unknown method, flag or key (the nearest name is suggested), a value of the wrong type or out of
-            range, a file that is missing or not YAML; one line.
+        ValueError: a method, flag or key is unknown (the nearest name is suggested), a value has the wrong type or is
+            out of range, or the file is missing or not YAML. The message is one line.
     """
     command, argv = _reported(argv), list(argv)
     first = _first_pass(argv)
@@ -249,7 +236,7 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
     config_cls = get_method(str(first.method or values.get("method", RecipeArguments.method)))
     parts: list[Any] = [RecipeArguments, DataArguments, _method_flags(config_cls), TrainingArguments]
     parser = _Parser(parts, allow_abbrev=False)
-    # the last of two actions is the `--no_...` form
+    # of two actions the second is the `--no_...` form
     known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     size = first.model_size or values.get("model_size") or "tiny"
     parser.set_defaults(output_dir=f"runs/{size}-{config_cls.method}")
@@ -266,14 +253,14 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         if word.startswith("-"):
             raise ValueError(f"unknown flag '{word}'{nearest(name, list(known))}{_other_method(name, config_cls)}")
-        raise ValueError(f"'{word}' belongs to no flag: a YAML file comes first, values follow their flag")
+        raise ValueError(f"'{word}' belongs to no flag: a YAML file comes first, and a value follows its flag")
     recipe, data, flags, training = parsed
     _check_training(training)
     return Recipe(recipe, data, _method_config(config_cls, flags), training, source, command)
 
 
 def _check_training(args: TrainingArguments) -> None:
-    """`ValueError` for numbers with which training would fail later, or not be what they say."""
+    """Raise `ValueError` for numbers with which training would fail later, or would silently do something else."""
     for name, least in LEAST.items():
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= least):
@@ -288,6 +275,6 @@ def _check_training(args: TrainingArguments) -> None:
 
 
 def _other_method(name: str, config_cls: type[LowRankConfig]) -> str:
-    """Says so when a name that is unknown here is a field of another method."""
+    """A hint for an unknown name that is a field of another method."""
     others = [cls.method for cls in METHODS.values() if name in {f.name for f in dataclasses.fields(cls)}]
     return f": it is a setting of {', '.join(others)}, not of {config_cls.method}" if others else ""

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: which are complete, loading them strictly, and a model's dense form.
+"""Checkpoints on disk: finding complete ones, loading them strictly, and converting a model to its dense form.
 
-Trainer's and AutoModel's own loading is not strict, so a state dict of one form enters a model of another without an
-error; everything that is loaded here is checked name by name.
+Trainer and AutoModel do not load strictly: weights of one form enter a model of another form without an error. The
+functions here check every name and shape.
 """
 
 import json
@@ -47,7 +47,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NATIVE_FOLDER = "native"
-# what decides the shapes of a checkpoint's weights, by the names that configs give it
+# config entries that decide the shapes of the weights
 SIZE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "n_embd", "n_layer", "n_head", "n_inner",
@@ -57,14 +57,15 @@ SIZE_KEYS = (
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` of a run, oldest step first, complete or not."""
     folder = Path(output_dir)
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    folders = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None; what is incomplete is skipped with a warning.
+    """The newest complete checkpoint of a run, or None; incomplete ones are skipped with a warning.
 
-    Trainer takes the newest folder whatever is in it, and starts without moments when the optimizer's file is missing.
+    Trainer itself takes the newest folder even if it is incomplete, and forgets the optimizer's moments if their file
+    is missing.
     """
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
@@ -77,7 +78,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """`CheckpointError` when a run cannot go on from this folder exactly; the message says what is missing or cut."""
+    """Raise `CheckpointError` if a run cannot resume exactly from this folder; the message names the file at fault."""
     folder = Path(checkpoint)
     named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
     if not folder.is_dir() or named is None:
@@ -86,7 +87,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         read_json(folder / "config.json")
     _check_weights(folder)
     sharded = any(p.is_dir() and p.name.startswith("optimizer") for p in folder.iterdir())
-    # accelerate's names for what FSDP saves whole
+    # the files of accelerate for a full FSDP state dict
     whole = [name for name in ("optimizer.bin", "pytorch_model_fsdp.bin") if (folder / name).is_file()]
     optimizer = [] if sharded else whole if "optimizer.bin" in whole else ["optimizer.pt"]
     for name in (*optimizer, "scheduler.pt"):
@@ -102,7 +103,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
-    """`CheckpointError` when a checkpoint was made with another method, settings or sizes than a prepared model.
+    """Raise `CheckpointError` if a checkpoint's method, settings or sizes differ from those of a prepared model.
 
     From then on the model takes the names that transformers gives its weights on disk, as after `prepare`.
     """
@@ -113,7 +114,7 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
     if saved["method"] != mine["method"]:
         keys = ["method"]
     else:
-        # a plain Trainer's checkpoint notes no method, and goes on as full-rank
+        # a plain Trainer's checkpoint names no method, and resumes as full-rank
         runtime = METHODS[mine["method"]].runtime_fields
         keys = [] if mine["method"] == "fullrank" else sorted((saved.keys() | mine.keys()) - set(runtime))
     changed = [f"{k} is {saved.get(k)!r} there, {mine.get(k)!r} here" for k in keys if saved.get(k) != mine.get(k)]
@@ -127,7 +128,7 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
 
 
 def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:
-    """`CheckpointError` when a baseline, given by its config or config.json, differs from a model's in a size."""
+    """Raise `CheckpointError` if a baseline, given by its config or config.json, has other sizes than a model."""
     config = read_json(baseline) if isinstance(baseline, Path) else baseline
     there, here = ({"model_type": base_architecture(c), **{k: c.get(k) for k in SIZE_KEYS}} for c in (config, own))
     different = [f"{k} is {there[k]} there, {here[k]} here" for k in here if there[k] != here[k]]
@@ -138,7 +139,7 @@ def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: 
 
 
 def _check_zip(path: Path) -> None:
-    # torch.save writes a zip file whose directory stands at its end
+    # torch.save writes a zip file, which ends with its directory
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing")
     if not zipfile.is_zipfile(path):
@@ -146,8 +147,8 @@ def _check_zip(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a folder's model is made of; `CheckpointError` where its index is damaged."""
-    # transformers takes the single file where both lie there: saving anew leaves an old index behind
+    """The safetensors files of a folder's model; raises `CheckpointError` if their index is damaged."""
+    # like transformers, prefer the single file: saving a model again leaves an old index behind
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME)
         weight_map = index.get("weight_map")
@@ -190,8 +191,8 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         The model in eval mode, on the CPU, in the dtype it was saved in; as trained, bit for bit, unless `dense`.
 
     Raises:
-        CheckpointError: files are missing or cut, names or shapes do not fit the method that config.json names, or
-            the form that is asked for, trainable or dense, is not there.
+        CheckpointError: files are missing or cut short, names or shapes do not fit the method in config.json, or the
+            folder does not hold the form that was asked for.
     """
     folder = Path(folder)
     if not dense and (folder / NATIVE_FOLDER / "config.json").is_file():
@@ -200,13 +201,13 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         raise CheckpointError(f"{folder} holds no config.json: give a checkpoint or a published folder")
     _check_weights(folder)
     config = read_config(folder)
-    noted = getattr(config, "lowrank", None) or {}
+    lowrank = getattr(config, "lowrank", None) or {}
     model = _model_of(config, folder)
     method = method_of(model)
     if dense and method is not None and not method.has_dense_form:
         raise _no_dense_form(folder, method.label)
     if method is not None and method.replaces_layers:
-        if noted.get("form") == "native":
+        if lowrank.get("form") == "native":
             apply_method(model, method, seed=0)
         elif not dense:
             raise CheckpointError(
@@ -214,16 +215,16 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
             )
     state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
     _load_strictly(model, state, folder)
-    if noted:
-        if noted.get("form") == "native" and structure_hash(model) != noted.get("structure"):
+    if lowrank:
+        if lowrank.get("form") == "native" and structure_hash(model) != lowrank.get("structure"):
             raise CheckpointError(f"{folder} is damaged: the sparse support does not match its hash in config.json")
-        model.config.lowrank = noted
+        model.config.lowrank = lowrank
     model.eval()
     return to_dense(model) if dense else model
 
 
 def _model_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """A plain model with initial values for a config that may come from anywhere."""
+    """A plain model with initial values, for a config from an untrusted source."""
     model: PreTrainedModel
     try:
         model_cls = getattr(transformers, (config.architectures or [""])[0], None)
@@ -232,7 +233,7 @@ def _model_of(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
                 model = model_cls._from_config(config, dtype=config.dtype)
             else:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    # values that make no sense make transformers and torch raise anything
+    # transformers and torch may raise anything for senseless values
     except Exception as error:
         raise CheckpointError(f"{folder}: no model can be made from config.json ({error})") from error
     return model
@@ -247,7 +248,7 @@ def _no_dense_form(where: Any, label: str) -> CheckpointError:
 
 
 def _random_state_kept() -> AbstractContextManager[None]:
-    """For a model whose initial values are overwritten: drawing them in mid-training would change what is trained."""
+    """Keep the random state while a model gets initial values that are overwritten; a training run depends on it."""
     return torch.random.fork_rng(devices=[])
 
 
@@ -267,7 +268,7 @@ def _take_dtypes(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
 
 
 def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain model that computes the same function, under plain transformers' names."""
+    """State dict of the plain transformers model that computes the same function."""
     state = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, ReparameterizedLinear):
@@ -301,9 +302,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def gather_model(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel | None:
-    """The whole model on the CPU where FSDP2 has sharded its weights; the model itself where they are whole.
+    """A whole copy on the CPU of a model that FSDP2 has sharded; an unsharded model itself.
 
-    Every process must call this; one that passes `keep=False` takes part and gets None.
+    Every process must call this. A process that passes `keep=False` takes part and gets None.
     """
     reshard(model)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
@@ -315,7 +316,7 @@ def gather_model(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel |
             state[name] = whole.detach().cpu()
     if not keep:
         return None
-    # fully_shard has put a class of its own in the model's place
+    # fully_shard has replaced the model's class by one of its own
     model_cls = next(
         c for c in type(model).__mro__ if not issubclass(c, FSDPModule) and issubclass(c, PreTrainedModel)
     )
@@ -337,9 +338,9 @@ def _has_dense_form(model: torch.nn.Module) -> bool:
 
 
 def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None:
-    """Write what others load: dense weights for plain transformers, `native/` where the trained form differs.
+    """Write a model for others: dense weights for plain transformers, and `native/` if the trained form differs.
 
-    A model without a dense form is written as trained, with the code that plain transformers needs for it.
+    A model without a dense form is written as trained, with the code that plain transformers needs to load it.
 
     Args:
         model: the model as trained.
@@ -350,7 +351,7 @@ def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None
     replaced = any(isinstance(m, ReparameterizedLinear) for m in model.modules())
     dense = _has_dense_form(model)
     (to_dense(model) if replaced and dense else model).save_pretrained(publish)
-    # another method's run may have written to this folder before
+    # a run with another method may have written to this folder
     shutil.rmtree(publish / NATIVE_FOLDER, ignore_errors=True)
     for name in (CONFIG_NAME, *(f"modeling_{other}.py" for other in METHODS)):
         (publish / name).unlink(missing_ok=True)
@@ -369,6 +370,6 @@ def export(model: PreTrainedModel, publish: Path, tokenizer: Any = None) -> None
 def _publish_code(method: LowRankConfig, model: PreTrainedModel, publish: Path) -> None:
     try:
         method.publish_code(model, publish)
-    # somebody's own model class: its weights are whole, and load here
+    # the model class is not from transformers; hf_lowrank can still load the weights
     except ValueError as error:
         logger.warning("%s is for hf_lowrank.from_pretrained alone: %s", publish, error)

@@ -1,8 +1,8 @@
 """Corpora, tokenizer and packing: from a name or a path to rows that a Trainer takes.
 
-A *document* is one text (a file, a JSONL record, a Hub example), a *share* the training or the validation part of
-them, a *row* the `sequence_length` token ids that the model sees. All between documents and rows is `datasets`' own
-machinery: caching, streaming, sharding over workers and processes, and resuming a stream work as its users know them.
+A *document* is one text (a file, a JSONL record, a Hub example). A *share* is the training or the validation part of
+the documents. A *row* is the `sequence_length` token ids that the model sees. `datasets` does everything between
+documents and rows, so that caching, streaming, sharding and resuming a stream work as its users know them.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ __all__ = [
 ]
 
 _END_OF_TEXT = "<|endoftext|>"
-# The merges of a few thousand entries are settled long before; more text would only cost minutes at every start.
+# A few thousand merges need less text than this; more would only cost minutes at every start.
 _TOKENIZER_CHARACTERS = 20_000_000
-# What does not fill a row at the end of such a lot is dropped: less than one row in 10 000 documents, in exchange for
-# bounded memory and for the same rows whether the data set is streamed or not.
+# Documents are packed in batches of this size; tokens that do not fill a row at the end of a batch are dropped. That
+# bounds the memory and gives the same rows whether the data set is streamed or not.
 _PACKED_TOGETHER = 10_000
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 _NOT_STDLIB_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_TEXT = Features({"text": Value("large_string")})  # offsets of 64 bits, for more than 2 GB
+_TEXT = Features({"text": Value("large_string")})  # 64-bit offsets, for more than 2 GB
 _IDS = List(Value("int32"))
 _Documents: TypeAlias = Dataset | IterableDataset
 # The splits, and the beginning of a description: name, config, revision_or_hash.
@@ -55,7 +55,7 @@ _Corpus: TypeAlias = tuple[Mapping[str, _Documents], dict[str, str | None]]
 
 @dataclass
 class Data:
-    """Rows for a Trainer with `transformers.default_data_collator`, and the fingerprint of all that made them.
+    """Rows for a Trainer with `transformers.default_data_collator`, and a description of where they come from.
 
     The columns are `input_ids` and `labels`, and without packing `attention_mask`, each `sequence_length` long.
     `description` is ready for JSON; `load_data` lists its keys.
@@ -70,16 +70,16 @@ class Data:
 def load_data(arguments: DataArguments) -> Data:
     """Read the corpus, hold out validation documents, get the tokenizer and make the rows.
 
-    Where the source has no validation split, `validation_fraction` of the documents is drawn by `split_seed`; of a
-    stream, whose length is unknown, the first 1000 documents are taken. Verbatim copies of held-out documents are not
-    trained on either. A stream keeps its stored order. Every call and every process gets the same rows.
+    Where the source has no validation split, `split_seed` draws `validation_fraction` of the documents; a stream,
+    whose length is unknown, gives its first 1000 documents. Verbatim copies of held-out documents are removed from
+    training. A stream keeps its stored order. Every call and every process gets the same rows.
 
     `description` has the keys name, config, revision_or_hash, tokenizer_name, tokenizer_hash, sequence_length,
     packing, train_sequences (None for a stream), validation_sequences, validation_tokens (without padding) and
-    split_seed. It is published, so local sources are named without their folder. Their hash is over the files' bytes
-    (about a second per GB); for a Hub data set it is the commit.
+    split_seed. The description is published, so local sources are named without their folder. A local source is hashed
+    by its files' bytes (about a second per GB); a Hub data set is identified by its commit.
 
-    Raises `DataError` if source or tokenizer cannot be read, or do not give one row for each share.
+    Raises `DataError` if source or tokenizer cannot be read, or a share does not fill one row.
     """
     train, validation, source = load_documents(arguments)
     tokenizer = _tokenizer(train, arguments)
@@ -103,9 +103,9 @@ def load_data(arguments: DataArguments) -> Data:
 
 
 def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
-    """The validation rows of `load_data` alone, for a tokenizer that is there already, and the source's description.
+    """Only the validation rows of `load_data`, made with an existing tokenizer, and the source's description.
 
-    Raises `DataError` as `load_data` does, and where no `tokenizer_name` is given.
+    Raises `DataError` as `load_data` does, and if no `tokenizer_name` is given.
     """
     if arguments.tokenizer_name is None:
         raise DataError("tokenizer_name None: name the tokenizer that the model was trained with")
@@ -114,20 +114,20 @@ def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
 
 
 def load_documents(arguments: DataArguments) -> tuple[_Documents, Dataset, dict[str, str | None]]:
-    """The documents of the training and the validation share, the text column alone, and the source's description.
+    """Training documents, validation documents, each with the text column alone, and the source's description.
 
-    Raises `DataError` if the source cannot be read or one share has no documents.
+    Raises `DataError` if the source cannot be read or a share has no documents.
     """
     splits, source = _open_corpus(arguments)
     return *_shares(splits, f"data set '{source['name']}'", arguments), dict(source)
 
 
 def embedded_files() -> tuple[Path, list[Path]]:
-    """The standard library's folder and its sources without tests, and without what is generated per machine."""
+    """The standard library's folder and its source files, without tests and files generated for this machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, subfolders, names in os.walk(root):
-        # Pruned while walking: site-packages alone can hold a hundred times more files than the library.
+        # Not walked at all: site-packages alone can hold a hundred times more files than the library.
         subfolders[:] = [n for n in subfolders if n not in _NOT_STDLIB_SOURCES and not n.startswith("config-")]
         files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
     return root, files
@@ -135,16 +135,16 @@ def embedded_files() -> tuple[Path, list[Path]]:
 
 def _validation_rows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     rows = _rows(documents, tokenizer, arguments, "validation")
-    # spread over all held-out documents: the first rows are those of the first few
+    # spread over all held-out documents: the first rows would come from the first few documents
     kept = min(len(rows), arguments.max_eval_sequences or len(rows))
     return rows.select(np.linspace(0, len(rows) - 1, kept).round().astype(int))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the backend's JSON or a slow tokenizer's sorted vocabulary; the same after save and load."""
+    """SHA-256 (hex) of the backend's JSON or a slow tokenizer's sorted vocabulary; saving and loading keep it."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content["truncation"] = content["padding"] = None  # left behind by whatever call came last
+        content["truncation"] = content["padding"] = None  # state of the last call
     else:
         content = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -209,11 +209,11 @@ def _open_file(path: Path, validation_fraction: float) -> _Corpus:
 
 
 def _pieces(text: str, validation_fraction: float) -> Iterator[str]:
-    """Cut one text file into documents at blank lines (at line ends if it has none), about 8 kB each.
+    """Cut a text file into documents of about 8 kB at blank lines, or at line ends if it has no blank lines.
 
-    Lines or paragraphs of prose are too short: a row would be a jumble of beginnings. Such pieces have the context a
-    row needs, and held out at random they resemble the whole file and not only its end. A small file is cut finer,
-    until `validation_fraction` of it makes a piece.
+    Single lines or paragraphs would be too short: a row would be a jumble of beginnings. Pieces of this size give a
+    row its context, and a random sample of them resembles the whole file. The pieces of a small file are smaller, so
+    that `validation_fraction` of it is at least one piece.
     """
     size = min(8192, int(len(text) * validation_fraction))
     gap = r"\n\s*\n" if re.search(r"\n\s*\n", text.strip()) else r"\n"
@@ -230,8 +230,8 @@ def _open_saved(path: Path) -> _Corpus:
         saved = datasets.load_from_disk(str(path))
         parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         files = {split: [file["filename"] for file in part.cache_files] for split, part in parts.items()}
-        # Read again through a builder: `map` writes its cache beside the files that a Dataset was loaded from, and a
-        # user's saved folder may be read-only.
+        # Read again through a builder, because `map` writes its cache beside the files of a Dataset, and a user's
+        # folder may be read-only.
         splits = datasets.load_dataset("arrow", data_files=files)
     if "validation" not in splits and "test" in splits:
         splits["validation"] = splits["test"]
@@ -252,17 +252,17 @@ def _open_hub(name: str, arguments: DataArguments) -> _Corpus:
         files = sorted(Path(file) for file in chain.from_iterable((builder.config.data_files or {}).values()))
         source |= {"name": folder.name, "revision_or_hash": _files_hash(folder, files)}
     elif re.fullmatch("[0-9a-f]{40}", builder.hash or ""):
-        source["revision_or_hash"] = builder.hash  # the commit; offline, from the names of the cache's folders
+        source["revision_or_hash"] = builder.hash  # the commit; offline it comes from the names of the cache's folders
     return splits, source
 
 
 def _shares(splits: Mapping[str, _Documents], name: str, arguments: DataArguments) -> tuple[_Documents, Dataset]:
-    """Training and validation documents, none of them blank, with the text column alone."""
+    """Training and validation documents with the text column alone; blank documents are dropped."""
     column = arguments.text_column
     if "train" not in splits:
         raise DataError(f"{name} has no split 'train' but {list(splits)}: rename one or take another data set")
     train = _with_text(splits["train"], name, column)
-    # At least a fixed number, so that what is trained on does not depend on how much is evaluated.
+    # A fixed number, so that the training documents do not depend on how much is evaluated.
     taken = max(1000, arguments.max_eval_sequences or 0)
     if "validation" in splits:
         given = _with_text(splits["validation"], name, column)
@@ -276,8 +276,8 @@ def _shares(splits: Mapping[str, _Documents], name: str, arguments: DataArgument
         train, validation = train.train_test_split(held_out, seed=arguments.split_seed).values()
     else:
         raise DataError(f"{name} has one document and none is left for validation: give two or more")
-    # By content and not by `skip`, which workers and processes each apply to a part of a stream, and which keeps
-    # copies. An ordered dict of digests, since the fingerprint of a cached step must not depend on a set's order.
+    # Removed by content and not by `skip`: workers and processes would each skip in their own part of a stream, and
+    # copies would stay. An ordered dict, because the fingerprint of a cached step must not depend on a set's order.
     digests = dict.fromkeys(sorted(hashlib.sha256(text.encode()).digest() for text in validation[column]))
     train = train.filter(lambda t: hashlib.sha256(t.encode()).digest() not in digests, input_columns=[column])
     if not _take(train, 1, name):
@@ -302,14 +302,14 @@ def _with_text(documents: _Documents, name: str, column: str) -> _Documents:
 
 def _take(documents: _Documents, count: int, name: str) -> list[dict[str, Any]]:
     with _explained(f"{name} cannot be read", "repair it, or try again if it is remote"):
-        return list(documents.take(count))  # not before is a stream opened and parsed
+        return list(documents.take(count))  # this opens and parses a stream
 
 
 def _tokenizer(train: _Documents, arguments: DataArguments) -> PreTrainedTokenizerBase:
-    """The one named, or a byte-level BPE of up to `vocab_size` entries from the training documents."""
+    """The named tokenizer, or a byte-level BPE of up to `vocab_size` entries trained on the training documents."""
     if name := arguments.tokenizer_name:
         with _explained(f"tokenizer_name {name!r} cannot be loaded", "check it and the network, or drop it"):
-            # a published folder may bring modelling code, which is not asked for here
+            # a published folder may contain modelling code, which a tokenizer does not need
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token is None:
             raise DataError(f"tokenizer {name!r} has no end-of-text token: set eos_token and save it, or take another")
@@ -340,8 +340,8 @@ def _tokenizer(train: _Documents, arguments: DataArguments) -> PreTrainedTokeniz
 
 
 def _rows(documents: _Documents, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, share: str) -> Any:
-    # Functions inside a function, here as above: `datasets` fingerprints these by their code, but module-level ones
-    # by name, so that a new version of this package would be given the old version's cached rows.
+    # Nested functions, here and above: `datasets` fingerprints them by their code, but module-level functions by name,
+    # so that a new version of this package would get the old version's cached rows.
     column, length = arguments.text_column, arguments.sequence_length
 
     def pad(batch: dict[str, Any]) -> dict[str, Any]:
@@ -382,12 +382,12 @@ def _files_hash(root: Path, files: list[Path]) -> str:
 
 @contextmanager
 def _explained(trouble: str, way_out: str) -> Iterator[None]:
-    """Turn any error of a library into one line; `Exception`, since datasets, httpx and pyarrow have their own."""
+    """Turn any error of a library into one line; datasets, httpx and pyarrow share no class but `Exception`."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # `datasets` wraps it in errors that say nothing
+        while cause.__cause__ is not None:  # `datasets` wraps the cause in errors without information
             cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
         raise DataError(f"{trouble} ({reason}): {way_out}") from error

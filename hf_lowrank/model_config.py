@@ -1,4 +1,4 @@
-"""config.json of a checkpoint or a published folder: read with care, and marked where it is for hf_lowrank alone."""
+"""config.json of a checkpoint or a published folder: reading it safely, and marking what only hf_lowrank can load."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ WEIGHTS = "transformers_weights"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another form than asked for."""
+    """A checkpoint is incomplete, damaged, or not in the form that was asked for."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `CheckpointError` where it is missing, cut short or something else."""
+    """The object in a JSON file; raises `CheckpointError` where the file is missing or holds no valid object."""
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
@@ -33,17 +33,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def base_architecture(values: dict[str, Any]) -> str | None:
-    """The model type that a config.json builds on, whatever it is published as."""
-    noted = values.get("lowrank")
-    published = noted.get("published") if isinstance(noted, dict) else None
-    found = (published if isinstance(published, dict) else values).get("model_type")
-    return found if isinstance(found, str) else None
+    """The model type of transformers behind a config.json, also where it is published under a type of its own."""
+    lowrank = values.get("lowrank")
+    published = lowrank.get("published") if isinstance(lowrank, dict) else None
+    model_type = (published if isinstance(published, dict) else values).get("model_type")
+    return model_type if isinstance(model_type, str) else None
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder's model; of one published under a type of its own, that of the model it builds on.
+    """The config of a folder's model; for a type of its own, the config of the model that it builds on.
 
-    What would make transformers run somebody's code, a modelling file or a kernel, is left out.
+    Entries that would make transformers run somebody's code, a modelling file or a kernel, are dropped.
 
     Raises:
         CheckpointError: config.json makes no config of a model that transformers knows.
@@ -52,11 +52,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
     values = PreTrainedConfig._decode_special_floats(_without_kernels(read_json(folder / "config.json")))
     for key in ("auto_map", WEIGHTS):
         values.pop(key, None)
-    noted = values.get("lowrank")
-    if not isinstance(noted, dict | None):
+    lowrank = values.get("lowrank")
+    if not isinstance(lowrank, dict | None):
         raise CheckpointError(f"{folder} is damaged: lowrank in config.json is no object")
-    if noted and "published" in noted:
-        published = noted.pop("published")
+    if lowrank and "published" in lowrank:
+        published = lowrank.pop("published")
         try:
             values |= {key: published[key] for key in ("model_type", "architectures")}
             config_class = CONFIG_MAPPING[values["model_type"]]
@@ -79,11 +79,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def mark_native(folder: Path, method: str) -> None:
-    """Make plain transformers refuse the factors in a folder, which it would take for a dense model's weights.
+    """Make plain transformers refuse a folder whose weights are a method's factors.
 
-    It would load what fits and start the method's layers from random values, with no more than a warning. A model type
-    of its own stops `AutoModel`; a class that is called by its name looks for the file that `transformers_weights`
-    names, and reports that there is none.
+    Otherwise it would load the weights that fit and start the method's layers from random values, with only a warning.
+    `AutoModel` stops at the unknown model type. A model class looks for the file that `transformers_weights` names,
+    and reports that it does not exist.
     """
     path = folder / "config.json"
     values = read_json(path)

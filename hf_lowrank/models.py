@@ -1,4 +1,4 @@
-"""The study's model sizes and how a model is made from a size or a config."""
+"""The study's model sizes, and making a model from a size or a config."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank.methods.base import nearest
+from hf_lowrank.options import nearest
 
 __all__ = ["SIZES", "build_model", "model_config", "needed_vocabulary"]
 
@@ -34,9 +34,9 @@ def model_config(
     """Config of a model of one of the `SIZES`, or the one in a folder, a JSON file or a Hub repo.
 
     Args:
-        size_or_path: `60m` for example, or where a config is.
-        vocabulary: ids the tokenizer can give; a model of a size is made to hold them, with 32000 at least from 60m
-            on, as in the study; a config must hold them as it is.
+        size_or_path: `60m` for example, or the place of a config.
+        vocabulary: how many ids the tokenizer can give. A model of a size gets that vocabulary, but from 60m on at
+            least the study's 32000; a config's vocabulary must be large enough.
         sequence_length: tokens in a row.
         eos_token_id: of the tokenizer.
 
@@ -61,8 +61,8 @@ def model_config(
         )
     if not Path(size_or_path).exists() and (size_or_path.count("/") != 1 or size_or_path.startswith((".", "/"))):
         raise ValueError(
-            f"unknown model '{size_or_path}'{nearest(size_or_path, list(SIZES))}: no such folder or file is here, "
-            f"and it is no Hub repo, user/name, nor one of the sizes {', '.join(SIZES)}"
+            f"unknown model '{size_or_path}'{nearest(size_or_path, list(SIZES))}: it is no folder or file, "
+            f"no Hub repo (user/name) and none of the sizes {', '.join(SIZES)}"
         )
     try:
         config = AutoConfig.from_pretrained(size_or_path)
@@ -81,10 +81,10 @@ def model_config(
 
 
 def needed_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Ids a model must hold for this tokenizer's text.
+    """How large a model's vocabulary must be for this tokenizer's text.
 
-    Special tokens that text never contains (the T5 tokenizer's 100 sentinels, above the study's 32000) do not count,
-    but for those that mark an end, a beginning or padding.
+    Special tokens that text never contains do not count, such as the T5 tokenizer's 100 sentinels above the study's
+    32000. The marks of a beginning, an end and padding do.
     """
     special = set(tokenizer.all_special_ids)
     marks = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}

@@ -1,7 +1,6 @@
-"""What recipes and commands are told: dataclasses whose fields hold default, help and limits of a flag each.
+"""Options of recipes and commands: dataclasses in which each field with a help text is a flag.
 
-Nothing heavy is imported here, since `hf-lowrank measure --help` reads these classes. A field without a help text is
-no flag.
+This module imports nothing heavy, so that `hf-lowrank measure --help` answers at once.
 """
 
 import difflib
@@ -225,14 +224,14 @@ class CompareOptions(_Checked):
 
 
 class DataError(ValueError):
-    """The data a user asked for cannot be had; the message is one line with the thing, the value and the way out."""
+    """The data that a user asked for are not available; the message is one line and says what to do."""
 
 
 @dataclass
 class DataArguments:
-    """What to train on and how it is cut into rows, for `HfArgumentParser`; the defaults need no download.
+    """What to train on and how to cut it into rows, for `HfArgumentParser`; the defaults need no download.
 
-    Raises `DataError` for a value that cannot work, and for two that exclude each other.
+    Raises `DataError` for a value that cannot work, and for two values that exclude each other.
     """
 
     dataset_name: str | None = option(None, "Hub data set, or a local folder laid out like one.")
@@ -244,9 +243,9 @@ class DataArguments:
     tokenizer_name: str | None = option(None, "Hub name or folder (default: trained on the training share).")
     vocab_size: int = option(4096, "Vocabulary of the tokenizer that is trained here.")
     sequence_length: int = option(256, "Tokens in a row.")
-    packing: bool = option(True, "Join documents and cut rows without gaps; false: one a row, cut or padded.")
+    packing: bool = option(True, "Join documents and cut rows without gaps; false: one document a row, cut or padded.")
     validation_fraction: float = option(0.02, "Share of the documents held out if there is no validation split.")
-    max_eval_sequences: int | None = option(None, "Keep only so many validation rows, evenly spread (default: all).")
+    max_eval_sequences: int | None = option(None, "Keep only this many validation rows, evenly spread (default: all).")
     split_seed: int = option(0, "Seed of the split into training and validation.")
 
     def __post_init__(self) -> None:

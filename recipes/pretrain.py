@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# torch reads it when it is imported: threads that spin while they wait slow a step several times over as soon as
-# anything else runs on the machine
+# torch reads this at import: threads that spin while they wait make a step several times slower as soon as anything
+# else runs on the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -34,7 +34,7 @@ from hf_lowrank.models import build_model, model_config, needed_vocabulary
 from hf_lowrank.report import read_report
 
 CONFIGS = Path(__file__).parent / "configs"
-# what a run leaves in its folder, and all that --overwrite removes
+# the files that a run leaves in its folder, and that --overwrite removes
 RUN_FILES = (
     "checkpoint-*", "publish", "spectral_snapshots", "interpolation_snapshots", "*.safetensors", "config.json",
     "training_args.bin", "evaluation.parquet", "measured.json",
@@ -59,7 +59,7 @@ def split_batch(args: TrainingArguments, total: int | None) -> None:
 
 
 def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
-    """The checkpoint to go on from, or None; refuses a folder that holds a run unless told what to do with it."""
+    """The checkpoint to resume from, or None; refuses a folder that holds a run unless a flag says what to do."""
     folder = Path(str(args.output_dir))
     resume = args.resume_from_checkpoint
     if resume and overwrite:
@@ -70,20 +70,20 @@ def starting_point(args: TrainingArguments, overwrite: bool) -> str | None:
     if resume:
         checkpoint = lr.last_checkpoint(folder)
         if checkpoint is None and (cut_short := list_checkpoints(folder)):
-            # raises, and says what is wrong with the newest: starting anew would overwrite it
+            # raises an error that names the fault of the newest: starting anew would overwrite it
             lr.check_checkpoint(cut_short[-1])
         return checkpoint
     held = run_files(folder)
     if held and not overwrite:
         raise ValueError(
-            f"{folder} already holds a run ({held[0].name}): pass --resume_from_checkpoint last to go on with it, "
+            f"{folder} already holds a run ({held[0].name}): pass --resume_from_checkpoint last to resume it, "
             "--overwrite to start anew, or another --output_dir"
         )
     return None
 
 
 def is_finished(args: TrainingArguments, checkpoint: str | None) -> bool:
-    """Whether a checkpoint is of the run's last step and its report is written: Trainer would train a step more."""
+    """Whether a checkpoint holds the run's last step and the report is written: Trainer would train one more step."""
     if checkpoint is None or args.max_steps <= 0:
         return False
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
@@ -95,21 +95,21 @@ def is_finished(args: TrainingArguments, checkpoint: str | None) -> bool:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """What an earlier run left in its folder."""
+    """The files of an earlier run in its folder."""
     return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
 
 
 def remove_run(args: TrainingArguments) -> None:
-    """Remove an earlier run, which `--overwrite` asks for, once nothing can go wrong with the new one any more."""
+    """Remove an earlier run for `--overwrite`; called when the set-up of the new run has succeeded."""
     for path in run_files(Path(str(args.output_dir))) if args.process_index == 0 else []:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def metric_callbacks(recipe: RecipeArguments, data: Data) -> list[TrainerCallback]:
-    """The metrics asked for, in the order of the report."""
+    """Callbacks of the chosen metrics, in the order of the report."""
     validation: Any = data.validation
     every, few = recipe.metrics_every, {"sequences": recipe.metrics_sequences, "budget": recipe.metrics_budget}
-    made: dict[str, Callable[[], TrainerCallback]] = {
+    factories: dict[str, Callable[[], TrainerCallback]] = {
         "spectral": lambda: lr.SpectralCallback(every, budget=recipe.metrics_budget),
         "landscape": lambda: lr.LandscapeCallback(validation, every, **few),
         "interpolation": lambda: lr.InterpolationCallback(validation, **few),
@@ -119,16 +119,16 @@ def metric_callbacks(recipe: RecipeArguments, data: Data) -> list[TrainerCallbac
             recipe.metrics_tasks,
             every,
             limit=recipe.metrics_limit,
-            # our own tasks, of files that this run does not train on
+            # our own tasks with items from files that this run does not train on
             include_path=task_folder(data.description),
             budget=recipe.metrics_budget,
         ),
     }
-    return [make() for name, make in made.items() if name in recipe.metrics]
+    return [make() for name, make in factories.items() if name in recipe.metrics]
 
 
 def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
-    """Everything that can go wrong before training: data, model, method, output folder."""
+    """Prepare data, model, method and output folder: every error of a user is raised here, before training."""
     args = recipe.training
     size = recipe.recipe.model_size or "tiny"
     if args.device.type == "cpu":
@@ -169,7 +169,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
 
 
 def main() -> None:
-    """Parse, set up, train; an error before training is one line and exit code 2."""
+    """Parse, set up, train; an error before training is printed in one line and ends with exit code 2."""
     transformers_logging.set_verbosity_warning()
     main_process = int(os.environ.get("RANK", "0")) == 0
     try:

@@ -5,19 +5,25 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_runs import METHODS, arguments, make_trainer
+from typer.testing import CliRunner
 
 import hf_lowrank as lr
 import hf_lowrank.run.report
-from hf_lowrank.cli import main
+from hf_lowrank.cli import app, main
+from hf_lowrank.cli.flags import with_flags
 from hf_lowrank.hub import network
 from hf_lowrank.methods import METHODS as REGISTERED
+from hf_lowrank.options import CompareOptions, EvaluateOptions, MeasureOptions, flag_name
 from hf_lowrank.report import read_report, write_report
 
 
@@ -369,6 +375,41 @@ def test_help_lists_the_commands(cli):
     done = cli("--help")
     assert done.code == 0
     assert all(command in done.out for command in ("push", "load", "card", "config"))
+
+
+def test_version(cli):
+    assert cli("--version").out == f"hf-lowrank {lr.__version__}\n"
+
+
+def test_every_option_of_a_command_is_a_flag_with_its_help():
+    flags = {
+        name: {param.opts[0]: param.help for param in command.params if param.param_type_name == "option"}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    for name, options in (("measure", MeasureOptions), ("evaluate", EvaluateOptions), ("compare", CompareOptions)):
+        described = {flag_name(f): f.metadata["help"] for f in fields(options) if "help" in f.metadata}
+        assert described.items() <= flags[name].items()
+        # a secret would be read by everybody on the machine
+        assert "--token" not in flags[name]
+
+
+def test_flags_become_the_options_of_their_types():
+    words = "a b --tasks x,y --checkpoints 2,4 --seeds 1,1,2 --include_path p --include-path q --batch-size auto"
+    read = []
+
+    @with_flags
+    def command(runs: list[str], options: EvaluateOptions) -> None:
+        read.append((runs, options))
+
+    toy = typer.Typer()
+    toy.command()(command)
+    assert CliRunner().invoke(toy, words.split()).exit_code == 0
+    expected = EvaluateOptions(
+        ("x", "y"), (2, 4), seeds=(1, 2), include=(Path("p"), Path("q")), batch_size="auto", device=None
+    )
+    assert read == [(["a", "b"], expected)]
+    CliRunner().invoke(toy, ["a", "--tasks", "x"])
+    assert read[1] == (["a"], EvaluateOptions(("x",)))
 
 
 @pytest.mark.parametrize("argv", [["psh"], ["push"], ["push", "run"], ["config"], ["load", "a", "b"], ["card", "--x"]])
