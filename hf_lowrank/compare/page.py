@@ -105,6 +105,7 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
                 "method": row.method,
                 "seeds": ", ".join(str(seed) for seed in row.seeds if seed is not None),
                 "differs": row.differs,
+                "notes": row.notes,
                 "text": " ".join(fact.text for fact in row.facts),
             }
             for row in comparison.rows
