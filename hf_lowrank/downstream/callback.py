@@ -24,7 +24,7 @@ from hf_lowrank.downstream.results import (
 )
 from hf_lowrank.families.callback import BUDGET, MetricCallback
 from hf_lowrank.families.records import Measurement, Record
-from hf_lowrank.families.spaces import is_reparameterized, unsharded
+from hf_lowrank.families.spaces import unsharded
 from hf_lowrank.sharding import all_gather_object, raise_together, rank_and_world
 
 __all__ = ["EvaluationCallback"]
@@ -130,22 +130,18 @@ class EvaluationCallback(MetricCallback):
     def _evaluate(self, model: Any, args: TrainingArguments, state: TrainerState) -> list[dict[str, Any]]:
         """The rows of this process's share of the tasks."""
         from hf_lowrank.downstream.harness import evaluate_task, quiet
-        from hf_lowrank.downstream.model import LowRankLM
+        from hf_lowrank.downstream.model import LowRankLM, model_facts
 
         # a pool of processes for standard errors would be forked from a process that trains
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         rank, world = rank_and_world()
         tasks = [(task, settings) for loaded, settings in self._loaded for task in loaded.tasks.values()]
-        noted = {
-            "form": "native" if is_reparameterized(model) else "dense",
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
         with quiet():
             size = self.batch_size or args.per_device_eval_batch_size
             language_model = LowRankLM(model, self.tokenizer, batch_size=size)
-            rows = []
+            rows, facts = [], model_facts(model)
             for task, settings in tasks[rank::world]:
-                rows += evaluate_task(language_model, task, settings, step=state.global_step, noted=noted)
+                rows += evaluate_task(language_model, task, settings, step=state.global_step, about=facts)
         return [{**row, "fingerprint": None, "weights": None} for row in rows]
 
     def _with_own(self, settings: Any) -> Any:

@@ -1,25 +1,25 @@
-"""Tasks over checkpoints of runs, each result on disk as soon as it is there.
+"""Tasks over checkpoints of runs; each result is written as soon as it is there.
 
-One call of the harness is one task, one checkpoint and one seed. It is done when its fingerprint, of task, settings
-and weights, stands in a row of the run's `evaluations.json`: an evaluation that was killed goes on with the first that
-is not. The tasks of a group are called one by one too, and the group's own numbers made of theirs.
+A unit of work is one task, one checkpoint and one seed. It is done when its fingerprint, of task, settings and
+weights, stands in a row of the run's `evaluations.json`. An evaluation that was killed continues with the units that
+are not done. The tasks of a group are units of their own; the last of them adds the group's numbers.
 """
 
 import hashlib
 import json
-import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
 from hf_lowrank.downstream.catalogue import Loaded, TaskError, load_tasks, offline, short
 from hf_lowrank.downstream.harness import Settings, evaluate_group, evaluate_task, quiet
-from hf_lowrank.downstream.model import LowRankLM, load_checkpoint, load_tokenizer
+from hf_lowrank.downstream.model import LowRankLM, load_checkpoint, load_tokenizer, model_facts
 from hf_lowrank.downstream.quick.generate import GROUP, TASKS, task_folder
 from hf_lowrank.downstream.request import Request, checked_limit, read_requests
 from hf_lowrank.downstream.results import (
@@ -28,19 +28,17 @@ from hf_lowrank.downstream.results import (
     replace_evaluations,
     write_evaluations,
 )
-from hf_lowrank.downstream.watcher import Failure, Watcher
 from hf_lowrank.families.records import metrics_folder
-from hf_lowrank.families.spaces import is_reparameterized
+from hf_lowrank.machine import launched
+from hf_lowrank.measure.progress import Failure, Progress
+from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
 from hf_lowrank.measure.source import Checkpoint, RunSource, open_run
 from hf_lowrank.measure.write import write_run
 from hf_lowrank.options import EvaluateOptions
-from hf_lowrank.report.model import details
 
 __all__ = ["evaluate"]
 
-logger = logging.getLogger(__name__)
-
-# raised when what a row says changes its meaning, so that tasks are evaluated again
+# is raised when the meaning of a row changes, so that tasks are evaluated again
 VERSION = 1
 # stands for the digest of weights that are cut short
 UNREADABLE = "unreadable"
@@ -48,32 +46,18 @@ UNREADABLE = "unreadable"
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A checkpoint to evaluate, and what its results are known by."""
-
-    run: RunSource
-    checkpoint: Checkpoint
-    weights: str
-    known: str
-
-    def fingerprint(self, request: Request, task: str, settings: Settings) -> str:
-        """Of one call of the harness."""
-        words = [VERSION, self.checkpoint.step, self.known, request.digest, task, repr(settings)]
-        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
 def evaluate(
-    sources: Sequence[str], options: EvaluateOptions, watcher: Watcher | None = None
+    sources: Sequence[str], options: EvaluateOptions, progress: Progress | None = None
 ) -> tuple[list[tuple[RunSource, list[Row]]], list[Failure]]:
     """Evaluate runs on tasks; see `EvaluateOptions`.
 
-    A task that fails is reported and the others are evaluated.
+    A task that fails is reported and the others are evaluated. In a launch of several processes each evaluates some
+    of the tasks, and the first one writes the reports.
 
     Args:
         sources: runs, as `open_run` takes them.
         options: what to evaluate and how.
-        watcher: is told what happens.
+        progress: is told what happens.
 
     Returns:
         For each run the entries of its report that the command asked for, and what failed.
@@ -81,7 +65,7 @@ def evaluate(
     Raises:
         ValueError: a task, run or checkpoint is not there, before any model is loaded.
     """
-    watcher = watcher or Watcher()
+    progress = progress or Progress()
     if not sources:
         raise ValueError("no run to evaluate: give at least one")
     if options.output is not None and len(sources) > 1:
@@ -90,21 +74,27 @@ def evaluate(
     runs = [open_run(source, options.output, options.token) for source in sources]
     if folders := _unseen(runs, requests, options):
         manager, requests = _read(options, folders)
-    models = [[_model(run, c, options) for c in _chosen(run, options.checkpoints)] for run in runs]
-    failures: list[Failure] = []
-    loaded = _load(manager, requests, [m for of_run in models for m in of_run], failures, watcher)
-    kept: list[tuple[RunSource, list[Row]]] = []
-    watcher.total(sum(len(r.leaves) * len(r.settings) for of_run in models for _ in of_run for r in requests))
+    held: list[_Model] = []
+    models = [[_Model(run, c, options, progress, held) for c in _chosen(run, options.checkpoints)] for run in runs]
+    loaded, failures = _load(manager, requests, [m for of_run in models for m in of_run], progress)
+    jobs = []
     for run, of_run in zip(runs, models, strict=True):
-        try:
-            for model in of_run:
-                _evaluate_model(model, requests, loaded, options, failures, watcher)
-        finally:
-            # interrupted as well: what was found so far belongs into the report
-            if read_evaluations(metrics_folder(run.output)) is not None:
-                write_run(run, figures=False)
-        kept.append((run, _asked(run, of_run, requests, loaded)))
-    return kept, failures
+        work = [unit for model in of_run for request in requests for unit in _units(model, request, loaded)]
+        order = {unit.fingerprint: place for place, unit in enumerate(work)}
+        for unit in work:
+            unit.order = order
+        jobs.append(Job(work, partial(_report, run)))
+    try:
+        failures += run_jobs(jobs, runs[0].output / LOCK, progress)
+    finally:
+        for model in held:
+            model.release()
+    return [(run, _asked(run, of_run, requests, loaded)) for run, of_run in zip(runs, models, strict=True)], failures
+
+
+def _report(run: RunSource) -> None:
+    if read_evaluations(metrics_folder(run.output)) is not None:
+        write_run(run, figures=False)
 
 
 def _read(options: EvaluateOptions, folders: tuple[Path, ...]) -> tuple[TaskManager, list[Request]]:
@@ -140,193 +130,217 @@ def _chosen(run: RunSource, checkpoints: str | tuple[int, ...]) -> list[Checkpoi
     return [c for c in run.checkpoints if c.step in checkpoints]
 
 
-def _model(run: RunSource, checkpoint: Checkpoint, options: EvaluateOptions) -> _Model:
-    try:
-        weights, files = checkpoint.digest, sorted(checkpoint.folder.glob("tokenizer*"))
-    # cut short while it was saved: it is reported where it is to be loaded
-    except (OSError, ValueError):
-        weights, files = UNREADABLE, []
-    tokenizer = options.tokenizer or [
-        hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()
-    ]
-    known = json.dumps([weights, tokenizer, options.form, options.dtype, options.max_length])
-    return _Model(run, checkpoint, weights, known)
-
-
 def _load(
-    manager: TaskManager, requests: list[Request], models: list[_Model], failures: list[Failure], watcher: Watcher
-) -> dict[str, Loaded]:
+    manager: TaskManager, requests: list[Request], models: list["_Model"], progress: Progress
+) -> tuple[dict[str, Loaded], list[Failure]]:
     """The tasks that something is left to do for, with their data: what is missing is known before hours of work."""
-    rows = {str(m.run.output): read_evaluations(metrics_folder(m.run.output)) or [] for m in models}
-    loaded = {}
+    loaded, failures = {}, []
     with ExitStack() as stack:
         for request in requests:
-            if all(_is_done(model, request, rows[str(model.run.output)]) for model in models):
+            if all(model.has_done(request) for model in models):
                 continue
             try:
                 with quiet():
                     loaded[request.name] = load_tasks(manager, request.name)
             except TaskError as error:
-                failures.append(Failure(None, None, request.name, str(error)))
-                watcher.failed(failures[-1])
+                failures.append(Failure("", request.name, str(error)))
+                progress.failed(failures[-1])
                 if error.unreachable:
                     stack.enter_context(offline())
-    return loaded
+    return loaded, failures
 
 
-def _is_done(model: _Model, request: Request, rows: list[Row]) -> bool:
-    """Whether nothing of a request is left to do; a group is, when its last seed's own call has left its mark."""
-    held = {fingerprint for row in rows for fingerprint in (row.get("fingerprint"), row.get("group_fingerprint"))}
-    return all(model.fingerprint(request, request.name, settings) in held for settings in request.settings)
+class _Model:
+    """A checkpoint to evaluate: what its results are known by, and its model while it is needed.
 
+    Args:
+        run, checkpoint: what is evaluated.
+        options: how.
+        progress: is told of forward passes, and of results of other weights.
+        held: the checkpoint whose model is in memory; all checkpoints share this list.
+    """
 
-def _evaluate_model(
-    model: _Model,
-    requests: list[Request],
-    loaded: dict[str, Loaded],
-    options: EvaluateOptions,
-    failures: list[Failure],
-    watcher: Watcher,
-) -> None:
-    run, step, folder = model.run, model.checkpoint.step, metrics_folder(model.run.output)
-    rows = read_evaluations(folder)
-    if rows is None:
-        # of a run that lies elsewhere: its results stay beside those found here
-        own = run.output == run.root or run.report is None
-        rows = [
-            {**entry, "settings": details(entry), "about": {}, "fingerprint": None, "weights": None}
-            for entry in ([] if own or run.report is None else run.report["evaluations"])
-        ]
-    stale = [row for row in rows if row["step"] == step and row.get("weights") not in (None, model.weights)]
-    if stale and model.weights != UNREADABLE:
-        watcher.note(f"{run.name} step {step}: {len(stale)} results of other weights at this step are dropped")
-        rows = [row for row in rows if row not in stale]
-    with ExitStack() as stack:
-        language_model: LowRankLM | None = None
-        for request in requests:
-            label = f"{run.name} step {step}"
-            if _is_done(model, request, rows):
-                for task in request.leaves or (request.name,):
-                    for _ in request.settings:
-                        watcher.call(f"{label} {task}", True)
-                continue
-            if request.name not in loaded:
-                continue
-            try:
-                if language_model is None:
-                    with quiet():
-                        language_model = _language_model(model, options, watcher)
-                    noted = _noted(language_model)
-                    cache = _cache(model, requests, options, stack)
-            # one checkpoint that is cut short, or has no such form, must not cost the others
-            except Exception as error:
-                for name in (r.name for r in requests if r.name in loaded and not _is_done(model, r, rows)):
-                    failures.append(Failure(run.name, step, name, short(error)))
-                    watcher.failed(failures[-1])
-                return
-            for settings in request.settings:
-                call = _Call(model, request, loaded[request.name], settings, noted, cache)
-                rows = call.do(language_model, rows, failures, watcher)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A task or group with one seed."""
-
-    model: _Model
-    request: Request
-    loaded: Loaded
-    settings: Settings
-    noted: dict[str, Any]
-    cache: Path | None
-
-    def do(
+    def __init__(
         self,
-        language_model: LowRankLM,
-        rows: list[Row],
-        failures: list[Failure],
-        watcher: Watcher,
-    ) -> list[Row]:
-        """Evaluate what is not done, write after every task; the rows with the new ones."""
-        run, step, folder = self.model.run, self.model.checkpoint.step, metrics_folder(self.model.run.output)
-        found: list[Row] = []
-        whole = True
-        for name, task in self.loaded.tasks.items():
-            fingerprint = self.model.fingerprint(self.request, name, self.settings)
-            label = f"{run.name} step {step} {name}" + ("" if self.settings.seed is None else f" {self.settings.seed}")
-            before = [row for row in rows if row.get("fingerprint") == fingerprint]
-            watcher.call(label, bool(before))
-            if before:
-                found += before
-                continue
-            try:
-                with quiet():
-                    new = evaluate_task(
-                        language_model, task, self.settings, step=step, noted=self.noted, cache=self.cache
-                    )
-            # one task, whose code is other people's, must not cost the others
-            except Exception as error:
-                failures.append(Failure(run.name, step, name, short(error)))
-                watcher.failed(failures[-1])
-                whole = False
-                continue
-            new = [self._marked(row, fingerprint) for row in new]
-            found += new
-            cut = new[0]["settings"].get("truncated_requests") if new else None
-            if cut and self.settings == self.request.settings[0]:
-                requests, room = new[0]["settings"]["requests"], language_model.max_length
-                watcher.note(
-                    f"{label}: {cut} of {requests} requests are longer than {room} tokens and cut on the left"
-                )
-            rows = replace_evaluations(rows, new)
-            write_evaluations(folder, rows)
-        return self._aggregated(rows, found, folder) if whole and self.loaded.groups else rows
-
-    def _aggregated(self, rows: list[Row], found: list[Row], folder: Path) -> list[Row]:
-        """The rows with those of the groups; the mark that a group is done stands in the last row of its tasks."""
-        mark = self.model.fingerprint(self.request, self.request.name, self.settings)
-        new = [
-            row
-            for group in self.loaded.groups
-            for row in evaluate_group(group, found, self.settings, found[0]["step"])
+        run: RunSource,
+        checkpoint: Checkpoint,
+        options: EvaluateOptions,
+        progress: Progress,
+        held: list["_Model"],
+    ) -> None:
+        self.run, self.checkpoint, self.options, self.progress, self.held = run, checkpoint, options, progress, held
+        self.where, self.folder = f"{run.name} step {checkpoint.step}", metrics_folder(run.output)
+        try:
+            self.weights, files = checkpoint.digest, sorted(checkpoint.folder.glob("tokenizer*"))
+        # cut short while it was saved: that is reported where it is to be loaded
+        except (OSError, ValueError):
+            self.weights, files = UNREADABLE, []
+        tokenizer = options.tokenizer or [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()
         ]
-        rows = replace_evaluations(rows, [self._marked(row, f"{mark}:{row['task']}") for row in new])
-        rows = [{**row, "group_fingerprint": mark} if row == found[-1] else row for row in rows]
-        write_evaluations(folder, rows)
-        return rows
+        self.known = json.dumps([self.weights, tokenizer, options.form, options.dtype, options.max_length])
+        self._language_model: LowRankLM | None = None
+        self._problem: Exception | None = None
+        self._answers: tempfile.TemporaryDirectory[str] | None = None
+        rows = self.rows()
+        if stale := len(rows) - len(self.without_stale(rows)):
+            progress.note(f"{self.where}: {stale} results of other weights at this step are dropped")
+
+    def fingerprint(self, request: Request, task: str, settings: Settings) -> str:
+        """Of a task, or of a whole group, with one seed."""
+        words = [VERSION, self.checkpoint.step, self.known, request.digest, task, repr(settings)]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+    def rows(self) -> list[Row]:
+        """The run's rows; the results of a run that lies elsewhere stay beside those that are added here."""
+        rows = read_evaluations(self.folder)
+        if rows is None and self.run.output != self.run.root and self.run.report is not None:
+            rows = [{**entry, "fingerprint": None, "weights": None} for entry in self.run.report["evaluations"]]
+        return rows or []
+
+    def without_stale(self, rows: list[Row]) -> list[Row]:
+        """The rows without those that other weights gave at this step."""
+        if self.weights == UNREADABLE:
+            return rows
+        own = (None, self.weights)
+        return [row for row in rows if row["step"] != self.checkpoint.step or row.get("weights") in own]
+
+    def has_done(self, request: Request) -> bool:
+        """Whether nothing of a request is left to do; a group's mark stands in the last row of its tasks."""
+        held = {row.get(key) for row in self.rows() for key in ("fingerprint", "group_fingerprint")}
+        return all(self.fingerprint(request, request.name, settings) in held for settings in request.settings)
+
+    def language_model(self) -> LowRankLM:
+        """The model, loaded once; so is the error where it cannot be."""
+        if self._problem is not None:
+            raise self._problem
+        if self._language_model is None:
+            while self.held:
+                self.held.pop().release()
+            self.held.append(self)
+            try:
+                tokenizer = load_tokenizer(self.checkpoint, self.options.tokenizer)
+                loaded = load_checkpoint(
+                    self.checkpoint, self.options.form, self.options.dtype, self.options.device or "cpu"
+                )
+                size, length = self.options.batch_size, self.options.max_length
+                tick = self.progress.tick
+                self._language_model = LowRankLM(loaded, tokenizer, batch_size=size, max_length=length, progress=tick)
+            except Exception as error:
+                self._problem = error
+                raise
+        return self._language_model
+
+    def cache(self, several_seeds: bool) -> Path | None:
+        """Where the harness keeps answers: without few-shot examples, later seeds ask what the first has asked."""
+        # a database for each process
+        name = hashlib.sha256(self.known.encode()).hexdigest()[:16] + (f"-{launched()[0]}" if launched()[0] else "")
+        if self.options.cache is not None:
+            return self.options.cache / name
+        if several_seeds and self._answers is None:
+            self._answers = tempfile.TemporaryDirectory(prefix="hf-lowrank-")
+        return None if self._answers is None else Path(self._answers.name) / name
+
+    def release(self) -> None:
+        """Forget the model and its answers."""
+        self._language_model = None
+        if self._answers is not None:
+            self._answers.cleanup()
+            self._answers = None
+
+
+def _units(model: _Model, request: Request, loaded: dict[str, Loaded]) -> list["_Evaluating"]:
+    """The units of a request: its tasks, each with every seed."""
+    held = loaded.get(request.name)
+    # what a group defines in place is known only once it is loaded
+    names = list(dict.fromkeys((*request.leaves, *(() if held is None else sorted(held.tasks)))))
+    if held is not None:
+        names = [name for name in names if name in held.tasks]
+    elif not model.has_done(request):
+        return []
+    return [
+        _Evaluating(model, request, names, name, settings, held) for name in names for settings in request.settings
+    ]
+
+
+class _Evaluating(Work):
+    """A task on a checkpoint with one seed.
+
+    Args:
+        model: answers.
+        request: what the user asked for: the task or a group that holds it.
+        names: all tasks of the request.
+        task: name of the task.
+        settings: with the seed.
+        loaded: the request with its data; None where it was done before.
+    """
+
+    # places of the run's fingerprints, by which its rows are sorted
+    order: dict[str, int]
+
+    def __init__(
+        self, model: _Model, request: Request, names: list[str], task: str, settings: Settings, loaded: Loaded | None
+    ) -> None:
+        self.model, self.request, self.names, self.task, self.settings = model, request, names, task, settings
+        self.loaded = loaded
+        self.fingerprint = model.fingerprint(request, task, settings)
+        self.where, self.name = model.where, task if settings.seed is None else f"{task} {settings.seed}"
+        self.key = f"{model.run.output}/{self.fingerprint}"
+
+    def is_done(self) -> bool:
+        return self.loaded is None or any(row.get("fingerprint") == self.fingerprint for row in self.model.rows())
+
+    def do(self, tick: Callable[[], Any]) -> list[Row]:
+        assert self.loaded is not None
+        with quiet():
+            language_model = self.model.language_model()
+            about = model_facts(language_model.model)
+            cache = self.model.cache(len(self.request.settings) > 1)
+            step, task = self.model.checkpoint.step, self.loaded.tasks[self.task]
+            rows = evaluate_task(language_model, task, self.settings, step=step, about=about, cache=cache)
+        cut = rows[0]["about"].get("truncated_requests") if rows else None
+        if cut and self.settings == self.request.settings[0]:
+            requests, room = rows[0]["about"]["requests"], language_model.max_length
+            self.model.progress.note(
+                f"{self.where} {self.name}: {cut} of {requests} requests are longer than {room} tokens and cut on the "
+                "left"
+            )
+        return [self._marked(row, self.fingerprint) for row in rows]
+
+    def keep(self, result: list[Row]) -> None:
+        rows = replace_evaluations(self.model.without_stale(self.model.rows()), result)
+        if self.loaded is not None and self.loaded.groups:
+            rows = self._with_groups(rows, self.loaded.groups)
+        # the group's own rows follow those of its last task
+        rows.sort(key=lambda row: self.order.get(str(row.get("fingerprint")).partition(":")[0], -1))
+        write_evaluations(self.model.folder, rows)
+
+    def fail(self, error: Exception) -> Failure:
+        # what keeps a checkpoint from being loaded is said once for all tasks of a request
+        name = self.request.name if error is self.model._problem else self.task
+        return Failure(self.where, name, short(error))
+
+    def _with_groups(self, rows: list[Row], groups: Sequence[Group]) -> list[Row]:
+        """The rows with those of the groups, once all their tasks are there.
+
+        The mark that a group is done stands in the last row of its tasks.
+        """
+        wanted = [self.model.fingerprint(self.request, name, self.settings) for name in self.names]
+        inside = sorted(
+            (row for row in rows if row.get("fingerprint") in wanted), key=lambda row: wanted.index(row["fingerprint"])
+        )
+        if {row["fingerprint"] for row in inside} != set(wanted):
+            return rows
+        mark = self.model.fingerprint(self.request, self.request.name, self.settings)
+        step = self.model.checkpoint.step
+        new = [row for group in groups for row in evaluate_group(group, inside, self.settings, step)]
+        rows = replace_evaluations(rows, [self._marked(row, f"{wanted[-1]}:{row['task']}") for row in new])
+        return [{**row, "group_fingerprint": mark} if row == inside[-1] else row for row in rows]
 
     def _marked(self, row: Row, fingerprint: str) -> Row:
         # what rows of several seeds must share to be averaged, beside what they say themselves
         definition = hashlib.sha256(f"{self.model.known} {row['task_version']}".encode()).hexdigest()
         return {**row, "fingerprint": fingerprint, "weights": self.model.weights, "definition": definition}
-
-
-def _language_model(model: _Model, options: EvaluateOptions, watcher: Watcher) -> LowRankLM:
-    tokenizer = load_tokenizer(model.checkpoint, options.tokenizer)
-    loaded = load_checkpoint(model.checkpoint, options.form, options.dtype, options.device or "cpu")
-    return LowRankLM(
-        loaded,
-        tokenizer,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        progress=watcher.forward,
-    )
-
-
-def _noted(language_model: LowRankLM) -> dict[str, Any]:
-    """What the rows say of the model."""
-    form = "native" if is_reparameterized(language_model.model) else "dense"
-    return {"form": form, "dtype": str(language_model.model.dtype).removeprefix("torch.")}
-
-
-def _cache(model: _Model, requests: list[Request], options: EvaluateOptions, stack: ExitStack) -> Path | None:
-    """Where the harness keeps answers: without few-shot examples, later seeds ask what the first has asked."""
-    name = hashlib.sha256(model.known.encode()).hexdigest()[:16]
-    if options.cache is not None:
-        return options.cache / name
-    if any(len(request.settings) > 1 for request in requests):
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-lowrank-"))) / name
-    return None
 
 
 def _asked(run: RunSource, models: list[_Model], requests: list[Request], loaded: dict[str, Loaded]) -> list[Row]:

@@ -48,7 +48,7 @@ def evaluate_task(
     settings: Settings,
     *,
     step: int | None,
-    noted: dict[str, Any],
+    about: dict[str, Any],
     cache: Path | None = None,
 ) -> list[Row]:
     """Evaluate a task.
@@ -58,7 +58,7 @@ def evaluate_task(
         task: with its data.
         settings: how.
         step: of the model.
-        noted: more for the rows' settings.
+        about: what the rows say of the model.
         cache: where the harness keeps answers, which the same requests take from there.
 
     Returns:
@@ -67,35 +67,36 @@ def evaluate_task(
     Raises:
         Exception: whatever the task's code and the model raise; where requests do not fit, a ValueError says so.
     """
-    found = _answered(model, task, settings, cache)
-    cut = model.overlong(task.instances)
-    more = {
-        **noted,
+    results = _answered(model, task, settings, cache)
+    cut, name = model.overlong(task.instances), task.task_name
+    defining = {
         "seed": HARNESS_SEEDS if settings.seed is None else settings.seed,
         "context_length": model.max_length,
-        **({"truncated_requests": cut, "requests": len(task.instances)} if cut else {}),
         **({"add_special_tokens": False} if model.add_bos_token is False else {}),
+    }
+    about = {
+        **about,
+        **({"truncated_requests": cut, "requests": len(task.instances)} if cut else {}),
         **_chance(task.config.metadata),
     }
-    name = task.task_name
-    better = found["higher_is_better"].get(name, {})
     common = {
         "task": name,
-        "num_fewshot": found["n-shot"].get(name),
+        "num_fewshot": results["n-shot"].get(name),
         "limit": settings.limit,
         "step": step,
-        "task_version": _version(found["versions"].get(name)),
+        "task_version": _version(results["versions"].get(name)),
     }
-    return _rows(found["results"][name], common, more, better, settings)
+    better = results["higher_is_better"].get(name, {})
+    return _rows(results["results"][name], common, defining, about, better, settings)
 
 
 def _answered(model: LowRankLM, task: Task, settings: Settings, cache: Path | None) -> dict[str, Any]:
-    """What the harness finds."""
+    """The harness's results."""
     _prepare(task, settings)
     iterations = settings.bootstrap_iterations
     try:
         # not simple_evaluate, which takes stock of the whole machine at every call
-        found: dict[str, Any] | None = lm_eval.evaluate(
+        results: dict[str, Any] | None = lm_eval.evaluate(
             model if cache is None else CachingLM(model, f"{cache}.db"),
             {"tasks": {task.task_name: task}, "groups": {}},
             limit=settings.limit,
@@ -113,8 +114,8 @@ def _answered(model: LowRankLM, task: Task, settings: Settings, cache: Path | No
     finally:
         # the harness puts its cache between the model and whatever is asked of it next
         model.set_cache_hook(CacheHook(None))
-    assert found is not None
-    return found
+    assert results is not None
+    return results
 
 
 def _prepare(task: Task, settings: Settings) -> None:
@@ -153,14 +154,12 @@ def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int 
     if not group.has_aggregation or not inside:
         return []
     shots = {row["num_fewshot"] for row in inside}
-    shared = {
-        key: value for key, value in inside[0]["settings"].items() if all(_same(row, key, value) for row in inside)
-    }
-    left_out = ("samples", "higher_is_better", "filter", "bootstrap_iterations", "chance")
-    more = {key: value for key, value in shared.items() if key not in left_out} | {"tasks": len(names)}
-    more |= _chance(group.metadata)
-    cut = sum(row["settings"].get("truncated_requests", 0) for row in {row["task"]: row for row in inside}.values())
-    more |= {"truncated_requests": cut} if cut else {}
+    defining = {**_shared(inside, "settings", ("samples",)), "tasks": len(names)}
+    left_out = ("higher_is_better", "filter", "bootstrap_iterations", "chance", "note", "requests")
+    about = {**_shared(inside, "about", left_out), **_chance(group.metadata)}
+    of_task = {row["task"]: row for row in inside}
+    cut = sum(row["about"].get("truncated_requests", 0) for row in of_task.values())
+    about |= {"truncated_requests": cut} if cut else {}
     common = {
         "task": group.name,
         "num_fewshot": shots.pop() if len(shots) == 1 else None,
@@ -168,16 +167,26 @@ def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int 
         "step": step,
         "task_version": _version(group.version),
     }
-    better = {row["metric"].partition(",")[0]: row["settings"].get("higher_is_better") for row in inside}
-    return _rows(dict(group.aggregate(metrics)), common, more, better, settings)
+    better = {row["metric"].partition(",")[0]: row["about"].get("higher_is_better") for row in inside}
+    return _rows(dict(group.aggregate(metrics)), common, defining, about, better, settings)
 
 
-def _same(row: Row, key: str, value: Any) -> bool:
-    return bool(row["settings"].get(key) == value)
+def _shared(rows: list[Row], part: str, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """What all rows say alike in `settings` or `about`."""
+    return {
+        key: value
+        for key, value in rows[0][part].items()
+        if key not in left_out and all(key in row[part] and row[part][key] == value for row in rows)
+    }
 
 
 def _rows(
-    results: dict[str, Any], common: dict[str, Any], noted: dict[str, Any], better: dict[str, Any], settings: Settings
+    results: dict[str, Any],
+    common: dict[str, Any],
+    defining: dict[str, Any],
+    about: dict[str, Any],
+    better: dict[str, Any],
+    settings: Settings,
 ) -> list[Row]:
     """The harness's `metric,filter` keys as rows; the filter is named where it is not the only one."""
     rows = []
@@ -188,7 +197,7 @@ def _rows(
         error = results.get(f"{metric}_stderr,{kept}")
         stderr = finite(float(error)) if isinstance(error, int | float | np.number) else None
         number = finite(float(value))
-        more = {**noted, "samples": int(results.get("sample_len", 0)), "higher_is_better": better.get(metric)}
+        more = {**about, "higher_is_better": better.get(metric)}
         if kept != "none":
             more["filter"] = kept
         if settings.bootstrap_iterations is not None:
@@ -201,7 +210,8 @@ def _rows(
                 "metric": metric if kept == "none" else f"{metric},{kept}",
                 "value": number,
                 "stderr": None if number is None else stderr,
-                "settings": more,
+                "settings": {**defining, "samples": int(results.get("sample_len", 0))},
+                "about": more,
             }
         )
     return rows
@@ -219,7 +229,7 @@ def _version(version: Any) -> float | str | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the harness's bars, prints and warnings; what is wrong with a task is raised or noted in its rows."""
+    """Keep the harness's bars, prints and warnings from the terminal: errors are raised, and rows hold the rest."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -13,10 +13,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.checkpoints import load_model
+from hf_lowrank.families.spaces import is_reparameterized
 from hf_lowrank.measure.source import Checkpoint, open_run
 from hf_lowrank.methods.base import nearest
 
-__all__ = ["DTYPES", "FORMS", "LowRankLM", "load_checkpoint", "load_tokenizer"]
+__all__ = ["DTYPES", "FORMS", "LowRankLM", "load_checkpoint", "load_tokenizer", "model_facts"]
 
 FORMS = ("native", "dense")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -64,6 +65,12 @@ def load_tokenizer(checkpoint: Checkpoint, name: str | None) -> PreTrainedTokeni
             f"{checkpoint.folder} holds no tokenizer: name the one it was trained with (--tokenizer-name)"
         )
     return AutoTokenizer.from_pretrained(name or checkpoint.folder, trust_remote_code=False)
+
+
+def model_facts(model: Any) -> dict[str, str]:
+    """What the rows say of the model: the form of its weights and their type."""
+    form = "native" if is_reparameterized(model) else "dense"
+    return {"form": form, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 @register_model("hf-lowrank")

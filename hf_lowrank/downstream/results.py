@@ -1,8 +1,8 @@
 """Results on downstream tasks, in `<run>/publish/metrics/evaluations.json`, and what a report makes of them.
 
 The file is a list of rows. A row is one number of one evaluation: an entry of a report's `evaluations` whose
-`settings` name one seed, with the `fingerprint` of the evaluation that found it and the digest of the `weights` it was
-found on; both are None where they are not known.
+`settings` name one seed, with the `fingerprint` of the evaluation and the digest of the `weights`. Both are None where
+they are not known.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_lowrank.families.records import EVALUATIONS, finite
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.version1 import upgrade_entry
 
 __all__ = [
     "EVALUATIONS",
@@ -30,14 +31,17 @@ HARNESS_SEEDS = "0,1234,1234,1234"
 
 Row = dict[str, Any]
 
-_FIELDS = ("task", "metric", "value", "stderr", "num_fewshot", "limit", "step", "task_version", "settings")
+_FIELDS = ("task", "metric", "value", "stderr", "num_fewshot", "limit", "step", "task_version", "settings", "about")
 
 
 def read_evaluations(folder: Path) -> list[Row] | None:
     """The rows in a metrics folder, None where there is no file; `ValueError` where it is damaged."""
     path = folder / EVALUATIONS
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        rows = list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        for row in rows or []:
+            upgrade_entry(row)
+        return rows
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to evaluate anew") from error
 
@@ -49,7 +53,7 @@ def write_evaluations(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def forget_evaluations(folder: Path, step: int) -> None:
-    """Drop what was found beyond a step; everything where the file cannot be read."""
+    """Drop the results of later steps than `step`; all of them where the file cannot be read."""
     try:
         rows = read_evaluations(folder)
     # damaged by a disk, a copy or an editor
@@ -62,9 +66,9 @@ def forget_evaluations(folder: Path, step: int) -> None:
 
 
 def replace_evaluations(rows: list[Row], new: list[Row]) -> list[Row]:
-    """The rows with new ones in the place of what was found with the same settings before.
+    """The rows, with new ones in the place of earlier ones with the same settings.
 
-    A row whose fingerprint is not known, from a report or from training, gives way whatever its seed is.
+    A row whose fingerprint is not known, from a report or from training, is replaced whatever its seed is.
     """
     keys = {_key(row): row.get("definition") for row in new}
     seeds = {(*_key(row), row["settings"].get("seed")) for row in new}
@@ -90,11 +94,11 @@ def evaluation_entries(rows: list[Row]) -> list[dict[str, Any]]:
         groups.setdefault(_key(row), []).append(row)
     whole = {_key({**row, "limit": None}) for row in rows if row["limit"] is None}
     entries = []
-    for found in groups.values():
-        if found[0]["limit"] is not None and _key({**found[0], "limit": None}) in whole:
+    for group in groups.values():
+        if group[0]["limit"] is not None and _key({**group[0], "limit": None}) in whole:
             continue
-        asked = [row for row in found if row["settings"].get("seed") != HARNESS_SEEDS]
-        entries.append(combine_seeds(asked or found))
+        asked = [row for row in group if row["settings"].get("seed") != HARNESS_SEEDS]
+        entries.append(combine_seeds(asked or group))
     return sorted(entries, key=lambda entry: -1 if entry["step"] is None else entry["step"])
 
 
@@ -106,27 +110,27 @@ def combine_seeds(rows: list[Row]) -> dict[str, Any]:
     with s^2 the sample variance of the k values. Where a seed changes nothing, as without few-shot examples, this is
     the standard error of one; where it does, it errs on the large side.
     """
-    first = {key: rows[-1].get(key) for key in _FIELDS}
-    settings = {key: value for key, value in dict(first["settings"] or {}).items() if key != "seed"}
+    last = {key: rows[-1].get(key) for key in _FIELDS} | {"about": rows[-1].get("about") or {}}
+    settings = {key: value for key, value in dict(last["settings"] or {}).items() if key != "seed"}
     seeds = [row["settings"]["seed"] for row in rows if "seed" in (row["settings"] or {})]
     if seeds:
         settings["seeds"] = sorted(seeds, key=str)
     values = [row["value"] for row in rows]
     errors = [row["stderr"] for row in rows]
     if any(value is None for value in values):
-        return {**first, "value": None, "stderr": None, "settings": settings}
+        return {**last, "value": None, "stderr": None, "settings": settings}
     mean = math.fsum(values) / len(values)
     spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) if len(values) > 1 else 0.0
     stderr = None
     if all(error is not None for error in errors):
         stderr = finite(math.sqrt(math.fsum(error**2 for error in errors) / len(errors) + spread / len(values)))
-    return {**first, "value": mean, "stderr": stderr, "settings": settings}
+    return {**last, "value": mean, "stderr": stderr, "settings": settings}
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two rows that may only differ in their seed share."""
-    settings = row.get("settings") or {}
+    settings, about = row.get("settings") or {}, row.get("about") or {}
     return (
         *(row["step"], row["task"], row["metric"], row["num_fewshot"], row["limit"]),
-        *(settings.get("form"), settings.get("dtype"), settings.get("context_length")),
+        *(about.get("form"), about.get("dtype"), settings.get("context_length")),
     )

@@ -78,7 +78,7 @@ class Job:
 
     units: Sequence[Work]
     report: Callable[[], Any]
-    release: Callable[[], Any]
+    release: Callable[[], Any] = lambda: None
 
 
 def run_jobs(jobs: Sequence[Job], lock: Path, progress: Progress) -> list[Failure]:

@@ -5,13 +5,13 @@ This is the only place that knows the names of version 1's settings.
 
 from typing import Any
 
-__all__ = ["upgrade"]
+__all__ = ["upgrade", "upgrade_entry"]
 
 # what varies with the model or the run at hand and not with how a number was measured
 _ABOUT = frozenset(
     (
         *("matrices", "total", "layers", "stderr", "explained", "checkpoints", "note", "error"),
-        *("form", "dtype", "context_length", "requests", "truncated_requests", "chance", "higher_is_better"),
+        *("form", "dtype", "requests", "truncated_requests", "chance", "higher_is_better"),
         *("bootstrap_iterations", "filter", "other_method", "other_seed"),
     )
 )
@@ -102,14 +102,14 @@ def upgrade(report: Any) -> None:
         for kind in ("metrics", "evaluations"):
             entries = holder.get(kind) if isinstance(holder, dict) else None
             for entry in entries if isinstance(entries, list) else ():
-                if isinstance(entry, dict) and not entry.get("reference") and not entry.get("about"):
-                    _split(entry)
+                if isinstance(entry, dict):
+                    upgrade_entry(entry)
 
 
-def _split(entry: dict[str, Any]) -> None:
-    """Move what does not define a number out of its settings."""
+def upgrade_entry(entry: dict[str, Any]) -> None:
+    """Move what does not define a number out of its settings, in place, where an entry is of version 1."""
     settings = entry.get("settings")
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or entry.get("reference") or entry.get("about"):
         return
     # the neighbouring checkpoint has another name at every step
     consecutive = str(entry.get("name")).startswith(_CONSECUTIVE)

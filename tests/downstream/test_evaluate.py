@@ -162,13 +162,9 @@ def test_numbers_are_those_of_the_harness_on_the_exported_dense_model(cli, run, 
     assert found["rolling", "bits_per_byte"][1] is None
     shots = entries(folder, "shots")[0]
     assert (shots["num_fewshot"], shots["step"], shots["task_version"], shots["limit"]) == (2, 3, 1.0, None)
-    settings = shots["settings"]
-    assert (settings["samples"], settings["chance"], settings["form"], settings["context_length"]) == (
-        24,
-        0.5,
-        "native",
-        CONTEXT,
-    )
+    settings, about = shots["settings"], shots["about"]
+    assert (settings["samples"], settings["context_length"]) == (24, CONTEXT)
+    assert (about["chance"], about["form"]) == (0.5, "native")
     assert {e["metric"] for e in entries(folder, "generated")} == {"exact_match,whole", "exact_match,first"}
 
 
@@ -215,7 +211,7 @@ def test_native_and_dense_forms_give_the_same_answers(method, cli, run):
     folder = run(method)
     for form in ("native", "dense"):
         assert cli(folder, "--tasks", "pairs,cloze", "--form", form, "--bootstrap-iters", 100).code == 0
-    forms = {form: [e for e in entries(folder) if e["settings"]["form"] == form] for form in ("native", "dense")}
+    forms = {form: [e for e in entries(folder) if e["about"]["form"] == form] for form in ("native", "dense")}
     assert len(forms["native"]) == len(forms["dense"]) == 4
     for native, dense in zip(forms["native"], forms["dense"], strict=True):
         assert native["metric"] == dense["metric"]
@@ -226,7 +222,7 @@ def test_native_and_dense_forms_give_the_same_answers(method, cli, run):
 def test_a_model_without_a_dense_form_is_evaluated_as_trained(cli, run):
     folder = run("cola")
     assert cli(folder, "--tasks", "pairs").code == 0
-    assert entries(folder, "pairs")[0]["settings"]["form"] == "native"
+    assert entries(folder, "pairs")[0]["about"]["form"] == "native"
     refused = cli(folder, "--tasks", "pairs", "--form", "dense")
     assert refused.code == 1
     assert "no dense form" in refused.out
@@ -374,7 +370,7 @@ def test_a_context_that_is_too_short_is_said_and_noted(cli, run):
     folder = run()
     done = cli(folder, "--tasks", "shots", "--max-length", 16)
     assert done.code == 0
-    settings = entries(folder, "shots")[0]["settings"]
+    settings = entries(folder, "shots")[0]["about"]
     assert 0 < settings["truncated_requests"] <= settings["requests"] == 48
     assert f"{settings['truncated_requests']} of 48 requests are longer than 16 tokens and cut on the left" in done.out
     failed = cli(folder, "--tasks", "generated", "--max-length", 4)
