@@ -114,7 +114,8 @@ def measure_interpolation(
     sums, tokens = np.stack([at[0].numpy() for at in found]), found[0][1]
 
     def weighted(weights: Any) -> Any:
-        return mean_loss(torch.from_numpy(weights @ sums), tokens)
+        # a loss that does not count may be infinite
+        return mean_loss(torch.from_numpy(weights[weights != 0] @ sums[weights != 0]), tokens)
 
     prefix, over = f"interpolation/{subject}", {**noted, "stderr": "over sequences"}
     records = [

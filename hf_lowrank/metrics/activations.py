@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
-from hf_lowrank.metrics.sequences import EvaluationSet, without_autocast, without_logits
+from hf_lowrank.metrics.sequences import EvaluationSet, check_rows, without_autocast, without_logits
 from hf_lowrank.sharding import all_reduce_sum, raise_together
 
 __all__ = [
@@ -45,7 +46,7 @@ def relative_l2(x: Tensor, y: Tensor) -> float:
 def cosine_similarity(x: Tensor, y: Tensor) -> float:
     """Mean over positions of the cosine between x_i and y_i (H15)."""
     x, y = _rows(x, y, same_width=True)
-    return torch.nn.functional.cosine_similarity(x, y, dim=1).mean().item()
+    return F.cosine_similarity(x, y, dim=1).mean().item()
 
 
 def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
@@ -65,23 +66,35 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
 
 
 class StreamingCKA:
-    """Linear CKA over batches of positions: it keeps cross-products of features, p x p, q x q and p x q, alone."""
+    """Linear CKA over batches of positions: it keeps sums over them, and never the positions.
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._sums: dict[str, Tensor] = {}
+    phi: (p + q + 3,) = (x, y, |x|^2, |y|^2, 1) of a position; M: sum of phi phi^T over positions. x and y are taken
+    from an origin, the mean of the first batch: HSIC does not depend on it, and M loses no digits to a large mean.
+    """
+
+    def __init__(self, origin: tuple[Tensor, Tensor] | None = None) -> None:
+        self.origin = origin
+        self._sums: Tensor | None = None
+        # rounding of the features as they came
+        self._eps = 0.0
+
+    @property
+    def _count(self) -> int:
+        return 0 if self._sums is None else int(self._sums[-1, -1])
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add positions; `ValueError` when x and y have different numbers of them."""
+        self._eps = max(self._eps, *(torch.finfo(u.dtype).eps if u.is_floating_point() else 0.0 for u in (x, y)))
         x, y = _rows(x, y, same_width=False)
-        a, b = x.square().sum(1), y.square().sum(1)
-        # HSIC's sums over pairs of positions come down to these sums over positions
-        added = {
-            "xx": x.T @ x, "yy": y.T @ y, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "a": a.sum(), "b": b.sum(),
-            "ax": a @ x, "bx": b @ x, "ay": a @ y, "by": b @ y, "aa": a @ a, "bb": b @ b, "ab": a @ b,
-        }  # fmt: skip
-        self._sums = {key: value + self._sums[key] if self._sums else value for key, value in added.items()}
-        self._count += len(x)
+        self.origin = self.origin or (x.mean(0), y.mean(0))
+        x, y = x - self.origin[0], y - self.origin[1]
+        rest = torch.cat([y, torch.stack([x.square().sum(1), y.square().sum(1), torch.ones_like(x[:, 0])], 1)], 1)
+        p, width = x.shape[1], x.shape[1] + rest.shape[1]
+        M = self._sums = x.new_zeros(width, width) if self._sums is None else self._sums
+        M[:p, :p].addmm_(x.T, x)
+        M[:p, p:].addmm_(x.T, rest)
+        M[p:, p:].addmm_(rest.T, rest)
+        M[p:, :p] = M[:p, p:].T
 
     def __add__(self, other: "StreamingCKA") -> "StreamingCKA":
         """CKA of both's positions together."""
@@ -92,51 +105,78 @@ class StreamingCKA:
         return self._combined(other, -1)
 
     def _combined(self, other: "StreamingCKA", sign: int) -> "StreamingCKA":
-        if not self._sums or not other._sums:
-            return self if self._sums else other
-        result = StreamingCKA()
-        result._count = self._count + sign * other._count
-        result._sums = {key: value + sign * other._sums[key] for key, value in self._sums.items()}
+        if self._sums is None or other._sums is None:
+            return other if self._sums is None else self
+        assert self.origin is not None
+        result = StreamingCKA(self.origin)
+        result._eps = max(self._eps, other._eps)
+        result._sums = self._sums + sign * other._from(self.origin)
         return result
+
+    def _from(self, origin: tuple[Tensor, Tensor]) -> Tensor:
+        """M with x and y taken from another origin: T M T^T, where phi = T phi of the own origin."""
+        assert self.origin is not None
+        assert self._sums is not None
+        if all(map(torch.equal, self.origin, origin)):
+            return self._sums
+        shifts = [own - other for own, other in zip(self.origin, origin, strict=True)]
+        p, shift, M = len(shifts[0]), torch.cat(shifts), self._sums.clone()
+        for _ in range(2):
+            for row, part in ((-3, slice(0, p)), (-2, slice(p, len(shift)))):
+                M[row] += 2 * (shift[part] @ M[part]) + shift[part].square().sum() * M[-1]
+            M[:-3].addr_(shift, M[-1])
+            M = M.T
+        return M
 
     def over_processes(self, p: int, q: int, device: torch.device) -> "StreamingCKA":
         """CKA of the positions of all processes, each of which calls this; p and q are the numbers of features."""
-        sums = StreamingCKA()
-        sums.update(torch.zeros(1, p, device=device), torch.zeros(1, q, device=device))
-        keys = sorted(sums._sums)
-        own = self._sums or sums._sums
-        sums._sums = {key: all_reduce_sum(own[key]) for key in keys}
-        sums._count = int(all_reduce_sum(torch.tensor(self._count, dtype=torch.float64)).item())
-        return sums
+        width = p + q
+        sent = torch.zeros(width + 2, dtype=torch.float64, device=device)
+        if self.origin is not None and self._sums is not None:
+            sent = torch.cat([*self.origin, sent.new_tensor([self._eps, 1.0])])
+        mean = all_reduce_sum(sent)
+        mean = mean / mean[-1].clamp_min(1)
+        result = StreamingCKA((mean[:p], mean[p:width]))
+        result._eps = mean[-2].item()
+        own = sent.new_zeros(width + 3, width + 3) if self._sums is None else self._from((mean[:p], mean[p:width]))
+        result._sums = all_reduce_sum(own)
+        return result
 
     def value(self, debiased: bool = False) -> float:
-        """CKA of all positions so far; NaN where a representation is constant."""
+        """CKA of all positions so far; NaN where a representation is constant, up to the rounding it came with."""
         n, least = self._count, 4 if debiased else 2
         if n < least:
             raise ValueError(f"{n} positions: CKA{' without bias' if debiased else ''} needs {least} or more")
-        hsic = self._unbiased if debiased else self._biased
-        both, first, second = hsic("x", "y"), hsic("x", "x"), hsic("y", "y")
-        return both / math.sqrt(first * second) if first > 0 and second > 0 else math.nan
+        return self.values()[debiased]
 
-    def _products(self, u: str, v: str) -> Tensor:
-        return self._sums[u + v]
+    def values(self) -> tuple[float, float]:
+        """Plain and debiased CKA; the latter is NaN below 4 positions."""
+        assert self._sums is not None
+        assert self.origin is not None
+        n, p = self._count, len(self.origin[0])
+        center = torch.cat(self.origin) + self._sums[-1, :-3] / n
+        M = self._from((center[:p], center[p:]))
+        # what the features' own rounding and that of the sums leave of no spread at all
+        spread = M.diagonal() > n * F.pad(self._eps * center, (0, 3)).square() + 1e-13 * self._sums.diagonal()
+        both, first, second = ((slice(0, p), slice(p, -3)), (slice(0, p),) * 2, (slice(p, -3),) * 2)
+        if not (spread[first[0]].any() and spread[second[0]].any()):
+            return math.nan, math.nan
 
-    def _biased(self, u: str, v: str) -> float:
-        """Squared Frobenius norm of the centred cross-product."""
-        s = self._sums
-        return (self._products(u, v) - torch.outer(s[u], s[v]) / self._count).square().sum().item()
+        def ratio(hsic: Callable[[slice, slice], float]) -> float:
+            squares = hsic(*first) * hsic(*second)
+            return hsic(*both) / math.sqrt(squares) if hsic(*first) > 0 and squares > 0 else math.nan
 
-    def _unbiased(self, u: str, v: str) -> float:
-        """n (n - 3) HSIC_1, from Gram matrices K = U U^T and L = V V^T with their diagonals set to zero."""
-        s, n = self._sums, self._count
-        squares = {"x": "a", "y": "b"}
-        k, m = squares[u], squares[v]
-        diagonals = s["".join(sorted(k + m))]
-        trace = self._products(u, v).square().sum() - diagonals
-        sums = (s[u].square().sum() - s[k]) * (s[v].square().sum() - s[m])
-        # 1^T K L 1, where (K 1)_i = u_i . sum(u) - |u_i|^2
-        middle = s[u] @ self._products(u, v) @ s[v] - s[m + u] @ s[u] - s[k + v] @ s[v] + diagonals
-        return (trace + sums / ((n - 1) * (n - 2)) - 2 * middle / (n - 2)).item()
+        def biased(u: slice, v: slice) -> float:
+            """Squared Frobenius norm of the centred cross-product."""
+            return M[u, v].square().sum().item()
+
+        def unbiased(u: slice, v: slice) -> float:
+            """n (n - 3) HSIC_1 of centred features, from Gram matrices with their diagonals set to zero."""
+            k, m = (-3 if side.start == 0 else -2 for side in (u, v))
+            pairs = M[k, -1] * M[m, -1] / ((n - 1) * (n - 2)) - M[k, m] * n / (n - 2)
+            return biased(u, v) + pairs.item()
+
+        return ratio(biased), ratio(unbiased) if n >= 4 else math.nan
 
 
 @torch.no_grad()
@@ -186,16 +226,20 @@ class _Sums:
         self.layers, self.groups, self.width = layers, groups, width
         # positions, sums of |x - y|, cos(x, y), |x|, |y|
         self.plain = torch.zeros(layers, groups, 5, dtype=torch.float64)
-        grouped = (groups + 1) * layers * 3 * width**2 * 8 <= GROUPED_SUMS
+        grouped = (groups + 1) * layers * 4 * width**2 * 8 <= GROUPED_SUMS
         self.cka = [[StreamingCKA() for _ in range(groups if grouped else 1)] for _ in range(layers)]
 
     def add(self, layer: int, group: int, x: Tensor, y: Tensor) -> None:
         """Add hidden states (positions, H) of the model and the baseline."""
+        sums = self.cka[layer]
+        sums[group % len(sums)].update(x, y)
+        # sums from one origin are added as they are
+        for cka in sums:
+            cka.origin = cka.origin or sums[group % len(sums)].origin
         x, y = _rows(x, y, same_width=True)
-        cosines = torch.nn.functional.cosine_similarity(x, y, dim=1)
-        sums = [(x - y).norm(dim=1).sum(), cosines.sum(), x.norm(dim=1).sum(), y.norm(dim=1).sum()]
-        self.plain[layer, group] += torch.tensor([float(len(x)), *(value.item() for value in sums)])
-        self.cka[layer][group % len(self.cka[layer])].update(x, y)
+        cosines = F.cosine_similarity(x, y, dim=1)
+        plain = [(x - y).norm(dim=1).sum(), cosines.sum(), x.norm(dim=1).sum(), y.norm(dim=1).sum()]
+        self.plain[layer, group] += torch.tensor([float(len(x)), *(value.item() for value in plain)])
 
     def over_processes(self, device: torch.device) -> None:
         """Put every process's sums together; each process calls this."""
@@ -212,7 +256,7 @@ class _Sums:
             if without is None or len(sums) == self.groups > 1:
                 total = sum((g for i, g in enumerate(sums) if i != without), StreamingCKA())
                 if count[layer] >= 4:
-                    cka[layer] = torch.tensor([total.value(), total.value(debiased=True)])
+                    cka[layer] = torch.tensor(total.values())
         return torch.stack([l2 / baseline, cosine / count, cka[:, 0], cka[:, 1], norm / count, baseline / count], 1)
 
 
@@ -225,7 +269,7 @@ def compare_activations(
 ) -> tuple[Similarity, list[Similarity]]:
     """Compare two models' hidden states on the same tokens, layer by layer (H14 to H16).
 
-    Padding is left out. Memory does not depend on the number of tokens: (groups + 1) x layers x 3 H x H float64 sums.
+    Padding is left out. Memory does not depend on the number of tokens: (groups + 1) x layers x 4 H x H float64 sums.
     Standard errors are those of a jackknife over `groups` groups of sequences; where the sums would take more than
     2 GB, CKA is summed in one group and has none (NaN), as with a single group.
 
@@ -252,6 +296,8 @@ def _accumulated(
 ) -> _Sums:
     """The sums over this process's sequences."""
     models = {m: next(m.parameters()).device for m in (model, baseline)}
+    for m in models:
+        check_rows(m, evaluation.rows)
     groups = max(1, min(groups, len(evaluation)))
     group_of = torch.arange(len(evaluation)) * groups // len(evaluation)
     mask = evaluation.rows.get("attention_mask", torch.ones_like(evaluation.rows["input_ids"])).bool()

@@ -16,6 +16,9 @@ __all__ = ["Barrier", "barrier", "barrier_weights", "chord_weights", "each_betwe
 
 T = TypeVar("T")
 
+# how far a position may lie from the 0 or 1 that it is meant to be
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Barrier:
@@ -24,7 +27,7 @@ class Barrier:
     Attributes:
         value: highest interior loss minus the mean of the two end losses (the study's).
         chord: highest interior excess over the straight line between the end losses (Frankle et al. 2020).
-        alpha: where the highest interior loss lies.
+        alpha: where the highest interior loss lies; NaN where the barrier is not finite.
     """
 
     value: float
@@ -84,9 +87,11 @@ def each_between(
     )
     found = []
     with kept(mine):
-        for alpha in alphas:
+        for alpha in map(float, alphas):
+            # what `linspace` rounds is an end all the same
+            place = round(alpha) if abs(alpha - round(alpha)) < ROUNDING else alpha
             for name, tensor in mine.items():
-                tensor.copy_(_between(first[name], last[name], float(alpha)))
+                tensor.copy_(_between(first[name], last[name], place))
             found.append(measure(model))
             reshard(model)
     return found
@@ -114,18 +119,25 @@ def barrier(alphas: Sequence[float] | NDArray[np.float64], losses: Sequence[floa
     x, loss = np.asarray(alphas, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if x.shape != loss.shape or x.ndim != 1:
         raise ValueError(f"{x.shape} positions and {loss.shape} losses: give one loss a position")
-    ends = [np.flatnonzero(np.isclose(x, end, rtol=0, atol=1e-9)) for end in (0.0, 1.0)]
-    inside = np.flatnonzero((x > 1e-9) & (x < 1 - 1e-9))
-    if any(len(found) != 1 for found in ends) or len(inside) == 0:
+    ends = [np.flatnonzero(np.abs(x - end) < ROUNDING) for end in (0.0, 1.0)]
+    if any(len(found) != 1 for found in ends) or not _inside(x).any():
         raise ValueError("the grid needs 0 and 1 once and a point between them: np.linspace(0, 1, 21) has that")
-    first, last = (float(loss[found[0]]) for found in ends)
-    excess = loss[inside] - (1 - x[inside]) * first - x[inside] * last
-    top = int(np.argmax(loss[inside]))
-    return Barrier(
-        value=float(loss[inside][top] - (first + last) / 2),
-        chord=float(excess.max()),
-        alpha=float(x[inside][top]),
+    value, chord = (
+        # a loss beyond the ends does not count, infinite as it may be
+        float((weights[weights != 0] * loss[weights != 0]).sum())
+        for weights in (barrier_weights(x, loss), chord_weights(x, loss))
     )
+    return Barrier(value, chord, float(x[_highest(x, loss)]) if np.isfinite(value) else float("nan"))
+
+
+def _inside(x: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return (x >= ROUNDING) & (x <= 1 - ROUNDING)
+
+
+def _highest(x: NDArray[np.float64], height: NDArray[np.float64]) -> int:
+    """Index of the highest interior point, or of the first that is NaN."""
+    inside = np.flatnonzero(_inside(x))
+    return int(inside[np.argmax(height[inside])])
 
 
 def barrier_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -133,16 +145,15 @@ def barrier_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) ->
     weights = np.zeros(len(alphas))
     for end in (0.0, 1.0):
         weights[np.argmin(np.abs(alphas - end))] -= 0.5
-    weights[np.argmin(np.abs(alphas - barrier(alphas, losses).alpha))] += 1.0
+    weights[_highest(alphas, losses)] += 1.0
     return weights
 
 
 def chord_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
     """(points,) weights w with which the barrier against the chord is the sum of w_i L(a_i), its place held fixed."""
     first, last = (int(np.argmin(np.abs(alphas - end))) for end in (0.0, 1.0))
-    inside = np.flatnonzero((alphas > 1e-9) & (alphas < 1 - 1e-9))
-    excess = losses - (1 - alphas) * losses[first] - alphas * losses[last]
-    top = inside[np.argmax(excess[inside])]
+    with np.errstate(invalid="ignore"):
+        top = _highest(alphas, losses - (1 - alphas) * losses[first] - alphas * losses[last])
     weights = np.zeros(len(alphas))
     weights[top] += 1.0
     weights[first] -= 1 - alphas[top]

@@ -66,10 +66,15 @@ class LossCurve:
         return self.center_loss - self.min_loss
 
 
+def _rounding(x: NDArray[np.float64]) -> float:
+    """How far a grid's points may lie from where they are meant to be: `linspace` rounds."""
+    return 1e-9 * float(np.abs(x).max(initial=0))
+
+
 def _center(x: NDArray[np.float64]) -> int:
-    at = np.flatnonzero(x == 0)
+    at = np.flatnonzero(np.abs(x) <= _rounding(x))
     if len(at) != 1:
-        raise ValueError(f"the grid has {len(at)} points at exactly 0 and needs one: np.linspace(-a, a, 2 * k + 1)")
+        raise ValueError(f"the grid has {len(at)} points at 0 and needs one: np.linspace(-a, a, 2 * k + 1)")
     return int(at[0])
 
 
@@ -202,13 +207,15 @@ def loss_curve(
         model: put it into eval mode first.
         loss_fn: of the model, on a fixed evaluation set.
         direction: parameter name -> tensor, for every parameter.
-        grid: step lengths; symmetric with an exact 0 where sharpness is wanted.
+        grid: step lengths; symmetric with a 0 where sharpness is wanted (what `linspace` rounds to 1e-17 is one).
 
     Raises:
         ValueError: the direction is not one of this model's parameters.
     """
-    losses = each_point(model, direction, grid, lambda model: float(loss_fn(model)))
-    return LossCurve(np.asarray(grid, dtype=np.float64), np.asarray(losses))
+    x = np.array(grid, dtype=np.float64)
+    x[np.abs(x) <= _rounding(x)] = 0.0
+    losses = each_point(model, direction, x, lambda model: float(loss_fn(model)))
+    return LossCurve(x, np.asarray(losses))
 
 
 def symmetric_grid(radius: float, points: int) -> NDArray[np.float64]:
@@ -227,7 +234,7 @@ def sharpness_weights(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """(points,) weights w with which expected sharpness is the sum of w_i L(x_i); see `expected_sharpness`."""
     center, half = _center(x), len(x) // 2
     ordered = np.sort(x)
-    if len(x) < 3 or not np.allclose(ordered, -ordered[::-1], rtol=1e-9, atol=0):
+    if len(x) < 3 or not np.allclose(ordered, -ordered[::-1], rtol=1e-9, atol=_rounding(x)):
         raise ValueError("the grid is not symmetric about 0: np.linspace(-a, a, 2 * k + 1) is")
     weights = np.full(len(x), 0.5 / half)
     weights[center] = -1.0
@@ -238,7 +245,7 @@ def expected_sharpness(curve: LossCurve) -> float:
     """Mean over x > 0 of (L(x) + L(-x)) / 2 - L(0), in the unit of the loss (H1, H3, H4).
 
     Raises:
-        ValueError: the grid is not symmetric about an exact 0.
+        ValueError: the grid is not symmetric about a 0.
     """
     return float(sharpness_weights(curve.x) @ curve.loss)
 

@@ -18,15 +18,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
+from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.sharding import all_reduce_sum, rank_and_world
 
 __all__ = [
     "EvaluationSet",
+    "check_next_token",
+    "check_rows",
     "evaluation_settings",
     "predicts_next_token",
     "rows_digest",
     "sequence_losses",
     "sequences_at_once",
+    "unpacked",
     "without_autocast",
     "without_logits",
 ]
@@ -38,6 +42,10 @@ TOKENS = 8192
 
 # whether a model's logits are its head's output as it is, by model
 _plain_head: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+# tokens of the sequence that a model is asked with whether it sees the later ones
+ASKED = 16
+# whether earlier logits change with the last token, by model
+_leaks: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def predicts_next_token(model: nn.Module) -> bool:
@@ -45,6 +53,109 @@ def predicts_next_token(model: nn.Module) -> bool:
     can_generate = getattr(model, "can_generate", None)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return can_generate is None or (can_generate() and not encoder_decoder)
+
+
+@torch.no_grad()
+def check_next_token(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """`ValueError` for a model whose loss on these rows is none of the next token, or that cannot take them.
+
+    An encoder, a classifier and the like say so themselves. A model that says it is causal is asked: where another
+    last token changes the logits of earlier ones (a BertLMHeadModel without `is_decoder`, say), a loss of the next
+    token would be read off the input.
+
+    Args:
+        model: in any mode; where it is sharded, every process calls this.
+        rows: `input_ids` (n, t) and whatever else the model takes.
+    """
+    check_rows(model, rows)
+    name = type(model).__name__
+    if not predicts_next_token(model):
+        raise ValueError(f"{name} does not predict the next token: its loss cannot be measured here")
+    if model not in _leaks:
+        outputs, device = [], next(model.parameters()).device
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        for inputs in _with_another_last_token(rows):
+            # both with the same random state, for models that draw from it, and none of it is used up
+            with evaluating(model), without_autocast(model), torch.random.fork_rng(devices):
+                try:
+                    inputs = {key: value.to(device) for key, value in inputs.items()}
+                    outputs.append(model(**inputs, **_options(model)).logits[0])
+                # a model that cannot be called like this is not measured either, and says why
+                except Exception:
+                    return
+        change = (outputs[1].double() - outputs[0].double()).square().mean(-1).sqrt()
+        earlier, last = change[:-1].mean().item(), change[-1].item()
+        # a causal model has exactly 0 almost always; experts may round otherwise with another token among them
+        tolerance = 1e-3 if outputs[0].dtype.itemsize < 4 else 1e-5
+        # a head that is zero at its start tells nothing yet
+        if last == 0:
+            return
+        _leaks[model] = earlier > tolerance * last
+    if _leaks[model]:
+        raise ValueError(
+            f"{name} sees later tokens: another last token changes the logits of earlier ones, so its loss of the "
+            "next token means nothing; make it causal (config.is_decoder=True in most such models) or leave out "
+            "what is measured on its loss"
+        )
+
+
+def _with_another_last_token(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The beginning of the longest row, as it is and with another token at its end."""
+    ids = rows["input_ids"]
+    mask = rows.get("attention_mask", torch.ones_like(ids))
+    row = int(mask.sum(1).argmax())
+    start = int(mask[row].argmax())
+    cut = slice(start, start + max(2, min(ASKED, int(mask[row].sum()))))
+    before = {
+        key: value[row : row + 1, cut]
+        for key, value in rows.items()
+        if key != "labels" and value.shape[:2] == ids.shape and value.ndim == 2
+    }
+    last = before["input_ids"][0, -1]
+    others = ids[ids != last]
+    after = {**before, "input_ids": before["input_ids"].clone()}
+    after["input_ids"][0, -1] = others[0] if len(others) else (last - 1).abs()
+    return before, after
+
+
+def check_rows(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """`ValueError` for rows that are longer than the model's table of positions, or have ids beyond its vocabulary.
+
+    A GPU would say no more than "device-side assert", and be lost to the process.
+    """
+    name, (length, positions) = type(model).__name__, (rows["input_ids"].shape[1], _positions(model))
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"rows of {length} tokens are longer than the {positions} that {name} has positions for: cut them, with "
+            f"sequence_length={positions} for example"
+        )
+    largest, embeddings = int(rows["input_ids"].max()), _embeddings(model)
+    if embeddings is not None and largest >= embeddings.num_embeddings:
+        raise ValueError(
+            f"rows with the token id {largest}, and {name} has a vocabulary of {embeddings.num_embeddings}: tokenize "
+            "them with the model's own tokenizer"
+        )
+
+
+def _embeddings(model: nn.Module) -> nn.Embedding | None:
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    # transformers raises where a model has none, and other models lack the method
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Tokens that the model's table of positions has room for; None where positions are computed, as by RoPE."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or getattr(text, "rope_parameters", None):
+        return None
+    # RoBERTa and its kin count positions from behind the padding's index
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not _embeddings(model)]
+    return limit - max((m.padding_idx + 1 for m in tables if m.num_embeddings == limit and m.padding_idx), default=0)
 
 
 @contextmanager
@@ -255,7 +366,7 @@ class EvaluationSet:
             raise ValueError(
                 f"the evaluation rows have {', '.join(sorted(map(str, rows[0])))} and no input_ids: tokenize them"
             )
-        batch = dict(collator(rows)) if collator is not None else _collated(rows)
+        batch = unpacked(collator(rows) if collator is not None else _collated(rows))
         tensors = {key: torch.as_tensor(value) for key, value in batch.items() if _is_tensor(value)}
         if "labels" not in tensors and "input_ids" in tensors:
             labels = tensors["input_ids"].clone()
@@ -306,10 +417,7 @@ class EvaluationSet:
         The same on every process where the set is shared; an error on one of them is raised on all.
         """
         losses, tokens = torch.zeros(len(self), dtype=torch.float64), torch.zeros(len(self), dtype=torch.float64)
-        if not predicts_next_token(model):
-            raise ValueError(
-                f"{type(model).__name__} does not predict the next token: its loss cannot be measured here"
-            )
+        check_next_token(model, self.rows)
         device, failure = next(model.parameters()).device, None
         with without_autocast(model):
             # one forward pass a batch, and so equally many on every process
@@ -338,6 +446,7 @@ class EvaluationSet:
 
         The shares of all processes add up to the token-weighted mean loss in nats.
         """
+        check_next_token(model, self.rows)
         device, total = next(model.parameters()).device, self.tokens
         losses = []
         with without_autocast(model):
@@ -379,6 +488,27 @@ def _take(dataset: Any, sequences: int | None) -> list[Any]:
         if sequences is not None and len(rows) == sequences:
             break
     return rows
+
+
+def unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A padding-free batch as rows of one sequence each, padded and masked; any other batch as it is.
+
+    Collators such as `DataCollatorWithFlattening` join sequences into one row; where each begins is seen from
+    `cu_seq_lens_q`, or from positions that do not go on.
+    """
+    ids, bounds, positions = (batch.get(key) for key in ("input_ids", "cu_seq_lens_q", "position_ids"))
+    if bounds is not None:
+        starts = bounds[:-1]
+    elif positions is not None and positions.shape == ids.shape and "attention_mask" not in batch:
+        starts = F.pad(positions.diff() != 1, (1, 0), value=True).flatten().nonzero().flatten()
+    else:
+        return batch
+    if len(starts) == len(ids):
+        return batch
+    columns = {key: batch[key].flatten().tensor_split(starts[1:].cpu().long()) for key in ("input_ids", "labels")}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    # padding at the end counts as sequences of a single token, of which nothing is predicted
+    return _collated([row for row in rows if len(row["input_ids"]) > 1] or rows)
 
 
 def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

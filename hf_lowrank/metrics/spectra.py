@@ -140,7 +140,8 @@ class SpectralMetrics:
     Attributes:
         rank: values above 1e-12 (of a float32 matrix this counts noise: see numerical_rank).
         rank_ratio: rank / q.
-        numerical_rank: values above s_1 max(m, n) eps of the weight's dtype, as `numpy.linalg.matrix_rank`.
+        numerical_rank: values above s_1 max(m, n) eps, as `numpy.linalg.matrix_rank`, with float32's eps for half
+            precision as well, whose own would leave nothing of a side of 128.
         effective_rank: exp of the entropy of p (Roy and Vetterli 2007).
         effective_rank_score: effective_rank / q.
         stable_rank: sum s^2 / s_1^2.
@@ -187,7 +188,7 @@ def spectral_metrics(weight: Tensor) -> SpectralMetrics:
     if len(kept) == 0:
         nan = math.nan
         return SpectralMetrics(0, 0.0, 0, nan, nan, nan, nan, nan, 0, 0.0, nan, top, 0.0)
-    eps = torch.finfo(weight.dtype).eps
+    eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
     second = values[1].item() if q > 1 else 0.0
     p = kept / kept.sum()
     effective_rank = math.exp(-(p * p.log()).sum().item())

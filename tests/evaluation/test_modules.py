@@ -190,10 +190,12 @@ def test_spectra_of_several_matrices_and_their_updates(modules):
 
 
 def test_the_precision_of_weights_can_be_named(modules):
-    # the second value is above float32's tolerance and below bfloat16's
-    weight = [[1.0, 0.0], [0.0, 2.0**-8]]
+    # the second value is above float64's tolerance and below float32's, which half precision has too
+    weight = [[1.0, 0.0], [0.0, 2.0**-23]]
     ranks = [modules["spectra"].compute(data=[weight], dtype=d) for d in (None, "float64", "bfloat16")]
-    assert [found["spectral/weight/numerical_rank"] for found in ranks] == [2, 2, 1]
+    assert [found["spectral/weight/numerical_rank"] for found in ranks] == [1, 2, 1]
+    weight = torch.eye(256).tolist()
+    assert modules["spectra"].compute(data=[weight], dtype="bfloat16")["spectral/weight/numerical_rank"] == 256
     with pytest.raises(ValueError, match="dtype='int8': give float64, float32"):
         modules["spectra"].compute(data=[weight], dtype="int8")
 

@@ -95,8 +95,38 @@ def test_distances():
     assert cosine_similarity(x, zero) == pytest.approx(0.3)
 
 
-def test_a_constant_representation_has_no_cka():
-    assert math.isnan(linear_cka(torch.ones(10, 3), features(10, 3)))
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("mean", [1.0, 1e4, 1e8])
+def test_a_large_mean_changes_nothing(mean, debiased):
+    x = features(400, 6)
+    y = x @ features(6, 5, 1) + 2 * features(400, 5, 2)
+    expected = linear_cka(x, y, debiased)
+    assert 0.2 < expected < 0.9
+    # one feature of each, as in a transformer's residual stream, then all
+    for shift in (mean * torch.eye(6, dtype=torch.float64)[2], mean):
+        assert linear_cka(x + shift, y - mean, debiased) == pytest.approx(expected, rel=1e-6)
+    batches = [StreamingCKA() for _ in range(3)]
+    for i, start in enumerate(range(0, 400, 50)):
+        batches[i % 3].update(x[start : start + 50] + mean, y[start : start + 50] - mean)
+    assert sum(batches, StreamingCKA()).value(debiased) == pytest.approx(expected, rel=1e-6)
+    without = batches[0] + batches[1] + batches[2] - batches[1]
+    assert without.value(debiased) == pytest.approx((batches[0] + batches[2]).value(debiased), rel=1e-6)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, 1234.567, 1e8 / 3])
+def test_a_constant_representation_has_no_cka(constant, dtype, debiased):
+    x, y = torch.full((90, 3), constant, dtype=dtype) * torch.tensor([1.0, -0.3, 7.7], dtype=dtype), features(90, 3)
+    for first, second in ((x, y), (y, x), (x, x)):
+        streamed = StreamingCKA()
+        for start in range(0, 90, 40):
+            streamed.update(first[start : start + 40], second[start : start + 40])
+        assert math.isnan(streamed.value(debiased))
+        assert math.isnan(linear_cka(first, second, debiased))
+    # one feature that moves is enough
+    moving = x.double() + torch.tensor([0.0, 1e-3 * (1 + abs(constant)), 0.0]) * features(90, 1)
+    assert math.isfinite(linear_cka(moving, y, debiased))
 
 
 def test_what_does_not_fit_is_named():

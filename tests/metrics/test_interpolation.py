@@ -40,6 +40,32 @@ def test_barriers_of_known_paths():
     assert barrier(wide, np.where((wide < -1e-9) | (wide > 1 + 1e-9), 100.0, 2.0)).value == 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_barrier_that_is_not_finite_has_no_place(bad):
+    x = np.linspace(-0.25, 1.25, 31)
+    losses = 1 + x * (1 - x)
+    inside = barrier(x, np.where(np.arange(31) == 12, bad, losses))
+    assert not np.isfinite(inside.value)
+    assert not np.isfinite(inside.chord)
+    assert np.isnan(inside.alpha)
+    end = barrier(x, np.where(np.arange(31) == 5, bad, losses))
+    assert not np.isfinite(end.value)
+    assert np.isnan(end.alpha)
+    # beyond the ends it does not count
+    beyond = barrier(x, np.where(np.arange(31) == 0, bad, losses))
+    assert (beyond.value, beyond.alpha) == (pytest.approx(0.25), pytest.approx(0.5))
+
+
+def test_ends_on_a_grid_of_linspace_are_the_given_weights():
+    model, seen = Quadratic(), []
+    ends = [Quadratic(seed=s).state_dict() for s in (1, 2)]
+    alphas = np.linspace(-0.1, 1.1, 13)
+    assert 0 not in alphas or 1 not in alphas
+    loss_path(model, *ends, lambda m: seen.append(weights(m)) or 0.0, alphas)
+    for index, state in ((1, ends[0]), (11, ends[1])):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in seen[index].items())
+
+
 def test_a_model_and_itself_have_no_barrier():
     model = llama().eval()
     state, ids = weights(model), torch.arange(8)[None]

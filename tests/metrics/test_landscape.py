@@ -52,6 +52,21 @@ def test_sharpness_over_gaussian_directions_has_the_mean_and_variance_of_the_tra
     assert variance_over_directions(curves) == pytest.approx(np.stack([c.loss for c in curves]).var(0).mean())
 
 
+@pytest.mark.parametrize(("radius", "points"), [(0.3, 7), (0.7, 21), (0.1, 41), (1e-5, 7)])
+def test_grids_of_linspace_have_their_zero_whatever_it_rounds_to(radius, points):
+    model, grid = Quadratic(), np.linspace(-radius, radius, points)
+    curve = loss_curve(model, value, random_direction(model, 0), grid)
+    assert curve.x[points // 2] == 0
+    assert curve.center_loss == value(model)
+    rounded = LossCurve(np.where(curve.x == 0, radius * 1e-16, curve.x), curve.loss)
+    assert expected_sharpness(rounded) == expected_sharpness(curve)
+    d = flat(random_direction(model, 0))
+    wanted = (d @ model.H @ d).item() / 2 * (grid[points // 2 + 1 :] ** 2).mean()
+    assert expected_sharpness(curve) == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ValueError, match="0 points at 0 and needs one"):
+        expected_sharpness(LossCurve(grid + radius / points, curve.loss))
+
+
 def test_directions_are_the_same_for_models_of_one_shape_and_differ_by_seed():
     one, two = random_direction(llama(seed=0), 5), random_direction(llama(seed=1), 5)
     assert one.keys() == dict(llama().named_parameters()).keys()

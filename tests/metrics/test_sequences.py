@@ -6,11 +6,29 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_runs import dataset, gpt2, llama
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Gemma2Config, GraniteConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    BertLMHeadModel,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    Gemma2Config,
+    GraniteConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from hf_lowrank.metrics import sequences
+from hf_lowrank.metrics.activations import compare_activations
 from hf_lowrank.metrics.perplexity import mean_loss
-from hf_lowrank.metrics.sequences import EvaluationSet, rows_digest, sequence_losses
+from hf_lowrank.metrics.sequences import EvaluationSet, rows_digest, sequence_losses, unpacked
 
 SMALL = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
@@ -169,13 +187,112 @@ def test_the_standard_error_covers_the_truth():
     assert 0.92 < hits / draws < 0.95 + 4 * math.sqrt(0.05 * 0.95 / draws)
 
 
-def test_a_model_of_something_else_is_refused():
-    from transformers import BertConfig, BertForMaskedLM
+TINY = dict(
+    vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=32, pad_token_id=1,
+)  # fmt: skip
+# what each says of itself, and whether it is to be believed
+ASKED = {
+    "BertForMaskedLM": (BertForMaskedLM, BertConfig, {}, "does not predict the next token"),
+    "BertLMHeadModel": (BertLMHeadModel, BertConfig, {}, "sees later tokens"),
+    "BertLMHeadModel, is_decoder": (BertLMHeadModel, BertConfig, {"is_decoder": True}, None),
+    "RobertaForCausalLM": (RobertaForCausalLM, RobertaConfig, {}, "sees later tokens"),
+    "RobertaForCausalLM, is_decoder": (RobertaForCausalLM, RobertaConfig, {"is_decoder": True}, None),
+    "BertGenerationDecoder": (BertGenerationDecoder, BertGenerationConfig, {}, "sees later tokens"),
+    "XLNetLMHeadModel": (XLNetLMHeadModel, XLNetConfig, {}, "sees later tokens"),
+    "MixtralForCausalLM": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 4, "num_key_value_heads": 2},
+        None,
+    ),
+}
 
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    model = BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
-    with pytest.raises(ValueError, match="BertForMaskedLM does not predict the next token"):
-        EvaluationSet.from_dataset(dataset(2)).losses(model)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ASKED)
+def test_a_model_of_something_else_is_refused(name, dtype):
+    kind, config, more, trouble = ASKED[name]
+    torch.manual_seed(0)
+    sizes = TINY if config is not XLNetConfig else {"vocab_size": 64, "d_model": 16, "n_layer": 2, "n_head": 2}
+    model, rows = kind(config(**sizes, **more)).to(dtype), EvaluationSet.from_dataset(dataset(2))
+    before = torch.get_rng_state()
+    for measure in (rows.losses, rows.differentiable, rows.first(1)):
+        if trouble is None:
+            measure(model)
+            continue
+        with pytest.raises(ValueError, match=f"{kind.__name__} {trouble}"):
+            measure(model)
+    # asked in eval mode, with no random number of training's used up
+    assert model.training
+    if trouble is not None:
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_is_asked_with_tokens_that_are_no_padding():
+    left = {"input_ids": [1] * 20 + [5, 6, 7], "attention_mask": [0] * 20 + [1] * 3}
+    right = {"input_ids": [5, 6] + [1] * 21, "attention_mask": [1] * 2 + [0] * 21}
+    for row in (left, right):
+        rows = EvaluationSet.from_dataset([row])
+        with pytest.raises(ValueError, match="sees later tokens"):
+            rows.losses(BertLMHeadModel(BertConfig(**TINY)))
+        assert math.isfinite(rows(llama().eval()))
+
+
+@pytest.mark.parametrize(("make", "positions"), [(gpt2, 32), (RobertaForCausalLM, 30), (llama, None)])
+def test_rows_longer_than_the_models_positions_are_refused(make, positions):
+    model = make() if make is not RobertaForCausalLM else make(RobertaConfig(**TINY, is_decoder=True))
+    rows = [{"input_ids": [(7 * i + 2) % 60 + 2 for i in range(positions or 40)]}]
+    assert math.isfinite(EvaluationSet.from_dataset(rows)(model.eval()))
+    if positions is not None:
+        longer = EvaluationSet.from_dataset([{"input_ids": rows[0]["input_ids"] + [5]}])
+        for measure in (longer.losses, longer.differentiable, lambda m: compare_activations(m, m, longer)):
+            with pytest.raises(
+                ValueError, match=f"rows of {positions + 1} tokens are longer than the {positions} that"
+            ):
+                measure(model)
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="token id 64, and LlamaForCausalLM has a vocabulary of 64"):
+        EvaluationSet.from_dataset([{"input_ids": [3, 64]}]).losses(llama())
+
+
+FLATTENED = {
+    "positions": {},
+    "positions from 2 on": {"position_ids_start": 2},
+    "bounds": {"return_flash_attn_kwargs": True},
+    "bounds alone": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "indices": {"return_seq_idx": True},
+}
+
+
+@pytest.mark.parametrize("how", FLATTENED)
+def test_a_padding_free_batch_is_its_sequences(how):
+    rows = [{"input_ids": [(5 * i + n) % 64 for i in range(n)]} for n in (9, 2, 12, 1)]
+    rows.append({"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]})
+    labelled = [{"labels": row["input_ids"], **row} for row in rows]
+    made = EvaluationSet.from_dataset(labelled, collator=DataCollatorWithFlattening(**FLATTENED[how]))
+    wanted = EvaluationSet.from_dataset([row for row in rows if len(row["input_ids"]) > 1])
+    assert (len(made), made.tokens) == (4, 8 + 1 + 11 + 2)
+    model = llama().eval()
+    torch.testing.assert_close(made.losses(model), wanted.losses(model))
+    # rows that were packed before, each with positions of its own
+    packed = [{"input_ids": list(range(12)), "position_ids": [*range(5), *range(7)]}] * 2
+    collated = {key: torch.tensor([row[key] for row in packed]) for key in packed[0]}
+    collated["labels"] = collated["input_ids"]
+    assert unpacked(collated)["input_ids"].shape == (4, 7)
+
+
+def test_a_batch_that_is_not_packed_stays_as_it_is():
+    ids = torch.arange(12).view(2, 6)
+    for batch in (
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": ids, "labels": ids, "position_ids": torch.arange(6).expand(2, 6)},
+        {"input_ids": ids, "labels": ids, "position_ids": torch.zeros_like(ids), "attention_mask": ids > 2},
+        {"input_ids": ids, "labels": ids, "position_ids": torch.zeros(3, 2, 6)},
+    ):
+        assert unpacked(batch) is batch
 
 
 def test_a_share_of_the_loss_has_a_graph():

@@ -106,6 +106,14 @@ def test_numerical_rank_is_numpys():
     assert spectral_metrics(W).numerical_rank == np.linalg.matrix_rank(W.numpy()) == 3
 
 
+@pytest.mark.parametrize("side", [64, 128, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numerical_rank_of_half_precision_has_float32s_tolerance(dtype, side):
+    W = torch.randn(side, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert spectral_metrics(W).numerical_rank == np.linalg.matrix_rank(W.float().numpy()) == 32
+    assert spectral_metrics(torch.ones(side, 32, dtype=dtype)).numerical_rank == 1
+
+
 def test_zero_matrix_has_no_ratios_and_no_rank():
     metrics = spectral_metrics(torch.zeros(4, 5))
     assert (metrics.rank, metrics.numerical_rank, metrics.num_gt, metrics.frobenius_norm) == (0, 0, 0, 0.0)

@@ -62,16 +62,18 @@ class CKA(measurement.Measurement):
 
     def _compute(self, x: list[Any], y: list[Any], debiased: bool = False, groups: int = 8) -> dict[str, float]:
         first, second = _matrix(x, "x"), _matrix(y, "y")
-        blocks = []
+        blocks: list[StreamingCKA] = []
         for rows in torch.arange(len(first)).tensor_split(max(1, min(groups, len(first)))):
-            blocks.append(StreamingCKA())
+            blocks.append(StreamingCKA(blocks[0].origin if blocks else None))
             blocks[-1].update(first[rows], second[rows])
         total = sum(blocks, StreamingCKA())
         results: dict[str, float] = {}
         for name, unbiased in {"cka": False, "cka_debiased": True}.items() if debiased else [("cka", False)]:
             value = total.value(unbiased)
             enough = len(first) - math.ceil(len(first) / len(blocks)) >= (4 if unbiased else 2)
-            left_out = [(total - block).value(unbiased) for block in blocks] if enough else []
+            # added anew: a difference of sums would leave rounding where a representation is constant
+            others = [sum((b for b in blocks if b is not block), StreamingCKA()) for block in blocks] if enough else []
+            left_out = [other.value(unbiased) for other in others]
             results[f"activation/{name}"] = value
             if math.isfinite(stderr := jackknife(value, left_out).stderr):
                 results[f"activation/{name}_stderr"] = stderr

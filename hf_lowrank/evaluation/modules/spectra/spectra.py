@@ -25,7 +25,8 @@ class Spectra(measurement.Measurement):
             They are handed on as float64, which changes no number.
         previous: the same matrices at an earlier step, in the same order; None (default) leaves the updates out.
         dtype: precision that the weights are kept in, "float32" for example, which sets the tolerance of
-            `numerical_rank`. Default: float32 for a matrix whose entries all are float32 numbers, otherwise float64.
+            `numerical_rank` (half precision has float32's). Default: float32 for a matrix whose entries all are
+            float32 numbers, otherwise float64.
         per_matrix: also return every matrix's own numbers.
 
     Returns:
