@@ -77,6 +77,7 @@ class ActivationCallback(SequenceCallback):
     """
 
     name: ClassVar[str] = "activation"
+    on_loss: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.families.records import Measurement, Record, metrics_folder, read_measurement, write_measurement
-from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.metrics.sequences import EvaluationSet, check_next_token, check_rows
 from hf_lowrank.sharding import all_gather_object
 
 __all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 BUDGET = 0.02
 # seconds that are theirs in any case: a run of minutes would have no metrics otherwise
 GRACE = 2.0
-# columns of a data set that a language model can take; a collator need not see the others
+# what a language model takes of a batch, and what is kept of it on disk
 MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -56,7 +56,7 @@ _clocks: dict[str, _Clock] = {}
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """All generators that training draws from, as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -201,7 +201,7 @@ class MetricCallback(TrainerCallback):
         found: list[Measurement] = []
 
         def measure_and_write() -> None:
-            with _random_state_kept():
+            with random_state_kept():
                 found.append(self.measure(_bare(model), args, state))
             if state.is_world_process_zero and (found[0].records or found[0].rows):
                 self.keep(found[0])
@@ -282,6 +282,9 @@ class SequenceCallback(MetricCallback):
         sequences: how many of them, spread evenly.
     """
 
+    # whether the loss of the next token is measured, which not every model has
+    on_loss: ClassVar[bool] = True
+
     def __init__(self, dataset: Any, every: int, budget: float | None = BUDGET, sequences: int = 32) -> None:
         super().__init__(every, budget)
         if not isinstance(sequences, int) or sequences < 1:
@@ -292,8 +295,12 @@ class SequenceCallback(MetricCallback):
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)
-        with _random_state_kept():
-            self._evaluation = self._made(trainer.args, trainer.data_collator)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with random_state_kept():
+            # what Trainer's own loop hands to the collator
+            collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            self._evaluation = self._made(trainer.args, collator)
+            (check_next_token if self.on_loss else check_rows)(model, self._evaluation.rows)
 
     def evaluation(self, args: TrainingArguments) -> EvaluationSet:
         """The sequences, the same for the whole run."""
@@ -302,18 +309,8 @@ class SequenceCallback(MetricCallback):
         return self._evaluation
 
     def _made(self, args: TrainingArguments, collator: Any) -> EvaluationSet:
-        def collate(rows: list[Any]) -> Any:
-            known = [
-                {k: v for k, v in row.items() if k in MODEL_INPUTS} if "input_ids" in row else row for row in rows
-            ]
-            return collator(known)
-
         return EvaluationSet.from_dataset(
-            self.dataset,
-            self.sequences,
-            args.per_device_eval_batch_size,
-            None if collator is None else collate,
-            shared=args.world_size > 1,
+            self.dataset, self.sequences, args.per_device_eval_batch_size, collator, shared=args.world_size > 1
         )
 
 

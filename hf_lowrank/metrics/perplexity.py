@@ -51,22 +51,23 @@ def perplexity(loss: Estimate) -> Estimate:
 
 
 @torch.no_grad()
-def losses_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def losses_of_logits(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
     """Summed loss and number of predicted tokens of each sequence, from logits that are in memory anyway.
 
     `sequence_losses` finds the same without holding them. Beyond them one sequence's are kept in float32.
 
     Args:
-        logits: (n, t, vocabulary), position i predicts token i + 1.
+        logits: (n, t, vocabulary).
         labels: (n, t), -100 where nothing is predicted.
+        shifted: whether position i predicts label i + 1; otherwise label i, as in encoders and encoder-decoders.
 
     Returns:
         (n,) nats, float64 where the device has it, and (n,) counts.
     """
-    targets = labels[:, 1:]
+    logits, targets = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     sums = [
-        F.cross_entropy(row[:-1].float(), target, ignore_index=IGNORED, reduction="none").sum(dtype=exact)
+        F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none").sum(dtype=exact)
         for row, target in zip(logits, targets, strict=True)
     ]
     return torch.stack(sums), (targets != IGNORED).sum(1)

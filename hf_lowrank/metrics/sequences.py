@@ -148,8 +148,8 @@ def _embeddings(model: nn.Module) -> nn.Embedding | None:
 
 def _positions(model: nn.Module) -> int | None:
     """Tokens that the model's table of positions has room for; None where positions are computed, as by RoPE."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = getattr(model, "config", None)
+    text = getattr(text, "get_text_config", lambda: text)()
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1 or getattr(text, "rope_parameters", None):
         return None
@@ -366,7 +366,8 @@ class EvaluationSet:
             raise ValueError(
                 f"the evaluation rows have {', '.join(sorted(map(str, rows[0])))} and no input_ids: tokenize them"
             )
-        batch = unpacked(collator(rows) if collator is not None else _collated(rows))
+        batch = collator(rows) if collator is not None else _collated(rows)
+        batch = unpacked(batch) if "input_ids" in batch else batch
         tensors = {key: torch.as_tensor(value) for key, value in batch.items() if _is_tensor(value)}
         if "labels" not in tensors and "input_ids" in tensors:
             labels = tensors["input_ids"].clone()
@@ -496,14 +497,14 @@ def unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     Collators such as `DataCollatorWithFlattening` join sequences into one row; where each begins is seen from
     `cu_seq_lens_q`, or from positions that do not go on.
     """
-    ids, bounds, positions = (batch.get(key) for key in ("input_ids", "cu_seq_lens_q", "position_ids"))
+    ids, bounds, positions = batch["input_ids"], batch.get("cu_seq_lens_q"), batch.get("position_ids")
     if bounds is not None:
         starts = bounds[:-1]
     elif positions is not None and positions.shape == ids.shape and "attention_mask" not in batch:
         starts = F.pad(positions.diff() != 1, (1, 0), value=True).flatten().nonzero().flatten()
     else:
         return batch
-    if len(starts) == len(ids):
+    if bounds is None and len(starts) == len(ids):
         return batch
     columns = {key: batch[key].flatten().tensor_split(starts[1:].cpu().long()) for key in ("input_ids", "labels")}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

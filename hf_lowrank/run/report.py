@@ -3,10 +3,10 @@
 import logging
 import shlex
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import CommitInfo
@@ -29,7 +29,7 @@ from hf_lowrank.downstream.results import (
     read_evaluations,
 )
 from hf_lowrank.families.activation import ActivationCallback
-from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback
+from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback, random_state_kept
 from hf_lowrank.families.records import (
     EVALUATION,
     Measurement,
@@ -45,8 +45,17 @@ from hf_lowrank.hub.background import PushQueue
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
-from hf_lowrank.metrics.perplexity import mean_loss, perplexity
-from hf_lowrank.metrics.sequences import IGNORED, evaluation_settings, predicts_next_token, sequence_losses
+from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
+from hf_lowrank.metrics.perturb import evaluating
+from hf_lowrank.metrics.sequences import (
+    IGNORED,
+    EvaluationSet,
+    check_next_token,
+    evaluation_settings,
+    predicts_next_token,
+    sequence_losses,
+    unpacked,
+)
 from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, metric_entry, read_report, write_report
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
@@ -138,14 +147,23 @@ class ReportCallback(TrainerCallback):
         if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return
         try:
-            kept = np.linspace(0, len(dataset) - 1, min(len(dataset), KEPT_ROWS)).round().astype(int)
-            rows = [{k: v for k, v in dataset[int(i)].items() if k in MODEL_INPUTS} for i in kept]
-            if rows and "input_ids" in rows[0]:
-                with atomic_path(path) as temporary:
-                    pd.DataFrame(rows).map(np.asarray).to_parquet(temporary, index=False)
+            # as the collator makes them: the labels may be its work, and rows may hold several sequences
+            with random_state_kept():
+                made = EvaluationSet.from_dataset(dataset, KEPT_ROWS, collator=self._collator())
+            rows = {key: list(value.numpy()) for key, value in made.rows.items() if key in MODEL_INPUTS}
+            with atomic_path(path) as temporary:
+                pd.DataFrame(rows).to_parquet(temporary, index=False)
         # somebody's own data set: it can be named when the run is measured
         except Exception as error:
-            logger.warning("the validation rows are not kept for measuring checkpoints later: %s", error)
+            level = logging.WARNING if predicts_next_token(self._bare_model()) else logging.INFO
+            logger.log(level, "the validation rows are not kept for measuring checkpoints later: %s", error)
+
+    def _collator(self) -> Any:
+        """What makes Trainer's batches, without the columns that it leaves out."""
+        return self.trainer._get_collator_with_removed_columns(self.trainer.data_collator)
+
+    def _bare_model(self) -> torch.nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pushes = self.push_strategy not in (None, "end")
@@ -186,41 +204,56 @@ class ReportCallback(TrainerCallback):
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
 
-    def _validation_records(self) -> list[Record]:
-        """Validation loss and perplexity with standard errors; every process evaluates its share."""
-        trainer, state = self.trainer, self.trainer.state
-        if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
-            return []
-        model = trainer.model
-        assert model is not None
-        bare = trainer.accelerator.unwrap_model(model)
-        if not hasattr(bare, "can_generate") or not predicts_next_token(bare):
-            return []
-        training = model.training
-        model.eval()
+    def _validation_loss(self) -> tuple[Estimate, dict[str, Any]] | None:
+        """Validation loss and the settings it depends on; every process evaluates its share."""
+        trainer, model = self.trainer, self._bare_model()
+        dataset: Any = trainer.eval_dataset
+        if dataset is None or isinstance(dataset, dict):
+            return None
+        if not hasattr(model, "can_generate") or not predicts_next_token(model):
+            return None
+        with random_state_kept():
+            some = self._collator()(list(islice(dataset, 2)))
+        if "input_ids" in some and unpacked(some) is not some:
+            # several sequences in a row: they are dealt to the processes one by one
+            size, shared = trainer.args.per_device_eval_batch_size, trainer.args.world_size > 1
+            sequences = EvaluationSet.from_dataset(dataset, None, size, self._collator(), shared)
+            with evaluating(model):
+                return sequences.estimate(model), sequences.settings()
+        wrapped: Any = trainer.model
         losses, tokens, rows = [], [], []
-        for batch in trainer.get_eval_dataloader():
-            if "labels" not in batch:
-                return []
-            inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                measured = sequence_losses(model, inputs)
-            # processes pad their batches each to its own longest row
-            padded = [
-                trainer.accelerator.pad_across_processes(inputs[key], dim=1, pad_index=pad)
-                for key, pad in (("input_ids", 0), ("labels", IGNORED))
-            ]
-            gathered = trainer.accelerator.gather_for_metrics((*measured, *padded))
-            sums, counts, ids, labels = (part.cpu() for part in gathered)
-            losses.append(sums)
-            tokens.append(counts)
-            rows.append((ids, labels))
-        model.train(training)
-        loss = mean_loss(torch.cat(losses), torch.cat(tokens))
-        settings = {**evaluation_settings(rows), "stderr": "over sequences"}
+        with evaluating(wrapped):
+            for batch in trainer.get_eval_dataloader():
+                if "labels" not in batch or "input_ids" not in batch:
+                    return None
+                inputs = trainer._prepare_inputs(dict(batch))
+                check_next_token(model, inputs)
+                with trainer.compute_loss_context_manager():
+                    measured = sequence_losses(wrapped, inputs)
+                # processes pad their batches each to its own longest row
+                padded = [
+                    trainer.accelerator.pad_across_processes(inputs[key], dim=1, pad_index=pad)
+                    for key, pad in (("input_ids", 0), ("labels", IGNORED))
+                ]
+                gathered = trainer.accelerator.gather_for_metrics((*measured, *padded))
+                sums, counts, ids, labels = (part.cpu() for part in gathered)
+                losses.append(sums)
+                tokens.append(counts)
+                rows.append((ids, labels))
+        return mean_loss(torch.cat(losses), torch.cat(tokens)), evaluation_settings(rows)
+
+    def _validation_records(self) -> list[Record]:
+        """Validation loss and perplexity with standard errors."""
+        measured = self._validation_loss()
+        if measured is None:
+            return []
+        loss, settings = measured
+        settings = {**settings, "stderr": "over sequences"}
         named = {"validation_loss": loss, "perplexity": perplexity(loss)}
         entries = (
-            metric_entry(name, found.value, stderr=found.stderr, step=state.global_step, settings=settings)
+            metric_entry(
+                name, found.value, stderr=found.stderr, step=self.trainer.state.global_step, settings=settings
+            )
             for name, found in named.items()
         )
         return [Record(**entry) for entry in entries]

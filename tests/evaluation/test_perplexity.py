@@ -1,11 +1,29 @@
 """Perplexity in a Trainer's evaluation: the report's number, from batches that leave two numbers a sequence."""
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    set_seed,
+)
 
-from hf_lowrank.evaluation.perplexity import perplexity_metrics
+from hf_lowrank.evaluation.perplexity import _warn_once, perplexity_metrics
 from hf_lowrank.metrics.perplexity import losses_of_logits, perplexity
 from hf_lowrank.metrics.sequences import EvaluationSet, sequence_losses
 
@@ -71,6 +89,71 @@ def test_one_sequence_has_no_standard_error(tmp_path):
     found = trainer_of(tmp_path).evaluate(padded(1))
     assert "eval_perplexity" in found
     assert "eval_perplexity_stderr" not in found
+
+
+SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+class NoGenerator(LlamaForCausalLM):
+    """Shifts its labels, and says that it cannot generate, as somebody's own architecture may."""
+
+    @classmethod
+    def can_generate(cls):
+        return False
+
+
+ALIGNED = {
+    "encoder": (BertForMaskedLM, BertConfig(**SMALL)),
+    "encoder-decoder": (
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0),
+    ),
+    "encoder-decoder, BART": (
+        BartForConditionalGeneration,
+        BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+                   decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=1),
+    ),
+    "decoder": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+    "decoder of the encoder's kind": (BertLMHeadModel, BertConfig(**SMALL, is_decoder=True)),
+    "no generator": (NoGenerator, LlamaConfig(**SMALL)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ALIGNED)
+def test_labels_are_aligned_as_in_the_models_own_loss(kind, tmp_path):
+    make, config = ALIGNED[kind]
+    set_seed(0)
+    rows = dataset(6, seed=1)
+    trainer = Trainer(make(config), arguments(tmp_path, per_device_eval_batch_size=6), **perplexity_metrics())
+    model = trainer.model.eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+        own = model(**rows.with_format("torch")[:]).loss
+    assert trainer.evaluate(rows)["eval_perplexity"] == pytest.approx(own.exp().item(), rel=1e-5)
+
+
+REFUSED = {
+    "bidirectional": (BertLMHeadModel, BertConfig(**SMALL), dataset, "BertLMHeadModel sees later tokens"),
+    "a classifier": (
+        BertForSequenceClassification,
+        BertConfig(**SMALL),
+        lambda n: dataset(n).remove_columns("labels").add_column("labels", [0, 1] * (n // 2)),
+        r"logits of shape \(3, 2\) are none of labels \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["as it is", "batch by batch"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_predicts_no_token_has_no_perplexity_and_the_log_says_why(kind, how, tmp_path, caplog):
+    make, config, rows, message = REFUSED[kind]
+    _warn_once.cache_clear()
+    args = arguments(tmp_path, per_device_eval_batch_size=3, **HOW[how])
+    found = Trainer(make(config), args, **perplexity_metrics()).evaluate(rows(6))
+    assert "eval_loss" in found
+    assert "eval_perplexity" not in found
+    assert len(re.findall(f"no perplexity: {message}", caplog.text)) == 1
 
 
 def test_losses_of_logits_are_those_of_the_model():

@@ -278,7 +278,8 @@ def test_numbers_that_make_no_sense(arguments_):
 def test_one_that_fails_costs_itself_alone(tmp_path, caplog):
     valid = dataset(8, seed=1)
     trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=2))
-    bad = lr.LandscapeCallback([{"input_ids": [10**6, 1, 2]}], every=1, **SMALL, **FEW)
+    bad = lr.LandscapeCallback(valid, every=1, **SMALL, **FEW)
+    bad.measure = lambda *_: 1 / 0
     good = lr.CurvatureCallback(valid, every=1, samples=2, iterations=2, **FEW)
     lr.attach(trainer, bad, good)
     with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
@@ -293,6 +294,8 @@ def test_what_cannot_work_is_said_before_training(tmp_path):
     trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path))
     with pytest.raises(ValueError, match="evaluation data set is empty"):
         lr.attach(trainer, lr.LandscapeCallback([]))
+    with pytest.raises(ValueError, match="token id 1000000"):
+        lr.attach(trainer, lr.ActivationCallback([{"input_ids": [10**6, 1, 2]}], llama()))
     with pytest.raises(ValueError, match=r"hidden_size is 32 there, 16 here"):
         lr.attach(trainer, lr.ActivationCallback(dataset(4), llama(hidden_size=32)))
     with pytest.raises(FileNotFoundError, match="no/such"):

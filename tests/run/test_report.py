@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertLMHeadModel,
+    DataCollatorWithFlattening,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -432,6 +434,41 @@ def test_a_model_that_is_no_causal_language_model(kind, tmp_path, no_figures):
     assert report["metrics"] == []
     assert (tmp_path / "publish" / "model.safetensors").exists() == (kind != "a plain module")
     assert report["run"]["model"]["parameters"] == sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_a_causal_model_that_sees_later_tokens_has_no_validation_loss(tmp_path, caplog, no_figures):
+    model = BertLMHeadModel(SMALL_BERT)
+    trainer = foreign(arguments(tmp_path, max_steps=1), model, evaluation=dataset(4))
+    for callback in (lr.LandscapeCallback, lr.CurvatureCallback, lr.InterpolationCallback):
+        with pytest.raises(ValueError, match="BertLMHeadModel sees later tokens"):
+            callback(dataset(4)).bind(trainer)
+    lr.ActivationCallback(dataset(4), model).bind(trainer)
+    assert trainer.train().global_step == 1
+    assert "perplexity could not be measured: BertLMHeadModel sees later tokens" in caplog.text
+    assert metrics(tmp_path) == {}
+
+
+@pytest.mark.parametrize("how", [{}, {"return_flash_attn_kwargs": True}])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packed_rows_have_the_validation_loss_of_their_sequences(how, batch, tmp_path, no_figures):
+    rows = [{"input_ids": row["input_ids"][: 5 + 2 * i]} for i, row in enumerate(dataset(5, seed=1))]
+    rows = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=batch)
+    trainer = Trainer(
+        llama(), args, train_dataset=rows, eval_dataset=rows, data_collator=DataCollatorWithFlattening(**how)
+    )
+    landscape = lr.LandscapeCallback(rows, directions=1, points=3, svd_k=())
+    lr.attach(trainer, landscape)
+    trainer.train()
+    wanted = EvaluationSet.from_dataset(rows)
+    entry = metrics(tmp_path)["validation_loss", 1]
+    estimate = wanted.estimate(trainer.model.eval())
+    assert entry["value"] == pytest.approx(estimate.value, rel=1e-5)
+    assert entry["stderr"] == pytest.approx(estimate.stderr, rel=1e-4)
+    assert entry["settings"]["tokens"] == wanted.tokens
+    kept = EvaluationSet.from_dataset(pd.read_parquet(tmp_path / "evaluation.parquet").to_dict("records"))
+    assert kept.tokens == landscape.evaluation(args).tokens == wanted.tokens
+    assert kept(trainer.model) == pytest.approx(estimate.value, rel=1e-5)
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd"])
