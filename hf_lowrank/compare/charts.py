@@ -5,20 +5,20 @@ the places that all of them have, with the standard error over seeds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from hf_lowrank.compare.frame import defining_settings, differing_settings, metric_words
+from hf_lowrank.compare.frame import defining_settings, metric_words, telling_apart
 from hf_lowrank.compare.table import Comparison
-from hf_lowrank.figures.activation import SIMILARITIES
 from hf_lowrank.figures.axes import evenly
 from hf_lowrank.report.catalogue import SPECTRAL
 from hf_lowrank.report.comparability import PEER, Difference, Number, data_identity, differences
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.tables import UNKNOWN, describe
+from hf_lowrank.report.tables import UNKNOWN
 
 __all__ = ["Chart", "Group", "Line", "charts"]
 
@@ -87,7 +87,6 @@ def charts(comparison: Comparison) -> list[Chart]:
         *_along_directions(comparison),
         *_between_models(comparison),
         *_over_depth(comparison),
-        *_similarity_over_depth(comparison),
     ]
     return [chart for chart in drawn if any(len(line.x) > 1 for line in chart.lines)]
 
@@ -162,24 +161,16 @@ def _data_in_words(differing: Sequence[Difference], run: int) -> str:
     return ", ".join(f"{title} {text}" for title, text in words.items())
 
 
-def _series(comparison: Comparison, name: str | None = None) -> list[tuple[Number, str, pd.DataFrame]]:
-    """Return the series of a metric, or all but costs: one of its numbers, what tells it from others, its points."""
+def _series(comparison: Comparison, name: str | None = None) -> Iterator[tuple[Number, str, pd.DataFrame]]:
+    """Yield the series of a metric, or all but costs: one of its numbers, what tells it from others, its points."""
     points = comparison.points[comparison.points["kind"] != "cost"]
     groups = [group for _, group in points[points["metric"] == name if name else slice(None)].groupby("series")]
-    of_metric: dict[str, list[dict[str, Any]]] = {}
-    defining = []
-    for group in groups:
-        number = group["number"].iloc[0]
-        defining.append(defining_settings(number, comparison.runs[group["run"].iloc[0]].label))
-        of_metric.setdefault(number.name, []).append(defining[-1])
-    differing = {metric: differing_settings(settings) for metric, settings in of_metric.items()}
-    described = []
-    for group, settings in zip(groups, defining, strict=True):
-        number = group["number"].iloc[0]
-        told = describe({key: value for key, value in settings.items() if key in differing[number.name]})
-        detail = ", ".join(part for part in (f"{number.space} weights" if number.space else "", told) if part)
-        described.append((number, one_line(detail), group))
-    return described
+    numbers: list[Number] = [group["number"].iloc[0] for group in groups]
+    labels = [comparison.runs[group["run"].iloc[0]].label for group in groups]
+    defining = [defining_settings(number, label) for number, label in zip(numbers, labels, strict=True)]
+    for number, told, group in zip(numbers, telling_apart(numbers, defining), groups, strict=True):
+        weights = f"{number.space} weights" if number.space else ""
+        yield number, one_line(", ".join(part for part in (weights, told) if part)), group
 
 
 def _over_steps(comparison: Comparison) -> Iterator[Chart]:
@@ -191,79 +182,84 @@ def _over_steps(comparison: Comparison) -> Iterator[Chart]:
         yield Chart("Metrics over training", number.name, title, detail, "optimizer step", unit, lines)
 
 
+def _at_last_steps(
+    comparison: Comparison,
+    name: str,
+    curve: Callable[[Comparison, Number, int], pd.DataFrame | None],
+    chart: Chart,
+) -> Iterator[Chart]:
+    """Yield a chart a series of a metric, like `chart` but for detail and lines; `curve` gives a run's line of it."""
+    for number, detail, points in _series(comparison, name):
+        curves = _of_runs(points["run"].unique(), partial(curve, comparison, number))
+        peer = f"{PEER}={one_line(number.settings[PEER])}" if PEER in number.settings else ""
+        if peer not in detail:
+            detail = ", ".join(part for part in (detail, peer) if part)
+        yield replace(chart, name=name, detail=detail, lines=_lines(comparison, curves))
+
+
 def _along_directions(comparison: Comparison) -> Iterator[Chart]:
-    """Yield the rise of the loss along directions at each run's last step, its mean over the directions."""
+    """Yield the rise of the loss along directions, its mean over the directions."""
     for subject, words in _DIRECTIONS.items():
-        name = f"landscape/{subject}/sharpness"
-        for number, detail, points in _series(comparison, name):
+        title, unit = f"Rise of the loss along {words}", "loss − loss at x = 0 (nats)"
+        chart = Chart("Loss along directions", "", title, "", "step length x", unit, [])
+        yield from _at_last_steps(comparison, f"landscape/{subject}/sharpness", _rise, chart)
 
-            def rise(run: int, number: Number = number, subject: str = subject) -> pd.DataFrame | None:
-                rows = _last_step(_table(comparison, run, "landscape", subject=subject, space=number.space or ""))
-                # one table holds the curves of all K: the first K of them are those of this series
-                most = number.settings.get("K")
-                rows = rows[rows["direction"] < most] if isinstance(most, int) and len(rows) else rows
-                if rows.empty:
-                    return None
-                grid = rows.pivot_table(index="x", columns="direction", values="loss", aggfunc="last").dropna()
-                if 0 not in grid.index:
-                    return None
-                rises = grid - grid.loc[0]
-                return pd.DataFrame({"y": rises.mean(axis=1), "error": rises.sem(axis=1)}).reset_index()
 
-            lines = _lines(comparison, _of_runs(points["run"].unique(), rise))
-            title, unit = f"Rise of the loss along {words}", "loss − loss at x = 0 (nats)"
-            yield Chart("Loss along directions", name, title, detail, "step length x", unit, lines)
+def _rise(comparison: Comparison, number: Number, run: int) -> pd.DataFrame | None:
+    subject = number.name.split("/")[1]
+    rows = _last_step(_table(comparison, run, "landscape", subject=subject, space=number.space or ""))
+    # one table holds the curves of all K: the first K of them are those of this series
+    most = number.settings.get("K")
+    rows = rows[rows["direction"] < most] if isinstance(most, int) and len(rows) else rows
+    if rows.empty:
+        return None
+    grid = rows.pivot_table(index="x", columns="direction", values="loss", aggfunc="last").dropna()
+    if 0 not in grid.index:
+        return None
+    rises = grid - grid.loc[0]
+    return pd.DataFrame({"y": rises.mean(axis=1), "error": rises.sem(axis=1)}).reset_index()
 
 
 def _between_models(comparison: Comparison) -> Iterator[Chart]:
-    """Yield the loss on straight lines at each run's last step: to the checkpoint before, to each other run."""
-    names = comparison.points["metric"].unique()
-    for name in (name for name in names if name.startswith("interpolation/") and name.endswith("/barrier")):
-        subject = name.split("/")[1]
-        for number, detail, points in _series(comparison, name):
-            peer = {PEER: str(number.settings[PEER])} if PEER in number.settings else {}
-
-            def path(
-                run: int, number: Number = number, subject: str = subject, peer: Any = peer
-            ) -> pd.DataFrame | None:
-                table = _table(comparison, run, "interpolation", subject=subject, space=number.space or "", **peer)
-                return _curve(_last_step(table), "alpha", "loss", "stderr")
-
-            if peer and f"{PEER}=" not in detail:
-                detail = ", ".join(part for part in (detail, f"{PEER}={one_line(peer[PEER])}") if part)
-            lines = _lines(comparison, _of_runs(points["run"].unique(), path))
+    """Yield the loss on straight lines: to the checkpoint before, to each other run."""
+    for name in comparison.points["metric"].unique():
+        if name.startswith("interpolation/") and name.endswith("/barrier"):
+            subject = name.split("/")[1]
             title = f"Loss on the line {_PATHS.get(subject, subject)}"
-            yield Chart("Paths between models", name, title, detail, "position α", "loss (nats)", lines)
+            chart = Chart("Paths between models", "", title, "", "position α", "loss (nats)", [])
+            yield from _at_last_steps(comparison, name, _path, chart)
+
+
+def _path(comparison: Comparison, number: Number, run: int) -> pd.DataFrame | None:
+    wanted = {"subject": number.name.split("/")[1], "space": number.space or ""}
+    wanted |= {PEER: str(number.settings[PEER])} if PEER in number.settings else {}
+    return _curve(_last_step(_table(comparison, run, "interpolation", **wanted)), "alpha", "loss", "stderr")
 
 
 def _over_depth(comparison: Comparison) -> Iterator[Chart]:
-    """Yield spectral metrics layer by layer at each run's last step, the mean over a layer's matrices."""
+    """Yield similarities, and spectral metrics as means over a layer's matrices, layer by layer."""
     tables = [run.tables["spectral"] for run in comparison.runs if "spectral" in run.tables]
     spaces = dict.fromkeys(space for table in tables for space in table["space"].unique())
     for metric in SPECTRAL.metrics:
         for space in spaces:
-
-            def layers(run: int, name: str = metric.name, space: str = space) -> pd.DataFrame | None:
-                table = _table(comparison, run, "spectral", space=space)
-                if name not in table:
-                    return None
-                rows = _last_step(table.dropna(subset=[name, "layer"]))
-                return _curve(rows.groupby("layer", as_index=False)[name].mean(), "layer", name)
-
+            layers = partial(_layers, comparison, metric.name, space)
             lines = _lines(comparison, _of_runs(range(len(comparison.runs)), layers))
             title, detail = f"{metric.id} {metric.label}", f"{one_line(space)} weights"
             yield Chart("Over depth", metric.name, title, detail, "layer", metric.axis, lines)
+    for name, words in _SIMILARITIES.items():
+        title = f"{words} with the baseline's activations"
+        chart = Chart("Over depth", "", title, "", "layer (0: embeddings)", "", [])
+        yield from _at_last_steps(comparison, name, _similarity, chart)
 
 
-def _similarity_over_depth(comparison: Comparison) -> Iterator[Chart]:
-    for name in SIMILARITIES:
-        for number, detail, points in _series(comparison, name):
+def _layers(comparison: Comparison, name: str, space: str, run: int) -> pd.DataFrame | None:
+    table = _table(comparison, run, "spectral", space=space)
+    if name not in table:
+        return None
+    rows = _last_step(table.dropna(subset=[name, "layer"]))
+    return _curve(rows.groupby("layer", as_index=False)[name].mean(), "layer", name)
 
-            def layers(run: int, number: Number = number) -> pd.DataFrame | None:
-                baseline = str(number.settings.get("baseline", ""))
-                table = _last_step(_table(comparison, run, "activation", baseline=baseline))
-                return _curve(table, "layer", number.name, f"{number.name}_stderr")
 
-            lines = _lines(comparison, _of_runs(points["run"].unique(), layers))
-            title = f"{_SIMILARITIES[name]} with the baseline's activations"
-            yield Chart("Over depth", name, title, detail, "layer (0: embeddings)", "", lines)
+def _similarity(comparison: Comparison, number: Number, run: int) -> pd.DataFrame | None:
+    table = _table(comparison, run, "activation", baseline=str(number.settings.get("baseline", "")))
+    return _curve(_last_step(table), "layer", number.name, f"{number.name}_stderr")

@@ -30,21 +30,12 @@ from hf_lowrank.figures.axes import (
     whole_numbers,
 )
 from hf_lowrank.figures.interpolation import barrier_map
-from hf_lowrank.report.catalogue import (
-    ACTIVATION,
-    CATALOGUE,
-    CURVATURE,
-    INTERPOLATION,
-    LANDSCAPE,
-    SPECTRAL,
-    Entry,
-    entries,
-)
+from hf_lowrank.report import catalogue
 
 __all__ = ["draw_comparison"]
 
 
-def _over_steps(family: Entry) -> Callable[[Chart], bool]:
+def _over_steps(family: catalogue.Entry) -> Callable[[Chart], bool]:
     names = family.metric_names()
     return lambda chart: chart.group == "Metrics over training" and chart.name in names
 
@@ -54,15 +45,15 @@ _PICTURES: tuple[tuple[str, str, Callable[[Chart], bool]], ...] = (
     ("loss.png", "Loss over training", lambda chart: chart.name in ("training/loss", "training/eval_loss")),
     ("landscape_curves.png", "Loss along directions, mean and its standard error over directions",
      lambda chart: chart.group == "Loss along directions"),
-    ("sharpness_over_steps.png", "Loss landscape over training", _over_steps(LANDSCAPE)),
-    ("curvature_over_steps.png", "Curvature of the loss over training", _over_steps(CURVATURE)),
+    ("sharpness_over_steps.png", "Loss landscape over training", _over_steps(catalogue.LANDSCAPE)),
+    ("curvature_over_steps.png", "Curvature of the loss over training", _over_steps(catalogue.CURVATURE)),
     ("interpolation_paths.png", "Loss on straight lines between models",
      lambda chart: chart.group == "Paths between models"),
-    ("barriers_over_steps.png", "Loss barriers over training", _over_steps(INTERPOLATION)),
-    ("spectra_over_steps.png", "Spectra over training", _over_steps(SPECTRAL)),
+    ("barriers_over_steps.png", "Loss barriers over training", _over_steps(catalogue.INTERPOLATION)),
+    ("spectra_over_steps.png", "Spectra over training", _over_steps(catalogue.SPECTRAL)),
     ("spectra_over_depth.png", "Spectra over depth",
      lambda chart: chart.group == "Over depth" and chart.name.startswith("spectral/")),
-    ("similarity_over_steps.png", "Activations over training", _over_steps(ACTIVATION)),
+    ("similarity_over_steps.png", "Activations over training", _over_steps(catalogue.ACTIVATION)),
     ("similarity_over_depth.png", "Activations over depth",
      lambda chart: chart.group == "Over depth" and chart.name.startswith("activation/")),
 )  # fmt: skip
@@ -70,7 +61,7 @@ _PICTURES: tuple[tuple[str, str, Callable[[Chart], bool]], ...] = (
 
 def _pictures() -> list[tuple[str, str, Callable[[Chart], bool]]]:
     """Return our pictures, and of each family of another package its metrics over training."""
-    others = [family for family in entries() if family not in CATALOGUE]
+    others = [family for family in catalogue.entries() if family not in catalogue.CATALOGUE]
     theirs = [
         (f"{family.name}_over_steps.png", f"{family.title} over training", _over_steps(family)) for family in others
     ]

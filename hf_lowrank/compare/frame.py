@@ -6,7 +6,7 @@ measured step. Texts may hold whatever the reports hold, on one line.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +33,8 @@ __all__ = [
     "collect",
     "columns_of",
     "defining_settings",
-    "differing_settings",
     "metric_words",
+    "telling_apart",
 ]
 
 _SPACES = {None: 0, "dense": 1, "linearised": 2, "native": 3}
@@ -201,13 +201,20 @@ def _place(number: Number, places: Mapping[str, int]) -> tuple[Any, ...]:
 # ---- columns ----
 
 
-def differing_settings(settings: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the keys in which settings differ."""
-    values: dict[str, set[str]] = {}
-    listed = list(settings)
-    for key in {key for each in listed for key in each}:
-        values[key] = {json.dumps(each.get(key), sort_keys=True) for each in listed}
-    return {key for key, texts in values.items() if len(texts) > 1}
+def telling_apart(numbers: Sequence[Number], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return of each number, in words, those of its settings in which numbers of the same metric differ."""
+    texts = pd.DataFrame(
+        [
+            {key: json.dumps(value, sort_keys=True) for key, value in own.items() if value is not None}
+            for own in settings
+        ]
+    )
+    metrics = pd.Series([number.name for number in numbers], dtype=object)
+    differing = texts.groupby(metrics).nunique(dropna=False) > 1
+    return [
+        describe({key: own[key] for key in texts.columns if key in own and differing.at[number.name, key]})
+        for number, own in zip(numbers, settings, strict=True)
+    ]
 
 
 def defining_settings(number: Number, label: str) -> dict[str, Any]:
@@ -225,23 +232,17 @@ def metric_words(name: str) -> tuple[str, str]:
 
 
 def columns_of(points: pd.DataFrame, runs: Sequence[ComparedRun]) -> list[Column]:
+    """Return the columns that numbers stand in, in order."""
     first = points[points["column"] >= 0].drop_duplicates("column").sort_values("column")
-    numbers_of: list[Number] = first["number"].tolist()
+    labels = [runs[run].label for run in first["run"]]
+    numbers: list[Number] = first["number"].tolist()
     settings = [
-        {**defining_settings(number, runs[run].label), **number.reference}
-        for number, run in zip(numbers_of, first["run"], strict=True)
+        {**defining_settings(number, label), **number.reference} for number, label in zip(numbers, labels, strict=True)
     ]
-    of_metric: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, shown in zip(numbers_of, settings, strict=True):
-        of_metric.setdefault((number.kind, number.name), []).append(shown)
-    differing = {key: differing_settings(listed) for key, listed in of_metric.items()}
-    return [
-        _column(number, shown, differing[number.kind, number.name])
-        for number, shown in zip(numbers_of, settings, strict=True)
-    ]
+    return list(map(_column, numbers, settings, telling_apart(numbers, settings)))
 
 
-def _column(number: Number, settings: Mapping[str, Any], differing: set[str]) -> Column:
+def _column(number: Number, settings: Mapping[str, Any], told: str) -> Column:
     metric = headline_metric(number.name)
     if number.kind == "evaluation":
         task, _, measure = number.name.rpartition("/")
@@ -252,7 +253,6 @@ def _column(number: Number, settings: Mapping[str, Any], differing: set[str]) ->
         label, unit = (metric.label, metric.axis) if metric else (number.name, "")
         family = entry_of(number.name)
         group = family.title if family else number.name.partition("/")[0].replace("_", " ").capitalize()
-    distinct = describe({key: value for key, value in settings.items() if key in differing})
     return Column(
         kind=number.kind,
         name=number.name,
@@ -262,6 +262,6 @@ def _column(number: Number, settings: Mapping[str, Any], differing: set[str]) ->
         group=group,
         unit=unit,
         settings=one_line(describe(dict(settings))),
-        distinct=one_line(", ".join(part for part in (number.space, distinct) if part)),
+        distinct=one_line(", ".join(part for part in (number.space, told) if part)),
         headline=metric is not None or number.kind == "evaluation",
     )

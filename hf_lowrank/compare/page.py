@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
@@ -136,16 +137,10 @@ def _cell(cell: Any) -> dict[str, Any]:
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    return {
-        "group": chart.group,
-        "title": chart.title,
-        "detail": chart.detail,
-        "x": chart.x_label,
-        "y": chart.y_label,
-        "lines": [
-            {"r": line.row, "x": _short(line.x), "y": _short(line.y), "e": _short(line.error)} for line in chart.lines
-        ],
-    }
+    lines = []
+    for line in chart.lines:
+        lines.append({"row": line.row, "x": _short(line.x), "y": _short(line.y), "error": _short(line.error)})
+    return {**asdict(replace(chart, lines=[])), "lines": lines}
 
 
 def _short(values: Sequence[float | None]) -> list[float | None]:

@@ -16,6 +16,10 @@ from hf_lowrank.report.markdown import escape, one_line
 __all__ = ["heading", "metrics_csv", "print_comparison", "render_markdown", "runs_csv", "significance_text"]
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
+_METRIC_FIELDS = [
+    "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "step", "value", "stderr", "n_seeds",
+    "delta", "delta_stderr", "p", "test", "not_comparable_in", "note", "differs_in",
+]  # fmt: skip
 _METRIC_WIDTH, _RUN_WIDTH = 44, 31  # characters of the terminal
 _SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds")
 
@@ -60,31 +64,22 @@ def significance_text(comparison: Comparison) -> list[str]:
 
 def metrics_csv(comparison: Comparison) -> str:
     """Return all numbers, a line a row and metric, with full precision."""
-    cells = comparison.cells.reset_index()
-    rows = [comparison.rows[row] for row in cells["row"]]
-    columns = [comparison.columns[column] for column in cells["column"]]
-    counts = pd.Series([column.unit in ("count", "bytes") for column in columns], dtype=bool)
-    table = pd.DataFrame(
+    rows = pd.DataFrame(
         {
-            "run": [row.label for row in rows],
-            "method": [row.method for row in rows],
-            "seeds": [" ".join(map(str, row.seeds)) for row in rows],
-            "metric": [column.name for column in columns],
-            "id": [column.id for column in columns],
-            "label": [column.label for column in columns],
-            "weights": [column.space for column in columns],
-            "settings": [column.settings for column in columns],
-            "step": cells["step"],
-            "value": [_exact(value, whole) for value, whole in zip(cells["value"], counts, strict=True)],
-            **cells[["stderr", "n_seeds"]],
-            "delta": [_exact(value, whole) for value, whole in zip(cells["delta"], counts, strict=True)],
-            **cells[["delta_stderr", "p", "test"]],
-            "not_comparable_in": ["; ".join(row.differs) for row in rows],
-            "note": cells["note"].where(cells["note"] != "", cells["why"]),
-            "differs_in": ["; ".join(row.notes) for row in rows],
+            "run": [row.label for row in comparison.rows],
+            "method": [row.method for row in comparison.rows],
+            "seeds": [" ".join(map(str, row.seeds)) for row in comparison.rows],
+            "not_comparable_in": ["; ".join(row.differs) for row in comparison.rows],
+            "differs_in": ["; ".join(row.notes) for row in comparison.rows],
         }
     )
-    return _csv(table)
+    columns = pd.DataFrame(comparison.columns).rename(columns={"name": "metric", "space": "weights"})
+    table = comparison.cells.reset_index().join(rows, on="row").join(columns.drop(columns="kind"), on="column")
+    whole = table["unit"].isin(("count", "bytes"))
+    for name in ("value", "delta"):
+        table[name] = [_exact(value, count) for value, count in zip(table[name], whole, strict=True)]
+    table["note"] = table["note"].where(table["note"] != "", table["why"])
+    return _csv(table[_METRIC_FIELDS])
 
 
 def _exact(value: float, whole: bool) -> float | int:

@@ -97,6 +97,16 @@ def test_order_is_headline_tasks_costs_others() -> None:
     assert names.index("brackets/acc") < names.index("parameters") < names.index("a/b/c")
 
 
+def test_a_metric_that_is_not_in_the_catalogue_goes_by_its_name() -> None:
+    made = report("a")
+    made["metrics"] += [metric_entry("toy/score", value, step=step) for step, value in ((150, 2.0), (300, 1.0))]
+    found = compare(runs(made))
+    shown = found.columns[column(found, "toy/score")]
+    assert (shown.title, shown.group, shown.unit) == ("toy/score", "Toy", "")
+    assert "## Toy" in render_markdown(found)
+    assert "toy/score" in {chart.title for chart in charts(found)}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -2,7 +2,7 @@ const chart = { index: 0, logX: false, logY: false, at: null, scales: null };
 const MARGIN = { top: 26, right: 16, bottom: 44, left: 58 };
 
 function visibleLines() {
-  return data.charts[chart.index].lines.filter((line) => shown.runs[line.r]);
+  return data.charts[chart.index].lines.filter((line) => shown.runs[line.row]);
 }
 
 function places() {
@@ -46,7 +46,7 @@ function ticks([low, high], count, log) {
 
 function scales(width, height) {
   const lines = visibleLines();
-  const ys = lines.flatMap((line) => line.y.flatMap((y, i) => [y, y - (line.e[i] || 0), y + (line.e[i] || 0)]));
+  const ys = lines.flatMap((line) => line.y.flatMap((y, i) => [y, y - (line.error[i] || 0), y + (line.error[i] || 0)]));
   const onLog = lines.flatMap((line) => line.y);
   let [low, high] = chart.logY ? extent(onLog, true) : extent(ys, false);
   const margin = (high - low) * 0.05;
@@ -72,34 +72,34 @@ function axes(shape, width, height, about) {
     group.append(drawn("line", { x1: shape.x(value), x2: shape.x(value), y1: bottom, y2: bottom + 5, class: "axis" }));
     group.append(text(shape.x(value), bottom + 19, number(value, 4), "middle"));
   }
-  group.append(text((MARGIN.left + width - MARGIN.right) / 2, height - 6, about.x, "middle"));
-  group.append(text(4, 14, about.y, "start"));
+  group.append(text((MARGIN.left + width - MARGIN.right) / 2, height - 6, about.x_label, "middle"));
+  group.append(text(4, 14, about.y_label, "start"));
   return group;
 }
 
 function drawLine(line, shape) {
-  const group = drawn("g", { class: colour(line.r), "data-row": line.r });
+  const group = drawn("g", { class: colour(line.row), "data-row": line.row });
   const usable = line.x.map((x, i) => i).filter((i) => (!chart.logX || line.x[i] > 0) && (!chart.logY || line.y[i] > 0));
   const at = usable.map((i) => [shape.x(line.x[i]), shape.y(line.y[i])]);
   const floor = shape.y.domain[0];
   const clip = (value) => shape.y(Math.max(value, floor));
-  const errors = usable.filter((i) => line.e[i] !== null);
+  const errors = usable.filter((i) => line.error[i] !== null);
   if (errors.length > 1) {
-    const up = errors.map((i) => `${shape.x(line.x[i])} ${clip(line.y[i] + line.e[i])}`);
-    const down = errors.map((i) => `${shape.x(line.x[i])} ${clip(line.y[i] - line.e[i])}`).reverse();
+    const up = errors.map((i) => `${shape.x(line.x[i])} ${clip(line.y[i] + line.error[i])}`);
+    const down = errors.map((i) => `${shape.x(line.x[i])} ${clip(line.y[i] - line.error[i])}`).reverse();
     group.append(drawn("path", { d: `M${up.join("L")}L${down.join("L")}Z`, class: "band" }));
   } else {
     for (const i of errors) {
       const x = shape.x(line.x[i]);
-      group.append(drawn("line", { x1: x, x2: x, y1: clip(line.y[i] - line.e[i]), y2: clip(line.y[i] + line.e[i]), class: "bar" }));
+      group.append(drawn("line", { x1: x, x2: x, y1: clip(line.y[i] - line.error[i]), y2: clip(line.y[i] + line.error[i]), class: "bar" }));
     }
   }
   if (at.length > 1) {
-    group.append(drawn("path", { d: `M${at.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}`, class: "stroke", "stroke-dasharray": dashes(line.r) }));
+    group.append(drawn("path", { d: `M${at.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}`, class: "stroke", "stroke-dasharray": dashes(line.row) }));
   }
   const every = Math.ceil(at.length / 20);
   at.forEach(([x, y], i) => {
-    if (at.length <= 40 || i % every === 0) group.append(mark(line.r, x, y, false));
+    if (at.length <= 40 || i % every === 0) group.append(mark(line.row, x, y, false));
   });
   return group;
 }
@@ -111,7 +111,7 @@ function drawCursor(shape, height) {
   for (const line of visibleLines()) {
     const i = line.x.indexOf(chart.at);
     if (i >= 0 && (!chart.logY || line.y[i] > 0)) {
-      parts.push(drawn("g", { class: colour(line.r) }, mark(line.r, x, shape.y(line.y[i]), true)));
+      parts.push(drawn("g", { class: colour(line.row) }, mark(line.row, x, shape.y(line.y[i]), true)));
     }
   }
   return parts;
@@ -123,7 +123,7 @@ function renderChart() {
   const width = Math.max(260, box.clientWidth), height = Math.round(Math.min(430, Math.max(260, width * 0.52)));
   const lines = about.lines;
   byId("log-y").disabled = !lines.some((line) => line.y.some((y) => y > 0));
-  byId("log-x").disabled = lines.some((line) => line.x.some((x) => x < 0)) || about.x.startsWith("layer");
+  byId("log-x").disabled = lines.some((line) => line.x.some((x) => x < 0)) || about.x_label.startsWith("layer");
   chart.logY = byId("log-y").checked && !byId("log-y").disabled;
   chart.logX = byId("log-x").checked && !byId("log-x").disabled;
   const shape = scales(width, height);
@@ -141,13 +141,13 @@ function renderReadout(about) {
   const said = [];
   byId("legend").querySelectorAll("[data-row]").forEach((entry) => {
     const row = Number(entry.dataset.row);
-    const line = about.lines.find((one) => one.r === row);
+    const line = about.lines.find((one) => one.row === row);
     const i = line && chart.at !== null ? line.x.indexOf(chart.at) : -1;
-    const text = !line ? "no data" : i < 0 ? "" : withError(line.y[i], line.e[i]);
+    const text = !line ? "no data" : i < 0 ? "" : withError(line.y[i], line.error[i]);
     entry.querySelector(".at").textContent = text;
     if (i >= 0 && shown.runs[row]) said.push(`${data.rows[row].label} ${text}`);
   });
-  const place = chart.at === null ? "" : `${about.x} ${number(chart.at, 6)}`;
+  const place = chart.at === null ? "" : `${about.x_label} ${number(chart.at, 6)}`;
   byId("legend").querySelector(".place").textContent = place;
   byId("readout").textContent = place ? `${place}: ${said.join(", ") || "no value"}` : "";
 }
@@ -177,12 +177,12 @@ function renderValues() {
   if (!holder.open) return;
   const about = data.charts[chart.index];
   const lines = visibleLines();
-  const head = element("tr", {}, element("th", { scope: "col" }, about.x));
-  head.append(...lines.map((line) => element("th", { scope: "col" }, data.rows[line.r].label)));
+  const head = element("tr", {}, element("th", { scope: "col" }, about.x_label));
+  head.append(...lines.map((line) => element("th", { scope: "col" }, data.rows[line.row].label)));
   const body = places().map((place) => {
     const cells = lines.map((line) => {
       const i = line.x.indexOf(place);
-      return element("td", {}, i < 0 ? "" : withError(line.y[i], line.e[i]));
+      return element("td", {}, i < 0 ? "" : withError(line.y[i], line.error[i]));
     });
     return element("tr", {}, element("th", { scope: "row" }, number(place, 6)), ...cells);
   });
