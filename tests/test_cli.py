@@ -219,7 +219,7 @@ def test_a_branch_leaves_the_tag_of_another_alone(cli, hub, run):
 
 
 def test_push_makes_up_for_the_tags_of_kept_checkpoints(cli, hub, run, monkeypatch, caplog):
-    monkeypatch.setattr("hf_lowrank.hub.step.draw_figures", lambda folder: [])
+    monkeypatch.setattr("hf_lowrank.hub.push.draw_figures", lambda folder: [])
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-1")
     state = json.loads((run / "checkpoint-1" / "trainer_state.json").read_text())
     (run / "checkpoint-1" / "trainer_state.json").write_text(

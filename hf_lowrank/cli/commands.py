@@ -164,8 +164,7 @@ def card(
     ] = None,
 ) -> None:
     """Write the model cards of stored reports again."""
-    from hf_lowrank.hub.card import write_card
-    from hf_lowrank.hub.examples import store_card
+    from hf_lowrank.hub.card import store_card, write_card
 
     if repo_id is not None and len(runs) > 1:
         raise ValueError(f"--repo-id {repo_id} is for one run, {len(runs)} are given: drop one of them")

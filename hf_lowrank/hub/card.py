@@ -1,135 +1,53 @@
-"""The model card of a run: what it collects from a report, its metadata, and its Markdown.
+"""The model card of a run: what it collects from a report, and its Markdown.
 
 Collecting (`CardData.from_report`), rendering (`render_card`, pure) and writing (`write_card`) are apart, so that a
 stored report can be rendered again at any time. Whatever the template prints is escaped unless it is `Markdown`.
 """
 
 import json
+import os
+import platform
+import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_lowrank.hub.benchmarks import write_benchmarks
-from hf_lowrank.hub.card_metadata import card_metadata, evaluation_results, headline_results
+from hf_lowrank.hub.metadata import card_metadata, evaluation_results, headline_results, write_benchmarks
 from hf_lowrank.report.baseline import Pair, beside_baseline
 from hf_lowrank.report.catalogue import entries
 from hf_lowrank.report.comparability import Difference, differences
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.io import read_report, validate_report
+from hf_lowrank.report.io import read_report, validate_report, write_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
-from hf_lowrank.report.model import Report
+from hf_lowrank.report.model import Paper, Report
 from hf_lowrank.report.tables import (
     UNKNOWN,
-    Fact,
     HeadlineRow,
     describe,
     evaluation_rows,
-    evaluation_settings,
     fact_rows,
     format_bytes,
     format_count,
     format_value,
     headline_rows,
+    measured_with,
 )
 
-__all__ = ["METHODS", "STUDY", "CardData", "MethodInfo", "Paper", "render_card", "write_card"]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A paper on arXiv; its first two digits are the year."""
-
-    title: str
-    arxiv: str
-    authors: str
-
-    @property
-    def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.arxiv}"
-
-    def bibtex(self, key: str) -> str:
-        """Return the paper as a BibTeX entry under `key`."""
-        return (
-            f"@misc{{{key},\n"
-            f"  title         = {{{self.title}}},\n"
-            f"  author        = {{{self.authors.replace(', ', ' and ')}}},\n"
-            f"  year          = {{20{self.arxiv[:2]}}},\n"
-            f"  eprint        = {{{self.arxiv}}},\n"
-            f"  archivePrefix = {{arXiv}},\n"
-            f"  url           = {{{self.url}}}\n"
-            f"}}"
-        )
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What a card says about a method; `dense` is False where no dense weights compute the same function."""
-
-    label: str
-    paper: Paper | None = None
-    dense: bool = True
-
+__all__ = ["STUDY", "CardData", "render_card", "store_card", "write_card"]
 
 STUDY = Paper(
-    "Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training",
-    "2605.13652",
-    "Namrata Shivagunde, Vijeta Deshpande, Sherin Muckatira, Anna Rumshisky",
+    title="Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training",
+    arxiv="2605.13652",
+    authors="Namrata Shivagunde, Vijeta Deshpande, Sherin Muckatira, Anna Rumshisky",
 )
-GALORE = Paper(
-    "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
-    "2403.03507",
-    "Jiawei Zhao, Zhenyu Zhang, Beidi Chen, Zhangyang Wang, Anima Anandkumar, Yuandong Tian",
-)
-FIRA = Paper(
-    "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
-    "2410.01623",
-    "Xi Chen, Kaituo Feng, Changsheng Li, Xunhao Lai, Xiangyu Yue, Ye Yuan, Guoren Wang",
-)
-APOLLO = Paper(
-    "APOLLO: SGD-like Memory, AdamW-level Performance",
-    "2412.05270",
-    "Hanqing Zhu, Zhenyu Zhang, Wenyan Cong, Xi Liu, Sem Park, Vikas Chandra, Bo Long, David Z. Pan, Zhangyang Wang, "
-    "Jinwon Lee",
-)
-COLA = Paper(
-    "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation",
-    "2502.10940",
-    "Ziyue Liu, Ruijie Zhang, Zhengyang Wang, Mingsong Yan, Zi Yang, Paul D. Hovland, Bogdan Nicolae, "
-    "Franck Cappello, Sui Tang, Zheng Zhang",
-)
-SLTRAIN = Paper(
-    "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
-    "2406.02214",
-    "Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",
-)
-LORA = Paper(
-    "LoRA: Low-Rank Adaptation of Large Language Models",
-    "2106.09685",
-    "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",
-)
-RELORA = Paper(
-    "ReLoRA: High-Rank Training Through Low-Rank Updates",
-    "2307.05695",
-    "Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky",
-)
-
-METHODS: Mapping[str, MethodInfo] = {
-    "fullrank": MethodInfo("full-rank training"),
-    "galore": MethodInfo("GaLore", GALORE),
-    "fira": MethodInfo("Fira", FIRA),
-    "apollo": MethodInfo("APOLLO", APOLLO),
-    "cola": MethodInfo("CoLA", COLA, dense=False),
-    "sltrain": MethodInfo("SLTrain", SLTRAIN),
-    "lora": MethodInfo("LoRA", LORA),
-    "relora": MethodInfo("ReLoRA", RELORA),
-}
 
 
 @dataclass(frozen=True)
@@ -155,83 +73,68 @@ class Baseline:
 class CardData:
     """All that a card shows. Texts are plain: `render_card` escapes them.
 
-    `repo_id` is where the run is or will be published; `published` is False where it is only a stand-in.
+    `figures` are pairs of file name and caption; without `repo_id` the run's place on the Hub is not known yet.
     """
 
-    name: str
-    method: str
-    method_info: MethodInfo
-    repo_id: str
-    published: bool
-    headline: Sequence[HeadlineRow]
-    facts: Sequence[Fact]
-    limits: Sequence[str]
-    evaluations: Sequence[Mapping[str, Any]] = ()
-    baseline: Baseline | None = None
+    report: Report
     figures: Sequence[tuple[str, str]] = ()
-    command: Sequence[str] | None = None
-    has_tokenizer: bool = False
-    prompt: str = "Once upon a time"
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    eval_results: Sequence[EvalResult] = ()
+    repo_id: str | None = None
+    baseline: Baseline | None = None
 
     @classmethod
     def from_report(
         cls, report: Mapping[str, Any], figures: Sequence[str] = (), repo_id: str | None = None
     ) -> "CardData":
-        """Collect a card's data from a valid report and the file names of its figures.
+        """Collect a card's data from a report and the file names of its figures.
 
-        Without `repo_id` the snippets show `user/<run's name>` and the card says so. Raises `ValueError` for a
-        `repo_id` that the Hub would refuse.
+        Without `repo_id` the snippets show `user/<run's name>` and the card says so. Raises `ReportError` for a report
+        that is not valid, and `ValueError` for a `repo_id` that the Hub would refuse.
         """
         report = validate_report(report)
-        run, data = report.run, report.data
         if repo_id is not None:
             try:
                 validate_repo_id(repo_id)
             except HFValidationError as error:
                 raise ValueError(f"repo_id {repo_id!r} is not a Hub repository's name: {error}") from error
-        headline, evaluations = headline_rows(report), evaluation_rows(report)
-        return cls(
-            name=one_line(run["name"]) or "unnamed run",
-            method=run["method"],
-            method_info=METHODS.get(run["method"], MethodInfo(run["method"])),
-            repo_id=repo_id or f"user/{slug(run['name'])}",
-            published=repo_id is not None,
-            headline=headline,
-            facts=fact_rows(report),
-            limits=_limits(report, headline),
-            evaluations=evaluations,
-            baseline=_baseline(report),
-            figures=_captioned(figures),
-            command=run["command"],
-            has_tokenizer=data is not None and data["tokenizer_hash"] is not None,
-            prompt="def " if data is not None and data.get("source") == "embedded" else "Once upon a time",
-            metadata=card_metadata(run, data),
-            eval_results=[*headline_results(headline, data), *evaluation_results(evaluations)],
-        )
+        return cls(report, _captioned(figures), repo_id, _baseline(report))
 
 
 def render_card(data: CardData) -> str:
     """Return the card, YAML metadata and Markdown; equal data give equal text."""
-    metadata = ModelCardData(**data.metadata)
-    if data.eval_results:
-        metadata.model_name, metadata.eval_results = data.name, list(data.eval_results)
-    paper = data.method_info.paper
-    papers = {"hf_lowrank_study": STUDY} | ({slug(data.method): paper} if paper else {})
-    label = escape(data.method_info.label)
-    template = _environment().get_template("card.md.jinja")
-    return template.render(
-        card=data,
-        metadata=Markdown(metadata.to_yaml()),
-        method=Markdown(f"[{label}]({paper.url})") if paper else label,
-        fact={fact.key: fact.text for fact in data.facts},
-        known={fact.key for fact in data.facts if fact.text != UNKNOWN},
-        repo=Markdown(json.dumps(data.repo_id)),
-        prompt=Markdown(json.dumps(data.prompt)),
-        study=Markdown(f"[{STUDY.title}]({STUDY.url})"),
-        command=None if data.command is None else fenced(shlex.join(data.command), "bash"),
-        bibtex=fenced("\n\n".join(paper.bibtex(key) for key, paper in papers.items()), "bibtex"),
+    report, run = data.report, data.report.run
+    headline, evaluations, facts = headline_rows(report), evaluation_rows(report), fact_rows(report)
+    name, paper = one_line(run.name) or "unnamed run", run.method_paper
+    metadata = ModelCardData(**card_metadata(run, report.data))
+    results = [*headline_results(headline, report.data), *evaluation_results(evaluations)]
+    if results:
+        metadata.model_name, metadata.eval_results = name, results
+    papers = {"hf_lowrank_study": STUDY} | ({slug(run.method): paper} if paper else {})
+    label = escape(run.method_label or run.method)
+    embedded = report.data is not None and report.data.source == "embedded"
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            card=data,
+            name=name,
+            metadata=Markdown(metadata.to_yaml()),
+            label=label,
+            method=Markdown(f"[{label}]({_address(paper)})") if paper else label,
+            # a method that does not tell has the form that most have
+            dense=run.dense_form is not False,
+            headline=headline,
+            evaluations=evaluations,
+            facts=facts,
+            fact={fact.key: fact.text for fact in facts},
+            known={fact.key for fact in facts if fact.text != UNKNOWN},
+            limits=_limits(report, headline),
+            repo=Markdown(json.dumps(data.repo_id or f"user/{slug(run.name)}")),
+            has_tokenizer=report.data is not None and report.data.tokenizer_hash is not None,
+            prompt=Markdown(json.dumps("def " if embedded else "Once upon a time")),
+            study=Markdown(f"[{STUDY.title}]({_address(STUDY)})"),
+            command=None if run.command is None else fenced(shlex.join(run.command), "bash"),
+            bibtex=fenced("\n\n".join(_bibtex(paper, key) for key, paper in papers.items()), "bibtex"),
+        )
     )
 
 
@@ -252,6 +155,62 @@ def write_card(publish: Path | str, repo_id: str | None = None) -> Path:
     return path
 
 
+def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
+    """Store report, figures and card of the run in `publish` under `output/<run's name>`; return the card.
+
+    It is an example: without weights, its figures reduced to a palette of 32 colours, a quarter of their size. What
+    lay in the folder before is replaced.
+
+    Raises:
+        ValueError: the report names this machine or a folder on it, which an example must not.
+        What `read_report` and `write_card` raise.
+    """
+    from PIL import Image
+
+    report = read_report(publish)
+    if private := _place_named(report, publish):
+        raise ValueError(
+            f"{publish / 'report.json'} holds {private}, which says where it was made: measure and evaluate the run "
+            "by a relative path, from the folder that holds it"
+        )
+    folder = output / slug(report.run.name)
+    if folder.resolve() != publish.resolve():
+        shutil.rmtree(folder / "figures", ignore_errors=True)
+        write_report(report, folder / "report.json")
+        for figure in sorted((publish / "figures").glob("*.png")):
+            with Image.open(figure) as image, atomic_path(folder / "figures" / figure.name) as path:
+                # the figures' flat colours survive so few; a photograph's would not
+                image.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+    return write_card(folder, repo_id=repo_id)
+
+
+def _place_named(report: Report, publish: Path) -> str | None:
+    """Return this machine's name or a folder on it, where a text of the report holds one."""
+    text = report.model_dump_json()
+    for private in map(str, (publish.resolve().parent, Path.cwd(), Path.home(), platform.node())):
+        if private not in ("", os.sep, "localhost") and re.search(rf"(?<![\w.-]){re.escape(private)}(?![\w-])", text):
+            return private
+    return None
+
+
+def _address(paper: Paper) -> str:
+    return f"https://arxiv.org/abs/{quote(paper.arxiv)}"
+
+
+def _bibtex(paper: Paper, key: str) -> str:
+    return (
+        f"@misc{{{key},\n"
+        f"  title         = {{{one_line(paper.title)}}},\n"
+        f"  author        = {{{one_line(paper.authors).replace(', ', ' and ')}}},\n"
+        # the first two digits are the year
+        f"  year          = {{20{one_line(paper.arxiv)[:2]}}},\n"
+        f"  eprint        = {{{one_line(paper.arxiv)}}},\n"
+        f"  archivePrefix = {{arXiv}},\n"
+        f"  url           = {{{_address(paper)}}}\n"
+        f"}}"
+    )
+
+
 def _environment() -> Environment:
     # autoescape is Jinja's word for HTML; a card is Markdown, so `finalize` escapes in its place
     environment = Environment(
@@ -266,10 +225,10 @@ def _environment() -> Environment:
     environment.filters |= {
         "code": code,
         "describe": describe,
-        "evaluated_with": lambda row: describe(evaluation_settings(row)),
+        "measured_with": measured_with,
         "or_blank": lambda value: "" if value is None else value,
         "url": lambda name: Markdown(quote(name, safe="")),
-        "value": lambda row: format_value(row["value"], row["stderr"]),
+        "value": lambda entry: format_value(entry.value, entry.stderr),
     }
     return environment
 
@@ -288,7 +247,7 @@ def _baseline(report: Report) -> Baseline | None:
         texts[difference.level].append(_in_words(difference))
     return Baseline(
         name=baseline.name,
-        method=METHODS.get(baseline.method, MethodInfo(baseline.method)).label,
+        method=baseline.method_label or baseline.method,
         facts=facts,
         rows=beside_baseline(report),
         conflicts=texts["conflict"],
@@ -313,40 +272,39 @@ def _captioned(figures: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, captions.get(name, Path(name).stem)) for name in [*captions, *others] if name in figures]
 
 
-def _limits(report: Mapping[str, Any], headline: Sequence[HeadlineRow]) -> list[str]:
+def _limits(report: Report, headline: Sequence[HeadlineRow]) -> list[str]:
     """Return what the report's facts say about how far the model and its numbers carry, one sentence or two each."""
-    run, data = report["run"], report["data"]
+    run, data = report.run, report.data
     limits = []
     if data is None:
         limits.append("What the model was trained on is not recorded: nothing is known about what it may have learnt.")
     else:
         limits.append(
-            f"It is a base model, trained to continue text from {one_line(data['name'])} and nothing else. The run "
+            f"It is a base model, trained to continue text from {one_line(data.name)} and nothing else. The run "
             "holds no instruction tuning, alignment or safety step: do not show what it writes to people unchecked."
         )
-    parameters, tokens = run["model"]["parameters"], run["tokens_seen"]
+    parameters, tokens = run.model.parameters, run.tokens_seen
     if parameters and tokens is not None:
         limits.append(
             f"It has {format_count(parameters)} parameters and saw {format_count(tokens)} tokens, "
             f"{tokens / parameters:.2g} tokens a parameter."
         )
-    checkpoint_of = run.get("checkpoint_of")
-    if checkpoint_of and checkpoint_of["steps"] is not None:
-        limits.append(f"It is the checkpoint of step {run['steps']:,}: the run went on to {checkpoint_of['steps']:,}.")
-    elif checkpoint_of:
-        limits.append(f"It was written at step {run['steps']:,} of {run['max_steps']:,}, while training went on.")
-    elif run["max_steps"] is not None and run["steps"] < run["max_steps"]:
-        limits.append(f"Training stopped at step {run['steps']:,} of {run['max_steps']:,}.")
+    if run.stopped_early:
+        limits.append(f"Training stopped at step {run.steps:,} of {run.max_steps:,}.")
+    elif run.checkpoint_of is not None:
+        end = run.checkpoint_of.steps
+        later = "training went on after it" if end is None else f"training went on to step {end:,}"
+        limits.append(f"This is the checkpoint of step {run.steps:,}: {later}.")
     limits.append(
         "All numbers come from one run with one seed: they say nothing about the spread between seeds, and standard "
         "errors cover the measurement only."
     )
-    if not report["evaluations"]:
+    if not report.evaluations:
         limits.append("It was not evaluated on downstream tasks.")
-    elif any(entry["limit"] is not None for entry in evaluation_rows(report)):
+    elif any(entry.limit is not None for entry in evaluation_rows(report)):
         limits.append("Downstream results with a limit are of the first items of a task alone.")
     for row in headline:
-        if row.value is None:
-            note = row.settings.get("note")
-            limits.append(f"{row.label} could not be measured{f' ({note})' if note else ''}.")
+        if row.entry.value is None:
+            note = row.entry.about.get("note")
+            limits.append(f"{row.metric.label} could not be measured{f' ({note})' if note else ''}.")
     return limits

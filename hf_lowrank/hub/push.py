@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import CommitInfo
+from transformers import AutoTokenizer
 
-from hf_lowrank.checkpoints import CheckpointError, list_checkpoints
+from hf_lowrank.checkpoints import CheckpointError, export, list_checkpoints, load_model
+from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
-from hf_lowrank.hub.commit import Hub, OverwriteError, PushError, check_names, commit_folder, push_folder
+from hf_lowrank.hub.commit import (
+    Hub,
+    OverwriteError,
+    PushError,
+    check_names,
+    commit_folder,
+    publish_folder,
+    push_folder,
+)
 from hf_lowrank.hub.fetch import download
-from hf_lowrank.hub.local import publish_folder
 from hf_lowrank.hub.ownership import run_of
-from hf_lowrank.hub.step import write_model, write_step
-from hf_lowrank.report import read_report
+from hf_lowrank.report import read_report, write_report
 
 __all__ = ["OverwriteError", "PushError", "push", "push_folder"]
 
@@ -54,7 +65,7 @@ def push(
     """
     folder = publish_folder(Path(run).expanduser())
     check_names(repo_id, revision, tag)
-    steps = read_report(folder)["run"]["steps"]
+    steps = read_report(folder).run.steps
     _add_model(folder, steps)
     hub = Hub(repo_id, token)
     if "/" not in repo_id:
@@ -75,7 +86,7 @@ def _add_model(publish: Path, steps: int) -> None:
     checkpoint = publish.parent / f"checkpoint-{steps}"
     # one of a model that is none of transformers' has weights and no config.json
     if (checkpoint / "config.json").is_file():
-        write_model(checkpoint, publish)
+        _write_model(checkpoint, publish)
     else:
         logger.warning(
             "%s holds no model (config.json, weights), and there is no %s: the report is published alone",
@@ -105,7 +116,7 @@ def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> 
             continue
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=publish.parent) as copy:
             try:
-                write_step(publish, checkpoint, Path(copy))
+                _write_step(publish, checkpoint, Path(copy))
             except CheckpointError as error:
                 logger.warning("%s is not published: %s", tag, error)
                 continue
@@ -124,3 +135,82 @@ def _remove_branch(hub: Hub, repo_id: str, branch: str) -> None:
     # the answer to an earlier try may have been lost
     if branch in {ref.name for ref in hub.api.list_repo_refs(repo_id).branches}:
         hub.api.delete_branch(repo_id, branch=branch)
+
+
+def _write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint, and report, metrics and figures up to its step, to `folder`; no card.
+
+    Args:
+        publish: the run's publish folder.
+        checkpoint: one of the run's folders `checkpoint-<n>`.
+        folder: is empty.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        step = int(state["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint} is incomplete: trainer_state.json cannot be read ({error})") from error
+    _write_model(checkpoint, folder)
+    report = read_report(publish)
+    facts = {
+        "steps": step,
+        "checkpoint_of": {"steps": report.run.steps} if step < report.run.steps else report.run.checkpoint_of,
+        "tokens_seen": state.get("num_input_tokens_seen") or None,
+        "flops": state.get("total_flos") or None,
+        # the clock was not read at the checkpoint
+        "wall_time_seconds": None,
+    }
+    kept = {
+        part: [entry for entry in report[part] if entry.step is None or entry.step <= step]
+        for part in ("metrics", "evaluations")
+    }
+    write_report({**report, **kept, "run": {**report.run, **facts}}, folder / "report.json")
+    if (publish / "metrics").is_dir():
+        shutil.copytree(publish / "metrics", folder / "metrics")
+        _cut(folder / "metrics", step)
+    draw_figures(folder)
+
+
+def _write_model(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint, with its tokenizer, to `folder` as it is published.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete.
+    """
+    model = load_model(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if list(checkpoint.glob("tokenizer*")) else None
+    # whatever transformers and tokenizers make of damaged files
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} is damaged: its tokenizer cannot be read ({error})") from error
+    export(model, folder, tokenizer)
+
+
+def _cut(metrics: Path, step: int) -> None:
+    """Drop what was measured after `step` from the files of a metrics folder, and files in which nothing is left."""
+    for path in sorted(metrics.iterdir()):
+        try:
+            left = _cut_rows(path, step) if path.suffix == ".parquet" else _cut_entries(path, step)
+        # damaged: the numbers of the report are there all the same
+        except Exception as error:
+            logger.warning("%s cannot be read and is left out of step %d: %s", path.name, step, error)
+            left = 0
+        if not left:
+            path.unlink()
+
+
+def _cut_entries(path: Path, step: int) -> int:
+    entries = [e for e in json.loads(path.read_text()) if e["step"] is None or e["step"] <= step]
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+    return len(entries)
+
+
+def _cut_rows(path: Path, step: int) -> int:
+    rows = pd.read_parquet(path)
+    if "step" in rows:
+        rows = rows[rows["step"].isna() | (rows["step"] <= step)]
+        rows.to_parquet(path, index=False)
+    return len(rows)

@@ -5,13 +5,13 @@ Nothing here knows about Markdown or HTML: texts are plain and may hold whatever
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
-from hf_lowrank.report.catalogue import headline_metrics
-from hf_lowrank.report.model import details
+from hf_lowrank.report.catalogue import HeadlineMetric, headline_metrics
+from hf_lowrank.report.model import Batch, Data, EvaluationEntry, MetricEntry, Report, Run, details
 
 __all__ = [
     "UNKNOWN",
@@ -19,34 +19,31 @@ __all__ = [
     "HeadlineRow",
     "describe",
     "evaluation_rows",
-    "evaluation_settings",
     "fact_rows",
     "format_bytes",
     "format_count",
     "format_duration",
     "format_value",
     "headline_rows",
+    "measured_with",
 ]
 
 UNKNOWN = "not recorded"
 
+_Entry = TypeVar("_Entry", MetricEntry, EvaluationEntry)
+
 
 @dataclass(frozen=True)
 class HeadlineRow:
-    """One line of the headline table: a metric under one setting in one space, at the last step it was measured.
+    """One line of the headline table: a metric under one setting in one space, at the last step it was measured."""
 
-    `id` is H1 to H16, or None for a scalar beside the sixteen; `text` is value and standard error to sensible digits.
-    """
+    metric: HeadlineMetric
+    entry: MetricEntry
 
-    id: str | None
-    name: str
-    label: str
-    value: float | None
-    stderr: float | None
-    text: str
-    step: int | None
-    space: str | None
-    settings: Mapping[str, Any]
+    @property
+    def text(self) -> str:
+        """Value and standard error to sensible digits."""
+        return format_value(self.entry.value, self.entry.stderr)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Fact:
     text: str
 
 
-def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
+def headline_rows(report: Report) -> list[HeadlineRow]:
     """Return the headline metrics that `report` has, H1 to H16 in order, loss and perplexity before, curvature after.
 
     Of each metric and space the entries of the last measured step are taken, one row a setting; where one setting was
@@ -66,61 +63,35 @@ def headline_rows(report: Mapping[str, Any]) -> list[HeadlineRow]:
     """
     rows = []
     for metric in headline_metrics():
-        entries = [entry for entry in report["metrics"] if entry["name"] == metric.name]
-        for space in sorted({entry["space"] for entry in entries}, key=str):
-            in_space = [entry for entry in entries if entry["space"] == space]
-            last = max(_step(entry) for entry in in_space)
-            by_setting = {describe(details(entry)): entry for entry in in_space if _step(entry) == last}
-            for entry in by_setting.values():
-                rows.append(
-                    HeadlineRow(
-                        id=metric.id,
-                        name=metric.name,
-                        label=metric.label,
-                        value=entry["value"],
-                        stderr=entry["stderr"],
-                        text=format_value(entry["value"], entry["stderr"]),
-                        step=entry["step"],
-                        space=space,
-                        settings=details(entry),
-                    )
-                )
+        entries = [entry for entry in report.metrics if entry.name == metric.name]
+        for space in sorted({entry.space for entry in entries}, key=str):
+            latest = _latest([entry for entry in entries if entry.space == space])
+            rows += [HeadlineRow(metric, entry) for entry in latest]
     return rows
 
 
-def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def evaluation_rows(report: Report) -> list[EvaluationEntry]:
     """Return the downstream results of `report`, each task, metric and setting at its last evaluated step.
 
     They stand in the order in which they were first evaluated; where one was evaluated twice at a step, the later
     result counts.
     """
-    last: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for entry in report["evaluations"]:
-        keys = ("task", "metric", "num_fewshot", "limit", "task_version")
-        # what is counted, unlike what is set, may change from step to step
-        settings = {k: v for k, v in details(entry).items() if k not in ("truncated_requests", "note")}
-        setting = (*(entry[key] for key in keys), describe(settings))
-        if setting not in last or _step(entry) >= _step(last[setting]):
-            last[setting] = entry
-    return [{**entry, "settings": details(entry), "about": {}} for entry in last.values()]
+    by_setting: dict[tuple[Any, ...], list[EvaluationEntry]] = {}
+    for entry in report.evaluations:
+        fields = (entry.task, entry.metric, entry.num_fewshot, entry.limit, entry.task_version)
+        by_setting.setdefault((*fields, describe(entry.settings)), []).append(entry)
+    return [entry for entries in by_setting.values() for entry in _latest(entries)]
 
 
-def evaluation_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a downstream result depends on, without what its metric's name says."""
-    told = ("filter", "higher_is_better")
-    return {key: value for key, value in entry.get("settings", {}).items() if key not in told}
+def measured_with(entry: MetricEntry | EvaluationEntry) -> str:
+    """Return on one line how a number was measured, without what its metric's name says already."""
+    return describe({key: value for key, value in details(entry).items() if key not in ("filter", "higher_is_better")})
 
 
-def fact_rows(report: Mapping[str, Any]) -> list[Fact]:
+def fact_rows(report: Report) -> list[Fact]:
     """Return what the run was, line by line; quantities that the report does not know read `UNKNOWN`."""
-    return [
-        Fact(key, label, UNKNOWN if text is None or text == "" else text)
-        for key, label, text in [
-            *_model_facts(report["run"]),
-            *_data_facts(report["data"]),
-            *_cost_facts(report["run"]),
-        ]
-    ]
+    facts = [*_model_facts(report.run), *_data_facts(report.data), *_cost_facts(report.run)]
+    return [Fact(key, label, text or UNKNOWN) for key, label, text in facts]
 
 
 def format_value(value: float | None, stderr: float | None = None) -> str:
@@ -191,10 +162,6 @@ def describe(settings: Mapping[str, Any] | str | None) -> str:
     )
 
 
-def _step(entry: Mapping[str, Any]) -> int:
-    return -1 if entry["step"] is None else entry["step"]
-
-
 def _plain(value: float) -> str:
     if value == 0:
         return "0"
@@ -215,96 +182,93 @@ def _joined(*texts: str | None) -> str | None:
     return ", ".join(text for text in texts if text) or None
 
 
+def _latest(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Return the entries of the last step; where two have the same settings, the later one."""
+    last = max(-1 if entry.step is None else entry.step for entry in entries)
+    at_last = [entry for entry in entries if entry.step == last or last == -1]
+    return list({describe({**entry.settings, **entry.get("reference", {})}): entry for entry in at_last}.values())
+
+
 def _named(settings: Mapping[str, Any], name: str) -> str | None:
     """Describe settings with the one that names them first and bare."""
     return _joined(settings[name], describe({key: value for key, value in settings.items() if key != name}))
 
 
-def _model_facts(run: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
-    model, state = run["model"], run["optimizer_state_bytes"]
-    sizes = [
-        f"{format_bytes(size)} {label}"
-        for size, label in (
-            (state["measured"], "measured"),
-            (state["predicted"], "predicted"),
-            (state["adamw"], "for AdamW"),
-        )
-        if size is not None
-    ]
+def _counted(count: int | None, unit: str = "") -> str | None:
+    return None if count is None else f"{count:,}{unit}"
+
+
+def _model_facts(run: Run) -> list[tuple[str, str, str | None]]:
+    model, state = run.model, run.optimizer_state_bytes
+    sizes = {"measured": state.measured, "predicted": state.predicted, "for AdamW": state.adamw}
+    settings = {key: value for key, value in run.method_config.items() if key != "method"}
     return [
-        ("method", "Method", run["method"]),
+        ("method", "Method", run.method),
+        ("method_config", "Method's settings", describe(settings)),
+        ("model", "Model", _joined(model.architecture, model.size)),
+        ("parameters", "Parameters", format_count(model.parameters)),
+        ("parameters_trained", "Parameters trained", format_count(model.parameters_trained)),
         (
-            "method_config",
-            "Method's settings",
-            describe({k: v for k, v in run["method_config"].items() if k != "method"}),
+            "optimizer_state",
+            "Optimizer state",
+            _joined(*(f"{format_bytes(size)} {label}" for label, size in sizes.items() if size is not None)),
         ),
-        ("model", "Model", _joined(model["architecture"], model["size"])),
-        ("parameters", "Parameters", format_count(model["parameters"])),
-        ("parameters_trained", "Parameters trained", format_count(model["parameters_trained"])),
-        ("optimizer_state", "Optimizer state", _joined(*sizes)),
     ]
 
 
-def _data_facts(data: Mapping[str, Any] | None) -> list[tuple[str, str, str | None]]:
+def _data_facts(data: Data | None) -> list[tuple[str, str, str | None]]:
     if data is None:
         return [("data", "Data", None)]
-    length, packing = data["sequence_length"], data["packing"]
-    packed = {True: "packed", False: "one document a sequence", None: None}.get(packing, str(packing))
-    tokens = data["validation_tokens"]
+    packing = data.packing
+    if isinstance(packing, bool):
+        packing = "packed" if packing else "one document a sequence"
     validation = _joined(
-        None if data["validation_sequences"] is None else f"{data['validation_sequences']:,} sequences",
-        None if tokens is None else f"{tokens:,} tokens",
-        None if data["split_seed"] is None else f"split seed {data['split_seed']}",
+        _counted(data.validation_sequences, " sequences"),
+        _counted(data.validation_tokens, " tokens"),
+        None if data.split_seed is None else f"split seed {data.split_seed}",
     )
-    train = data["train_sequences"]
     return [
-        ("data", "Data", _joined(data["name"], data["config"])),
-        ("data_revision", "Data revision or content hash", data["revision_or_hash"]),
-        ("train_sequences", "Training sequences", None if train is None else f"{train:,}"),
-        ("sequence_length", "Sequence", _joined(None if length is None else f"{length:,} tokens", packed)),
+        ("data", "Data", _joined(data.name, data.config)),
+        ("data_revision", "Data revision or content hash", data.revision_or_hash),
+        ("train_sequences", "Training sequences", _counted(data.train_sequences)),
+        ("sequence_length", "Sequence", _joined(_counted(data.sequence_length, " tokens"), packing)),
         ("validation", "Validation data", validation),
-        ("tokenizer", "Tokenizer", data["tokenizer_name"]),
-        ("tokenizer_hash", "Tokenizer hash", data["tokenizer_hash"]),
+        ("tokenizer", "Tokenizer", data.tokenizer_name),
+        ("tokenizer_hash", "Tokenizer hash", data.tokenizer_hash),
     ]
 
 
-def _cost_facts(run: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
-    peak, seeds = run["peak_memory_bytes"], run["seeds"]
-    rate, flops = run["learning_rate"], run["flops"]
-    steps = f"{run['steps']:,}" + (f" of {run['max_steps']:,}" if run["max_steps"] is not None else "")
-    peak_text = format_bytes(peak["value"])
+def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
+    planned = "" if run.max_steps is None else f" of {run.max_steps:,}"
+    peak, kind = format_bytes(run.peak_memory_bytes.value), run.peak_memory_bytes.kind
     return [
-        ("steps", "Optimizer steps", steps),
-        ("tokens_seen", "Tokens seen", format_count(run["tokens_seen"])),
-        ("batch", "Batch", _batch(run["batch"])),
-        ("learning_rate", "Peak learning rate", None if rate is None else f"{rate:g}"),
-        ("lr_schedule", "Learning-rate schedule", _named(run["lr_schedule"], "type")),
-        ("optimizer", "Optimizer", _named(run["optimizer"], "name")),
-        ("precision", "Precision", run["precision"]),
-        ("world_size", "Processes", None if run["world_size"] is None else f"{run['world_size']:,}"),
-        ("seeds", "Seeds", describe(seeds)),
-        ("flops", "Floating-point operations", None if flops is None else f"{flops:.3g}"),
-        ("peak_memory", "Peak memory", f"{peak_text} ({peak['kind']})" if peak_text and peak["kind"] else peak_text),
-        ("wall_time", "Wall time", format_duration(run["wall_time_seconds"])),
-        ("hardware", "Hardware", describe(run["hardware"])),
-        ("versions", "Versions", describe(run["versions"])),
-        ("git_commit", "Git commit", run["git_commit"]),
-        ("date", "Date", run["date"]),
-        ("license", "Licence", run["license"]),
+        ("steps", "Optimizer steps", f"{run.steps:,}{planned}"),
+        ("tokens_seen", "Tokens seen", format_count(run.tokens_seen)),
+        ("batch", "Batch", _batch(run.batch)),
+        ("learning_rate", "Peak learning rate", None if run.learning_rate is None else f"{run.learning_rate:g}"),
+        ("lr_schedule", "Learning-rate schedule", _named(run.lr_schedule, "type")),
+        ("optimizer", "Optimizer", _named(run.optimizer, "name")),
+        ("precision", "Precision", run.precision),
+        ("world_size", "Processes", _counted(run.world_size)),
+        ("seeds", "Seeds", describe(run.seeds)),
+        ("flops", "Floating-point operations", None if run.flops is None else f"{run.flops:.3g}"),
+        ("peak_memory", "Peak memory", f"{peak} ({kind})" if peak and kind else peak),
+        ("wall_time", "Wall time", format_duration(run.wall_time_seconds)),
+        ("hardware", "Hardware", describe(run.hardware)),
+        ("versions", "Versions", describe(run.versions)),
+        ("git_commit", "Git commit", run.git_commit),
+        ("date", "Date", run.date),
+        ("license", "Licence", run.license),
     ]
 
 
-def _batch(batch: Mapping[str, Any]) -> str | None:
-    total = batch["global_sequences"]
-    factors = [
-        f"{label} {batch[key]}"
-        for key, label in (
-            ("per_device", "per device"),
-            ("gradient_accumulation", "accumulation"),
-            ("world_size", "processes"),
-        )
-        if batch[key] is not None
-    ]
-    if total is None:
-        return " × ".join(factors) or None
-    return f"{total:,} sequences a step" + (f" ({' × '.join(factors)})" if factors else "")
+def _batch(batch: Batch) -> str | None:
+    factors = {
+        "per device": batch.per_device,
+        "accumulation": batch.gradient_accumulation,
+        "processes": batch.world_size,
+    }
+    product = " × ".join(f"{label} {factor}" for label, factor in factors.items() if factor is not None)
+    if batch.global_sequences is None:
+        return product
+    return f"{batch.global_sequences:,} sequences a step" + (f" ({product})" if product else "")

@@ -4,42 +4,40 @@ A report may come from anybody: its texts are shown as they are, without control
 obey, and without rich's markup.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
 from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.model import Report
 from hf_lowrank.report.tables import evaluation_rows, fact_rows, format_value, headline_rows
 
 __all__ = ["evaluations_table", "facts_table", "headline_table"]
 
 
-def facts_table(report: Mapping[str, Any]) -> Table:
+def facts_table(report: Report) -> Table:
     """What the run was, line by line."""
-    table = Table(title=_plain(report["run"]["name"]), title_justify="left", show_header=False)
+    table = Table(title=_plain(report.run.name), title_justify="left", show_header=False)
     for fact in fact_rows(report):
         _add(table, fact.label, fact.text)
     return table
 
 
-def headline_table(report: Mapping[str, Any], title: str = "metrics") -> Table:
+def headline_table(report: Report, title: str = "metrics") -> Table:
     """The headline metrics with their standard errors."""
     table = _table(title, "", "metric", "value", "weights", "step")
     for row in headline_rows(report):
-        other = row.settings.get("other")
-        name = f"{row.name} ({other})" if other is not None else row.name
-        _add(table, row.id, name, row.text, row.space, row.step)
+        other = row.entry.settings.get("other", row.entry.reference.get("other"))
+        name = row.metric.name if other is None else f"{row.metric.name} ({other})"
+        _add(table, row.metric.id, name, row.text, row.entry.space, row.entry.step)
     return table
 
 
-def evaluations_table(report: Mapping[str, Any]) -> Table:
+def evaluations_table(report: Report) -> Table:
     """The downstream results with their standard errors."""
     table = _table("downstream tasks", "task", "metric", "value", "few-shot", "limit", "step")
-    for row in evaluation_rows(report):
-        value = format_value(row["value"], row["stderr"])
-        _add(table, row["task"], row["metric"], value, row["num_fewshot"], row["limit"], row["step"])
+    for entry in evaluation_rows(report):
+        value = format_value(entry.value, entry.stderr)
+        _add(table, entry.task, entry.metric, value, entry.num_fewshot, entry.limit, entry.step)
     return table
 
 

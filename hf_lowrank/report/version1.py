@@ -1,8 +1,11 @@
 """Reports of schema version 1, in which an entry's `settings` held everything and a card knew the methods by name.
 
-This is the only place that knows the names of version 1's settings.
+This is the only place that knows the names of version 1's settings; `version1_methods.json` beside it keeps what was
+known of the methods then.
 """
 
+import json
+from importlib import resources
 from typing import Any
 
 __all__ = ["upgrade", "upgrade_entry"]
@@ -18,69 +21,6 @@ _ABOUT = frozenset(
 _REFERENCE = frozenset(("since", "other_step", "baseline_step"))
 _CONSECUTIVE = "interpolation/consecutive/"
 
-_METHODS: dict[str, dict[str, Any]] = {
-    "fullrank": {"method_label": "full-rank training", "method_paper": None},
-    "galore": {
-        "method_label": "GaLore",
-        "method_paper": {
-            "title": "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
-            "arxiv": "2403.03507",
-            "authors": "Jiawei Zhao, Zhenyu Zhang, Beidi Chen, Zhangyang Wang, Anima Anandkumar, Yuandong Tian",
-        },
-    },
-    "fira": {
-        "method_label": "Fira",
-        "method_paper": {
-            "title": "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
-            "arxiv": "2410.01623",
-            "authors": "Xi Chen, Kaituo Feng, Changsheng Li, Xunhao Lai, Xiangyu Yue, Ye Yuan, Guoren Wang",
-        },
-    },
-    "apollo": {
-        "method_label": "APOLLO",
-        "method_paper": {
-            "title": "APOLLO: SGD-like Memory, AdamW-level Performance",
-            "arxiv": "2412.05270",
-            "authors": "Hanqing Zhu, Zhenyu Zhang, Wenyan Cong, Xi Liu, Sem Park, Vikas Chandra, Bo Long, "
-            "David Z. Pan, Zhangyang Wang, Jinwon Lee",
-        },
-    },
-    "cola": {
-        "method_label": "CoLA",
-        "method_paper": {
-            "title": "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation",
-            "arxiv": "2502.10940",
-            "authors": "Ziyue Liu, Ruijie Zhang, Zhengyang Wang, Mingsong Yan, Zi Yang, Paul D. Hovland, "
-            "Bogdan Nicolae, Franck Cappello, Sui Tang, Zheng Zhang",
-        },
-    },
-    "sltrain": {
-        "method_label": "SLTrain",
-        "method_paper": {
-            "title": "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
-            "arxiv": "2406.02214",
-            "authors": "Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",
-        },
-    },
-    "lora": {
-        "method_label": "LoRA",
-        "method_paper": {
-            "title": "LoRA: Low-Rank Adaptation of Large Language Models",
-            "arxiv": "2106.09685",
-            "authors": "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, "
-            "Lu Wang, Weizhu Chen",
-        },
-    },
-    "relora": {
-        "method_label": "ReLoRA",
-        "method_paper": {
-            "title": "ReLoRA: High-Rank Training Through Low-Rank Updates",
-            "arxiv": "2307.05695",
-            "authors": "Vladislav Lialin, Namrata Shivagunde, Sherin Muckatira, Anna Rumshisky",
-        },
-    },
-}
-
 
 def upgrade(report: Any) -> None:
     """Bring a report of version 1 up to date in place, as plain data that need not be valid.
@@ -90,14 +30,14 @@ def upgrade(report: Any) -> None:
     """
     if not isinstance(report, dict):
         return
+    run, baseline = report.get("run"), report.get("baseline")
     if report.get("schema_version") == 1 and report["schema_version"] is not True:
         report["schema_version"] = 2
-    run, baseline = report.get("run"), report.get("baseline")
-    for part in (run, baseline):
-        method = part.get("method") if isinstance(part, dict) else None
-        if isinstance(part, dict) and isinstance(method, str) and method in _METHODS and "method_label" not in part:
-            told = {**_METHODS[method], "dense_form": method != "cola"}
-            part.update(told if part is run else {"method_label": told["method_label"]})
+        methods = json.loads(resources.files("hf_lowrank.report").joinpath("version1_methods.json").read_text("utf-8"))
+        for part, keys in ((run, ("method_label", "method_paper", "dense_form")), (baseline, ("method_label",))):
+            if isinstance(part, dict):
+                method = methods.get(str(part.get("method")), {})
+                part.update({key: method[key] for key in keys if key in method})
     for holder in (report, baseline):
         for kind in ("metrics", "evaluations"):
             entries = holder.get(kind) if isinstance(holder, dict) else None

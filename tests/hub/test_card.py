@@ -19,7 +19,8 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_lowrank.hub.card import METHODS, STUDY, CardData, render_card, write_card
+from hf_lowrank.hub.card import STUDY, CardData, render_card, write_card
+from hf_lowrank.methods import METHODS
 from hf_lowrank.report import ReportError, baseline_of, headline_rows, metric_entry, validate_report, write_report
 from hf_lowrank.report.markdown import one_line
 
@@ -49,7 +50,8 @@ def report() -> dict[str, Any]:
 def full_rank(report: dict[str, Any]) -> dict[str, Any]:
     """The report of a run that differs from `report`'s in its method, numbers and a setting."""
     other = copy.deepcopy(report)
-    other["run"] |= {"name": "tiny-fullrank", "method": "fullrank", "learning_rate": 0.003}
+    other["run"] |= {"name": "tiny-fullrank", "method": "fullrank", "method_label": "full-rank training"}
+    other["run"]["learning_rate"] = 0.003
     other["run"]["optimizer_state_bytes"]["measured"] = 14722204
     for entry in (*other["metrics"], *other["evaluations"]):
         entry["value"] = None if entry["value"] is None else entry["value"] * 1.25
@@ -87,17 +89,17 @@ def test_rendering_is_pure(report: dict[str, Any]) -> None:
 
 def test_model_index_keeps_every_result_apart(report: dict[str, Any]) -> None:
     data = ModelCard(card_of(report)).data
-    expected = [row for row in headline_rows(report) if row.value is not None]
+    expected = [row.entry for row in headline_rows(validate_report(report)) if row.entry.value is not None]
     assert len(data.eval_results) == len(expected) + 1 == 11
     results = data.to_dict()["model-index"][0]["results"]
     assert len(results) == len(expected) + 1, "none was merged into another"
     assert len({result["dataset"]["config"] for result in results}) == len(expected) + 1
-    for result, row in zip(results[:-1], expected, strict=True):
+    for result, entry in zip(results[:-1], expected, strict=True):
         (metric,) = result["metrics"]
-        assert metric["type"] == row.name
-        assert metric["value"] == row.value
+        assert metric["type"] == entry.name
+        assert metric["value"] == entry.value
         assert isinstance(metric["value"], float)
-        assert metric.get("args", {}).get("stderr") == row.stderr
+        assert metric.get("args", {}).get("stderr") == entry.stderr
 
 
 def test_downstream_results_are_told_apart_by_their_settings(report: dict[str, Any]) -> None:
@@ -260,20 +262,23 @@ def test_licence(report: dict[str, Any], license_id: str | None, expected: dict[
 
 @pytest.mark.parametrize("method", [*METHODS, "someone-elses"])
 def test_every_method(report: dict[str, Any], method: str) -> None:
-    report["run"]["method"] = method
+    for field in ("method_label", "method_paper", "dense_form"):
+        del report["run"][field]
+    config = METHODS.get(method)
+    report["run"] |= {"method": method, **(config.facts() if config else {})}
     card = card_of(report)
     blocks = python_blocks(card)
     assert len(blocks) == 3
     for block in blocks:
         ast.parse(block)
         assert '"user/tiny-galore"' in block
-    info = METHODS.get(method)
-    for paper in (STUDY, info.paper if info else None):
+    for paper in (STUDY, config.paper if config else None):
         if paper is not None:
             assert f"eprint        = {{{paper.arxiv}}}" in card
-            assert f"]({paper.url})" in card
+            assert f"](https://arxiv.org/abs/{paper.arxiv})" in card
             assert paper.authors.count(", ") == card.split(f"{{{paper.title}}},")[1].split("\n")[1].count(" and ") > 2
-    dense = info is None or info.dense
+    assert f"- Method: {config.label if config else method}" in card
+    dense = config is None or config.has_dense_form
     assert ("dense=True" in card) == dense
     assert ("trust_remote_code=True" in card) != dense
 
@@ -319,6 +324,15 @@ def test_unknown_facts_are_said_to_be_unknown(report: dict[str, Any]) -> None:
     assert "model_name" not in metadata
 
 
+def test_a_checkpoint_of_a_run_that_went_on_did_not_stop(report: dict[str, Any]) -> None:
+    report["run"] |= {"steps": 120, "checkpoint_of": {"steps": 300}}
+    card = card_of(report)
+    assert "- This is the checkpoint of step 120: training went on to step 300." in card
+    report["run"]["checkpoint_of"]["steps"] = None
+    assert "- This is the checkpoint of step 120: training went on after it." in card_of(report)
+    assert "stopped" not in card + card_of(report)
+
+
 def test_figures_come_in_order_and_safely(report: dict[str, Any]) -> None:
     data = CardData.from_report(report, [*FIGURES, "mine (1) <b>.png"])
     assert [name for name, _ in data.figures] == [
@@ -335,6 +349,7 @@ def test_values_come_out_as_text(report: dict[str, Any], text: str) -> None:
     plain = card_of(report)
     run = report["run"]
     run |= {"name": text, "hardware": {"cpu": text}, "precision": text, "license": text, "git_commit": text}
+    run |= {"method_label": text, "method_paper": {"title": text, "arxiv": text, "authors": text}}
     run["method_config"] = {"note": text}
     run["versions"]["torch"] = text
     run["model"] |= {"architecture": text, "size": text}
@@ -380,7 +395,8 @@ def test_differences_from_the_baseline_and_captions_come_out_as_text(report: dic
 
 @pytest.mark.parametrize("text", NASTY)
 def test_unknown_method_name_comes_out_as_text(report: dict[str, Any], text: str) -> None:
-    report["run"]["method"] = text
+    del report["run"]["method_paper"]
+    report["run"] |= {"method": text, "method_label": None}
     card = card_of(report)
     rendered = body_html(card)
     assert html.unescape(re.sub(r"<[^>]+>", "", rendered)).count(one_line(text)) == 3

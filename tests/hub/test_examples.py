@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_lowrank.cli import main
-from hf_lowrank.hub.card import CardData, render_card
-from hf_lowrank.hub.examples import store_card
+from hf_lowrank.hub.card import CardData, render_card, store_card
 from hf_lowrank.report import read_report, write_report
 
 EXAMPLES = Path(__file__).parents[2] / "model_cards"

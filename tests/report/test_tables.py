@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.report import HEADLINE_METRICS, fact_rows, format_value, headline_rows, metric_entry
+from hf_lowrank.report import HEADLINE_METRICS, fact_rows, format_value, headline_rows, metric_entry, validate_report
 from hf_lowrank.report.tables import UNKNOWN, describe, format_bytes, format_count, format_duration
 
 
@@ -70,25 +70,29 @@ def test_other_formats() -> None:
 
 
 def test_headline_takes_the_last_step_of_each_metric(report: dict[str, Any]) -> None:
-    rows = headline_rows(report)
-    assert [row.id for row in rows] == [
+    rows = headline_rows(validate_report(report))
+    assert [row.metric.id for row in rows] == [
         None, "H1", "H4", "H4", "H4", "H8", "H9", "H10", "H11", "H12", "H13",
     ]  # fmt: skip
-    assert {row.step for row in rows} == {300}
-    by_name = {row.name: row for row in rows}
+    assert {row.entry.step for row in rows} == {300}
+    by_name = {row.metric.name: row for row in rows}
     assert by_name["spectral/weight/stable_rank"].text == "11.9 ± 1.3"
-    assert by_name["spectral/update/relative_norm"].stderr is None
+    assert by_name["spectral/update/relative_norm"].entry.stderr is None
     assert by_name["landscape/random/sharpness"].text == "n/a"
 
 
 def test_headline_keeps_settings_and_spaces_apart(report: dict[str, Any]) -> None:
-    rows = [row for row in headline_rows(report) if row.id == "H4"]
-    assert [(row.space, row.settings["k"]) for row in rows] == [("dense", 5), ("dense", 10), ("native", 10)]
+    rows = [row for row in headline_rows(validate_report(report)) if row.metric.id == "H4"]
+    assert [(row.entry.space, row.entry.settings["k"]) for row in rows] == [
+        ("dense", 5),
+        ("dense", 10),
+        ("native", 10),
+    ]
 
 
 def test_headline_edge_cases(report: dict[str, Any]) -> None:
     report["metrics"] = []
-    assert headline_rows(report) == []
+    assert headline_rows(validate_report(report)) == []
     name = "spectral/weight/stable_rank"
     report["metrics"] = [
         metric_entry(name, 1.0, step=None),
@@ -96,11 +100,12 @@ def test_headline_edge_cases(report: dict[str, Any]) -> None:
         metric_entry(name, 3.0, step=5),
         metric_entry("someone/elses/metric", 4.0, step=5),
     ]
-    assert [row.value for row in headline_rows(report)] == [3.0], "the later of two equal measurements counts"
+    values = [row.entry.value for row in headline_rows(validate_report(report))]
+    assert values == [3.0], "the later of two equal measurements counts"
 
 
 def test_facts(report: dict[str, Any]) -> None:
-    facts = {fact.key: fact.text for fact in fact_rows(report)}
+    facts = {fact.key: fact.text for fact in fact_rows(validate_report(report))}
     assert facts["optimizer_state"] == "9.5 MiB measured, 9.5 MiB predicted, 14.04 MiB for AdamW"
     assert facts["method_config"] == "proj_type=std, r=32, scale=0.25, update_proj_gap=200"
     assert facts["lr_schedule"] == "cosine_with_min_lr, min_lr_rate=0.1, warmup_steps=30"
@@ -111,11 +116,12 @@ def test_facts_of_an_unknown_run(report: dict[str, Any]) -> None:
     report["data"] = None
     unknown: dict[str, Any] = {}
     for key, value in report["run"].items():
-        nested = isinstance(value, dict) and key not in ("hardware", "method_config", "versions", "model")
+        kept_whole = ("hardware", "method_config", "method_paper", "versions", "model")
+        nested = isinstance(value, dict) and key not in kept_whole
         unknown[key] = dict.fromkeys(value) if nested else None
     kept = {key: report["run"][key] for key in ("name", "method", "method_config", "model", "steps", "versions")}
     report["run"] = unknown | kept
-    facts = {fact.key: fact.text for fact in fact_rows(report)}
+    facts = {fact.key: fact.text for fact in fact_rows(validate_report(report))}
     for key in (
         "data",
         "optimizer_state",
