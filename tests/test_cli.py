@@ -237,6 +237,10 @@ def test_push_makes_up_for_the_tags_of_kept_checkpoints(cli, hub, run, monkeypat
 
     report = lr.load_report("user/my-run@step-1")
     assert (report["run"]["steps"], report["run"]["tokens_seen"]) == (1, 64)
+    assert report.run.checkpoint_of == {"steps": 2}
+    card = repo.files("step-1")["README.md"].decode()
+    assert "This is the checkpoint of step 1: training went on to step 2." in card
+    assert "stopped" not in card
     assert all(entry["step"] <= 1 for entry in report["metrics"])
     model, expected = lr.from_pretrained("user/my-run", revision="step-1"), lr.from_pretrained(run / "checkpoint-2")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))

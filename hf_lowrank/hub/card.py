@@ -293,7 +293,7 @@ def _limits(report: Report, headline: Sequence[HeadlineRow]) -> list[str]:
         limits.append(f"Training stopped at step {run.steps:,} of {run.max_steps:,}.")
     elif run.checkpoint_of is not None:
         end = run.checkpoint_of.steps
-        later = "training went on after it" if end is None else f"training went on to step {end:,}"
+        later = "training was under way" if end is None else f"training went on to step {end:,}"
         limits.append(f"This is the checkpoint of step {run.steps:,}: {later}.")
     limits.append(
         "All numbers come from one run with one seed: they say nothing about the spread between seeds, and standard "

@@ -35,7 +35,7 @@ Space = Literal["native", "dense", "linearised"]
 class Part(BaseModel, Mapping[str, Any]):
     """A part of a report: a model that is also a mapping of the fields that were given."""
 
-    model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     def __getitem__(self, key: str) -> Any:
         if key in type(self).model_fields:
@@ -69,28 +69,43 @@ class Closed(Part):
 
 
 class Paper(Closed):
+    """The paper that introduced a method.
+
+    Attributes:
+        arxiv: its number on arXiv, such as 2403.03507.
+        authors: separated by commas.
+    """
+
     title: Name
     arxiv: Name
-    """Its number on arXiv, such as 2403.03507."""
     authors: Name
-    """Separated by commas."""
 
 
 class Model(Part):
+    """The model that was trained.
+
+    Attributes:
+        architecture: the model type of the base model, such as llama.
+        parameters: all parameters of the model as trained, tied ones once.
+    """
+
     architecture: Name
-    """The model type of the base model, such as llama."""
     size: str | None
     parameters: Count
-    """All parameters of the model as trained, tied ones once."""
     parameters_trained: Count
     config_hash: str | None = None
 
 
 class OptimizerStateBytes(Part):
+    """What the optimizer keeps, in bytes.
+
+    Attributes:
+        adamw: what AdamW would hold for the dense model.
+    """
+
     predicted: Count | None
     measured: Count | None
     adamw: Count | None
-    """What AdamW would hold for the dense model."""
 
     @property
     def best(self) -> int | None:
@@ -99,9 +114,14 @@ class OptimizerStateBytes(Part):
 
 
 class PeakMemory(Part):
+    """The most memory that a process took, in bytes.
+
+    Attributes:
+        kind: how the peak was taken, such as cuda_allocated or process_rss.
+    """
+
     value: Count | None
     kind: str | None
-    """How the peak was taken, such as cuda_allocated or process_rss."""
 
 
 class Seeds(Part):
@@ -123,19 +143,27 @@ class Optimizer(Part):
 
 
 class Batch(Part):
+    """What one optimizer step is over.
+
+    Attributes:
+        global_sequences: sequences in one optimizer step.
+    """
+
     per_device: Positive | None
     gradient_accumulation: Positive | None
     world_size: Positive | None
     global_sequences: Positive | None
-    """Sequences in one optimizer step."""
 
 
 class CheckpointOf(Closed):
-    """The run that a checkpoint belongs to."""
+    """The run that a checkpoint belongs to.
+
+    Attributes:
+        steps: optimizer steps that the run had done when this report was cut for its checkpoint; null where the report
+            was written at a save, while training went on.
+    """
 
     steps: Count | None
-    """Optimizer steps that the run had done when this report was cut for its checkpoint; null where the report was
-    written at a save, while training went on."""
 
 
 def _stopped_early(run: "Run | Baseline") -> bool:
@@ -148,31 +176,37 @@ def _stopped_early(run: "Run | Baseline") -> bool:
 
 
 class Run(Part):
-    """What the training run was; further facts are welcome."""
+    """What the training run was; further facts are welcome.
+
+    Attributes:
+        method_label: the method's name for people.
+        dense_form: whether dense weights compute the same function; null where that is not known.
+        method_config: the method's configuration, field by field.
+        steps: optimizer steps done.
+        max_steps: optimizer steps planned.
+        checkpoint_of: set where this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
+            `steps`.
+        learning_rate: peak learning rate.
+        command: the command that repeats the run, one argument an item.
+        date: when the run ended, ISO 8601.
+    """
 
     name: Name
     method: Name
     method_label: str | None = None
-    """The method's name for people."""
     method_paper: Paper | None = None
     dense_form: bool | None = None
-    """Whether dense weights compute the same function; null where that is not known."""
     method_config: dict[str, Any]
-    """The method's configuration, field by field."""
     model: Model
     optimizer_state_bytes: OptimizerStateBytes
     peak_memory_bytes: PeakMemory
     tokens_seen: Count | None
     flops: Nonnegative | None
     steps: Count
-    """Optimizer steps done."""
     max_steps: Count | None
-    """Optimizer steps planned."""
     checkpoint_of: CheckpointOf | None = None
-    """Set where this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after `steps`."""
     seeds: Seeds
     learning_rate: Nonnegative | None
-    """Peak learning rate."""
     lr_schedule: LearningRateSchedule
     optimizer: Optimizer
     batch: Batch
@@ -183,19 +217,20 @@ class Run(Part):
     hardware: str | dict[str, Any] | None
     wall_time_seconds: Nonnegative | None
     command: list[str] | None
-    """The command that repeats the run, one argument an item."""
     license: str | None
     date: str | None
-    """When the run ended, ISO 8601."""
 
     stopped_early = property(_stopped_early)
 
 
 class Data(Part):
-    """What the run was trained and validated on; null where it is not known, as in a foreign Trainer run."""
+    """What the run was trained and validated on; null where it is not known, as in a foreign Trainer run.
+
+    Attributes:
+        source: where to look the name up: the Hub's data sets, the machine's files, or the package's embedded corpus.
+    """
 
     source: Literal["hub", "local", "embedded"] | None = None
-    """Where to look the name up: the Hub's data sets, the machine's files, or the package's embedded corpus."""
     name: Name
     config: str | None
     revision_or_hash: str | None
@@ -210,27 +245,35 @@ class Data(Part):
 
 
 class MetricEntry(Closed):
-    """One number of a metric."""
+    """One number of a metric.
+
+    Attributes:
+        name: dimension/subject/metric.
+        value: null where it could not be measured; about.note says why.
+        settings: what defines the number: numbers compare only where these agree.
+        space: which weights were looked at: the parameters as trained, the dense matrices they compute, or the product
+            of the factors where no dense matrix exists; null where the question does not arise.
+        reference: what the number refers to at its own step, such as the step before.
+        about: what only describes the number, such as how many matrices it is over.
+    """
 
     name: Name
-    """dimension/subject/metric."""
     value: float | None
-    """null where it could not be measured; about.note says why."""
     stderr: Nonnegative | None
     step: Count | None
     settings: dict[str, Any]
-    """What defines the number: numbers compare only where these agree."""
     space: Space | None
-    """Which weights were looked at: the parameters as trained, the dense matrices they compute, or the product of the
-    factors where no dense matrix exists; null where the question does not arise."""
     reference: dict[str, Any] = {}
-    """What the number refers to at its own step, such as the step before."""
     about: dict[str, Any] = {}
-    """What only describes the number, such as how many matrices it is over."""
 
 
 class EvaluationEntry(Closed):
-    """One number of a downstream task."""
+    """One number of a downstream task.
+
+    Attributes:
+        settings: what defines the number beside the fields above: seeds and samples.
+        about: what only describes the number: form of the weights, truncated requests, chance level.
+    """
 
     task: Name
     metric: Name
@@ -241,15 +284,16 @@ class EvaluationEntry(Closed):
     step: Count | None
     task_version: str | int | float | None
     settings: dict[str, Any] = {}
-    """What defines the number beside the fields above: seeds and samples."""
     about: dict[str, Any] = {}
-    """What only describes the number: form of the weights, truncated requests, chance level."""
 
 
 class Baseline(Closed):
     """What is known of the run that this one was measured against: enough to tell whether the two compare.
 
     Fields with a default are not in the reports of older versions.
+
+    Attributes:
+        optimizer_state_bytes: measured, or else predicted.
     """
 
     name: Name
@@ -262,7 +306,6 @@ class Baseline(Closed):
     tokens_seen: Count | None
     parameters: Count
     optimizer_state_bytes: Count | None
-    """Measured, or else predicted."""
     learning_rate: Nonnegative | None
     lr_schedule: LearningRateSchedule | None = None
     optimizer: Optimizer | None = None

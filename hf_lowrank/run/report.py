@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from hf_lowrank.metrics.sequences import (
 )
 from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, metric_entry, read_report, write_report
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.model import Run
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
 
@@ -98,6 +100,7 @@ class ReportCallback(TrainerCallback):
         self._started = time.monotonic()
         # facts that stand still once training has ended, however often the report is written after it
         self._ended: dict[str, Any] = {}
+        self._training = False
         # whether the report in the folder may be of an earlier run
         self._foreign = True
 
@@ -114,6 +117,7 @@ class ReportCallback(TrainerCallback):
             if isinstance(callback, MetricCallback):
                 callback.trainer = self.trainer
         self._started, self._ended, self._foreign = time.monotonic(), {}, state.global_step == 0
+        self._training = True
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
         if state.is_world_process_zero:
             self.pushes.clear(self.publish.parent)
@@ -122,7 +126,7 @@ class ReportCallback(TrainerCallback):
 
     def _seconds_before(self) -> float:
         try:
-            return float(read_report(self.publish)["run"]["wall_time_seconds"] or 0.0)
+            return read_report(self.publish).run.wall_time_seconds or 0.0
         except (ReportError, FileNotFoundError):
             return 0.0
 
@@ -186,6 +190,7 @@ class ReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = False
         try:
             records = self._validation_records()
         # like any metric, this one must never end somebody's run
@@ -198,9 +203,9 @@ class ReportCallback(TrainerCallback):
         if records:
             self._write_records(records)
         self.write_all(model)
-        run = read_report(self.publish)["run"]
-        self._ended = {key: run[key] for key in ("wall_time_seconds", "date")}
-        Console().print(self._measured())
+        run = read_report(self.publish).run
+        self._ended = {"wall_time_seconds": run.wall_time_seconds, "date": run.date}
+        Console().print(self._measured(run))
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
 
@@ -274,26 +279,27 @@ class ReportCallback(TrainerCallback):
         curve = curve.groupby("step", as_index=False).first()
         with atomic_path(folder / "training.parquet") as path:
             curve.to_parquet(path, index=False)
-        run = run_facts(self.trainer, self.info, seconds)
+        run = run_facts(self.trainer, self.info, seconds) | self._ended
+        if self._training and run["steps"] < run["max_steps"]:
+            run["checkpoint_of"] = {"steps": None}
         report = {
             "schema_version": SCHEMA_VERSION,
-            "run": {**run, **self._ended},
+            "run": run,
             "data": self.info.data,
             "metrics": read_records(folder),
             "evaluations": evaluation_entries(read_evaluations(folder) or []),
+            "baseline": self._baseline(),
         }
-        if (known := self._baseline()) is not None:
-            report["baseline"] = known
         write_report(report, self.publish / "report.json")
         self._foreign = False
 
-    def _baseline(self) -> dict[str, Any] | None:
+    def _baseline(self) -> Mapping[str, Any] | None:
         """What is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ActivationCallback) and callback.baseline_report is not None:
                 return baseline_of(callback.baseline_report)
         try:
-            return None if self._foreign else read_report(self.publish).get("baseline")
+            return None if self._foreign else read_report(self.publish).baseline
         except (ReportError, FileNotFoundError):
             return None
 
@@ -317,17 +323,16 @@ class ReportCallback(TrainerCallback):
     def _repo_id(self) -> str | None:
         return self.trainer.hub_model_id or self.trainer.args.hub_model_id
 
-    def _measured(self) -> Table:
-        run = read_report(self.publish)["run"]
-        state_bytes, peak = run["optimizer_state_bytes"], run["peak_memory_bytes"]
+    def _measured(self, run: Run) -> Table:
+        state_bytes, peak = run.optimizer_state_bytes, run.peak_memory_bytes
         table = Table(title="measured", title_justify="left", show_header=False)
         for label, text in (
-            ("optimizer state", format_bytes(state_bytes["measured"])),
-            ("predicted", format_bytes(state_bytes["predicted"])),
-            ("AdamW on the dense model", format_bytes(state_bytes["adamw"])),
-            (f"peak memory ({peak['kind']}), refreshes included", format_bytes(peak["value"])),
-            ("tokens seen", format_count(run["tokens_seen"])),
-            ("wall time", format_duration(run["wall_time_seconds"])),
+            ("optimizer state", format_bytes(state_bytes.measured)),
+            ("predicted", format_bytes(state_bytes.predicted)),
+            ("AdamW on the dense model", format_bytes(state_bytes.adamw)),
+            (f"peak memory ({peak.kind}), refreshes included", format_bytes(peak.value)),
+            ("tokens seen", format_count(run.tokens_seen)),
+            ("wall time", format_duration(run.wall_time_seconds)),
             ("published folder", str(self.publish)),
         ):
             table.add_row(label, text or "unknown")

@@ -329,7 +329,7 @@ def test_a_checkpoint_of_a_run_that_went_on_did_not_stop(report: dict[str, Any])
     card = card_of(report)
     assert "- This is the checkpoint of step 120: training went on to step 300." in card
     report["run"]["checkpoint_of"]["steps"] = None
-    assert "- This is the checkpoint of step 120: training went on after it." in card_of(report)
+    assert "- This is the checkpoint of step 120: training was under way." in card_of(report)
     assert "stopped" not in card + card_of(report)
 
 

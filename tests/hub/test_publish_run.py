@@ -200,6 +200,8 @@ def test_the_report_comes_back(case, shared):
     assert (run["method"], run["steps"]) == (case.partition("-")[0], 4)
     assert run["precision"] == ("bfloat16" if case.endswith("bf16") else "float32")
     assert found.older_report["run"]["steps"] == 2
+    assert found.older_report.run.checkpoint_of == {"steps": None}
+    assert found.report.run.checkpoint_of is None
     values = {entry["name"]: entry["value"] for entry in found.report["metrics"] if entry["step"] == 4}
     assert values["perplexity"] == pytest.approx(torch.tensor(values["validation_loss"]).exp().item(), rel=1e-4)
     assert values["spectral/weight/stable_rank"] > 1

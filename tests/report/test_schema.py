@@ -22,6 +22,7 @@ from hf_lowrank.report import (
     validate_report,
     write_report,
 )
+from hf_lowrank.report.comparability import differences
 from hf_lowrank.report.model import json_schema
 
 FULL = Path(__file__).with_name("full_report.json")
@@ -284,3 +285,10 @@ sys.exit(f"imported: {loaded}" if (loaded := {"matplotlib", "pandas", "torch"} &
     command = [sys.executable, "-c", code, str(root), str(FULL)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_is_not_called_unfinished_beside_its_own_run(report: dict[str, Any]) -> None:
+    whole = validate_report(report)
+    for checkpoint_of, said in (({"steps": 300}, {"Checkpoint"}), (None, {"Unfinished"})):
+        earlier = validate_report(report | {"run": {**report["run"], "steps": 150, "checkpoint_of": checkpoint_of}})
+        assert {difference.fact.title for difference in differences([whole, earlier])} == said

@@ -264,6 +264,7 @@ def test_the_report_is_there_after_a_save(tmp_path, no_figures):
 
     def look():
         report = read_report(tmp_path)
+        assert not report.run.stopped_early
         seen.append((report["run"]["steps"], report["run"]["max_steps"], report["run"]["tokens_seen"]))
 
     trainer = foreign(arguments(tmp_path, max_steps=5, **SAVING))
@@ -272,6 +273,15 @@ def test_the_report_is_there_after_a_save(tmp_path, no_figures):
     trainer.train()
     assert seen == [False, (2, 5, 2 * 4 * LENGTH)]
     assert read_report(tmp_path)["run"]["steps"] == 5
+    assert read_report(tmp_path).run.checkpoint_of is None
+
+
+def test_a_run_that_stopped_early_says_so(tmp_path, no_figures):
+    trainer = foreign(arguments(tmp_path, max_steps=5, **SAVING))
+    trainer.add_callback(At(3, lambda: setattr(trainer.control, "should_training_stop", True)))
+    trainer.train()
+    assert read_report(tmp_path).run.stopped_early
+    assert "Training stopped at step 3 of 5." in (tmp_path / "publish" / "README.md").read_text()
 
 
 def test_wall_time_goes_on_over_a_resume(tmp_path, no_figures):
