@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hf_lowrank.report.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
-    from hf_lowrank.families.presets import Preset
+    from hf_lowrank.families.family import Preset
 
 __all__ = ["CompareOptions", "DataArguments", "DataError", "EvaluateOptions", "MeasureOptions", "nearest", "option"]
-
-
-FAMILIES = tuple(entry.name for entry in CATALOGUE)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -107,7 +104,7 @@ class MeasureOptions(_Checked):
 
     families: tuple[str, ...] | None = option(
         None,
-        f"Families, with commas: {','.join(FAMILIES)}; default: all.",
+        f"Families, with commas: {','.join(entry.name for entry in CATALOGUE)}; default: all.",
         parse=_words,
         flags=("--only",),
     )
@@ -127,23 +124,26 @@ class MeasureOptions(_Checked):
 
     @property
     def chosen_families(self) -> tuple[str, ...]:
-        """The families of metrics to measure, in the order of the report.
+        """The families of metrics to measure, the cheap ones first.
 
         Raises:
             ValueError: there is no such family, or none is named.
         """
+        from hf_lowrank.families import families
+
+        known = tuple(families())
         if self.families is None:
-            return FAMILIES
+            return known
         for name in self.families:
-            _check_choice("--only", name, FAMILIES)
+            _check_choice("--only", name, known)
         if not self.families:
-            raise ValueError(f"--only names nothing: the families are {', '.join(FAMILIES)}")
-        return tuple(name for name in FAMILIES if name in self.families)
+            raise ValueError(f"--only names nothing: the families are {', '.join(known)}")
+        return tuple(name for name in known if name in self.families)
 
     @property
     def settings(self) -> "Preset":
         """The settings of every family; `ValueError` where there is no such preset."""
-        from hf_lowrank.families.presets import PRESETS, Preset
+        from hf_lowrank.families.family import PRESETS, Preset
 
         if isinstance(self.preset, Preset):
             chosen = self.preset

@@ -21,17 +21,18 @@ from transformers import TrainerControl, TrainerState
 import hf_lowrank as lr
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.families import (
+    Activation,
+    Context,
+    Curvature,
     CurvatureSettings,
+    InterpolationSettings,
+    Landscape,
     LandscapeSettings,
-    measure_activations,
-    measure_curvature,
-    measure_interpolation,
-    measure_landscape,
-    measure_loss,
-    measure_spectra,
+    Loss,
+    Peer,
+    Spectral,
 )
-from hf_lowrank.families.interpolation import InterpolationSettings
-from hf_lowrank.families.spectral import Earlier
+from hf_lowrank.families.interpolation import loss_path_records
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.sharding import is_sharded
 
@@ -104,18 +105,23 @@ def measurements(model, evaluation, kind):
     ends = local_states(model, ends) if is_sharded(model) else ends
     before = {name: 1.01 * w for name, w in _dense(kind).items()}
     found = {
-        "loss": measure_loss(model, evaluation, 0),
-        "landscape": measure_landscape(model, evaluation, SETTINGS, 0),
-        "activation": measure_activations(model, baseline, evaluation, 0, "baseline", None),
-        "interpolation": measure_interpolation(
-            model, tuple(ends), evaluation, InterpolationSettings(points=3).grid(), "consecutive", 0, ("", 0), None
+        "loss": Loss().measure(Context(model, 0, None, evaluation)),
+        "landscape": Landscape().measure(Context(model, 0, SETTINGS, evaluation)),
+        "activation": Activation().measure(
+            Context(model, 0, None, evaluation, baseline=Peer("baseline", None, lambda: baseline))
         ),
-        "spectral": measure_spectra(model, 1, previous=Earlier(0, before.get), shared=evaluation.shared)[0],
-    }
+        "interpolation": loss_path_records(
+            Context(model, 0, InterpolationSettings(points=3), evaluation), model, tuple(ends), "consecutive", None,
+            {}, {"other": "", "other_step": 0},
+        ),
+        "spectral": Spectral().measure(
+            Context(model, 1, space="dense", previous=Peer("", 0, tensor=before.get), shared=evaluation.shared)
+        ),
+    }  # fmt: skip
     for settings in NORMALIZED:
-        found[f"landscape {settings.normalize}"] = measure_landscape(model, evaluation, settings, 0)
+        found[f"landscape {settings.normalize}"] = Landscape().measure(Context(model, 0, settings, evaluation))
     if not is_sharded(model):
-        found["curvature"] = measure_curvature(model, evaluation, CurvatureSettings(3, 2, 4), 0)
+        found["curvature"] = Curvature().measure(Context(model, 0, CurvatureSettings(3, 2, 4), evaluation))
     return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import datasets
 from rich.console import Console
 
+from hf_lowrank.families import families
 from hf_lowrank.machine import launched, own_device
 from hf_lowrank.measure.measure import measure
 from hf_lowrank.measure.progress import ProgressBar
@@ -22,15 +23,16 @@ def run_measure(runs: list[str], baseline: str | None, options: MeasureOptions) 
         ValueError: an argument makes no sense; the message names it.
     """
     # wrong words are an error before anything is read
-    families, _, _ = options.chosen_families, options.settings, options.data
+    chosen, _, _ = options.chosen_families, options.settings, options.data
     options = replace(options, device=own_device(options.device))
     datasets.disable_progress_bars()
     # of several processes the first one speaks
     console = Console(quiet=launched()[0] > 0)
-    if baseline is None and "activation" in families:
+    comparing = ", ".join(name for name in chosen if families()[name].needs_baseline)
+    if baseline is None and comparing:
         if options.families is not None:
-            raise ValueError("--only activation compares with a full-rank run: name it with --baseline")
-        console.print("no --baseline: activations and barriers to a full-rank run are left out")
+            raise ValueError(f"--only {comparing} compares with a full-rank run: name it with --baseline")
+        console.print(f"no --baseline: {comparing} and barriers to a full-rank run are left out")
     with ProgressBar(console, "measured") as progress:
         measured, failures = measure(runs, baseline, options, progress)
     # the others must not end the launch while the first one writes

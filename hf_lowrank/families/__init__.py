@@ -1,38 +1,22 @@
-"""Families of metrics: each module holds one family's settings, its measurement and its Trainer callback."""
+"""Families of metrics: each module holds one family's settings, its measurement and its Trainer callback.
 
-from hf_lowrank.families.activation import ActivationCallback, measure_activations
-from hf_lowrank.families.curvature import CurvatureCallback, CurvatureSettings, measure_curvature
-from hf_lowrank.families.interpolation import InterpolationCallback, InterpolationSettings, measure_interpolation
-from hf_lowrank.families.landscape import (
-    LandscapeCallback,
-    LandscapeSettings,
-    measure_landscape,
-    measure_trajectory,
-)
-from hf_lowrank.families.loss import measure_loss
-from hf_lowrank.families.presets import PRESETS, Preset
-from hf_lowrank.families.records import FAMILIES, Measurement, Record
-from hf_lowrank.families.spectral import SpectralCallback, measure_spectra
+Importing this package registers all of them; `families()` adds those of other packages.
+"""
+
+from hf_lowrank.families.activation import Activation, ActivationCallback
+from hf_lowrank.families.callback import MetricCallback, SequenceCallback
+from hf_lowrank.families.curvature import Curvature, CurvatureCallback, CurvatureSettings
+from hf_lowrank.families.family import PRESETS, Context, Family, Peer, Preset, RunStep, Unit, families, family
+from hf_lowrank.families.interpolation import Interpolation, InterpolationCallback, InterpolationSettings
+from hf_lowrank.families.landscape import Landscape, LandscapeCallback, LandscapeSettings
+from hf_lowrank.families.loss import Loss
+from hf_lowrank.families.records import Measurement, PartialError, Record, record
+from hf_lowrank.families.spectral import Spectral, SpectralCallback, SpectralSettings
 
 __all__ = [
-    "FAMILIES",
-    "PRESETS",
-    "ActivationCallback",
-    "CurvatureCallback",
-    "CurvatureSettings",
-    "InterpolationCallback",
-    "InterpolationSettings",
-    "LandscapeCallback",
-    "LandscapeSettings",
-    "Measurement",
-    "Preset",
-    "Record",
-    "SpectralCallback",
-    "measure_activations",
-    "measure_curvature",
-    "measure_interpolation",
-    "measure_landscape",
-    "measure_loss",
-    "measure_spectra",
-    "measure_trajectory",
-]
+    "PRESETS", "Activation", "ActivationCallback", "Context", "Curvature", "CurvatureCallback", "CurvatureSettings",
+    "Family", "Interpolation", "InterpolationCallback", "InterpolationSettings", "Landscape", "LandscapeCallback",
+    "LandscapeSettings", "Loss", "Measurement", "MetricCallback", "PartialError", "Peer", "Preset", "Record",
+    "RunStep", "SequenceCallback", "Spectral", "SpectralCallback", "SpectralSettings", "Unit", "families", "family",
+    "record",
+]  # fmt: skip

@@ -1,60 +1,70 @@
 """Activations against a baseline's on the same tokens (H14 to H16)."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from hf_lowrank.checkpoints import check_same_size, list_checkpoints, load_model
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.family import Context, Family, Peer, RunStep, Unit, family
 from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
 from hf_lowrank.metrics.perturb import evaluating
-from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report import Report, read_report
+from hf_lowrank.report.catalogue import ACTIVATION
 from hf_lowrank.sharding import raise_together
 
-__all__ = ["ActivationCallback", "measure_activations"]
+__all__ = ["Activation", "ActivationCallback"]
 
 
-def measure_activations(
-    model: nn.Module,
-    baseline: nn.Module,
-    evaluation: EvaluationSet,
-    step: int,
-    baseline_name: str,
-    baseline_step: int | None,
-    progress: Callable[[], Any] = lambda: None,
-) -> Measurement:
+@family
+class Activation(Family):
     """Relative L2, cosine and CKA, plain and debiased, layer by layer and averaged over layers.
 
-    Raises:
-        ValueError: the baseline is of another size, or one of the models gives no hidden states.
+    `measure` raises `ValueError` where the baseline is of another size or one of the models gives no hidden states.
     """
-    with evaluating(model), evaluating(baseline):
-        mean, layers = compare_activations(model, baseline, evaluation, progress=progress)
-    noted = {
-        "baseline": baseline_name,
-        "baseline_step": baseline_step,
-        "average": "mean over layers, embeddings included",
-        "layers": len(layers),
-        **evaluation.settings(),
-        "stderr": "jackknife over groups of sequences",
-    }
-    records = [record(f"activation/{name}", getattr(mean, name), step, noted) for name in SIMILARITIES]
-    rows: list[dict[str, Any]] = []
-    for layer, similarity in enumerate(layers):
-        row: dict[str, Any] = {"step": step, "layer": layer, "baseline": baseline_name}
-        row["baseline_step"] = -1 if baseline_step is None else baseline_step
-        for name in SIMILARITIES:
-            estimate = getattr(similarity, name)
-            row |= {f"activation/{name}": estimate.value, f"activation/{name}_stderr": estimate.stderr}
-        rows.append(row)
-    return Measurement(records, rows)
+
+    entry = ACTIVATION
+    needs_baseline = True
+    on_loss = False
+    cost = 3
+
+    def units(self, here: RunStep) -> Iterator[Unit]:
+        if here.baseline is not None:
+            # of the same step, or the newest
+            checkpoint = here.baseline.at(here.now.step) or here.baseline.checkpoints[-1]
+            yield Unit(self.entry.name, here.now, baseline=checkpoint)
+
+    def measure(self, at: Context) -> Measurement:
+        assert at.sequences is not None
+        assert at.baseline is not None
+        assert at.baseline.load is not None
+        name, step, baseline = at.baseline.name, at.baseline.step, at.baseline.load()
+        with evaluating(at.model), evaluating(baseline):
+            mean, layers = compare_activations(at.model, baseline, at.sequences, progress=at.progress)
+        settings = {
+            "baseline": name,
+            "average": "mean over layers, embeddings included",
+            **at.sequences.settings(),
+        }
+        about: dict[str, Any] = {"layers": len(layers), "stderr": "jackknife over groups of sequences"}
+        measured = Measurement()
+        for metric in SIMILARITIES:
+            number, reference = getattr(mean, metric), {"baseline_step": step}
+            measured.records.append(
+                record(f"activation/{metric}", number, at.step, settings, reference=reference, **about)
+            )
+        for layer, similarity in enumerate(layers):
+            row = {"step": at.step, "layer": layer, "baseline": name, "baseline_step": -1 if step is None else step}
+            for metric in SIMILARITIES:
+                estimate = getattr(similarity, metric)
+                row |= {f"activation/{metric}": estimate.value, f"activation/{metric}_stderr": estimate.stderr}
+            measured.rows.append(row)
+        return measured
 
 
 class ActivationCallback(SequenceCallback):
@@ -76,8 +86,7 @@ class ActivationCallback(SequenceCallback):
         ValueError: there is no such baseline, its report is damaged, or, from `attach`, it is of another size.
     """
 
-    name: ClassVar[str] = "activation"
-    on_loss: ClassVar[bool] = False
+    family = Activation
 
     def __init__(
         self,
@@ -91,26 +100,18 @@ class ActivationCallback(SequenceCallback):
         super().__init__(dataset, every, budget, sequences)
         self.baseline = baseline
         self.baseline_name = type(baseline).__name__ if isinstance(baseline, PreTrainedModel) else str(baseline)
-        # fetched now: a name that is wrong is said before training, not after it
-        if isinstance(baseline, PreTrainedModel):
-            self._folder = None
-        else:
+        self._folder: Path | None = None
+        # fetched now, so that a wrong name is an error before training and not after it
+        if not isinstance(baseline, PreTrainedModel):
             self._folder = Path(baseline) if Path(baseline).is_dir() else fetch(str(baseline))
-        self.baseline_report = self._report()
-
-    def _report(self) -> Report | None:
-        try:
-            return None if self._folder is None else read_report(self._folder)
-        except FileNotFoundError:
-            return None
+            self.baseline_report = _report(self._folder)
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)
-        model = trainer.model
-        if isinstance(model, PreTrainedModel):
+        if isinstance(trainer.model, PreTrainedModel):
             given = self.baseline
-            known = given.config.to_dict() if isinstance(given, PreTrainedModel) else self._config()
-            check_same_size(known, model.config.to_dict(), self.baseline_name)
+            config = given.config.to_dict() if isinstance(given, PreTrainedModel) else self._config()
+            check_same_size(config, trainer.model.config.to_dict(), self.baseline_name)
 
     def _config(self) -> Path:
         return self._checkpoint(0)[0] / "config.json"
@@ -129,16 +130,21 @@ class ActivationCallback(SequenceCallback):
         return self._folder, None
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        step, device = state.global_step, next(model.parameters()).device
-        baseline: torch.nn.Module
-        if isinstance(self.baseline, PreTrainedModel):
-            baseline, baseline_step = self.baseline, None
-        else:
-            folder, baseline_step = self._checkpoint(step)
+        baseline, step = self.baseline, None
+        if not isinstance(baseline, PreTrainedModel):
+            folder, step = self._checkpoint(state.global_step)
             baseline = raise_together(lambda: load_model(folder), args.world_size > 1)
         home = next(baseline.parameters()).device
-        torch.nn.Module.to(baseline, device)
+        torch.nn.Module.to(baseline, next(model.parameters()).device)
         try:
-            return measure_activations(model, baseline, self.evaluation(args), step, self.baseline_name, baseline_step)
+            peer = Peer(self.baseline_name, step, lambda: baseline)
+            return self.measure_at(self.context(model, args, state, baseline=peer))
         finally:
             torch.nn.Module.to(baseline, home)
+
+
+def _report(folder: Path) -> Report | None:
+    try:
+        return read_report(folder)
+    except FileNotFoundError:
+        return None

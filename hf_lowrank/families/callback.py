@@ -3,8 +3,7 @@
 A metric callback works on any Trainer. Bound by `hf_lowrank.attach` it logs through `Trainer.log`, so that every
 reporter sees its numbers; under a bare `add_callback` it writes its files and `state.log_history` alone.
 
-On disk, under `<output_dir>/publish/metrics/`: `<name>.parquet` (one row a subject and step) and `<name>.json` (the
-records that go into the report). A resumed run keeps what was measured up to its checkpoint and drops the rest.
+Its files are those of records.py. A resumed run keeps what was measured up to its checkpoint and drops the rest.
 
 All processes measure, each its share of the matrices or sequences; the main one writes.
 """
@@ -15,15 +14,18 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.families.family import Context, Family
 from hf_lowrank.families.records import Measurement, Record, metrics_folder, read_measurement, write_measurement
+from hf_lowrank.families.spaces import SPACES, spaces_of
 from hf_lowrank.metrics.sequences import EvaluationSet, check_next_token, check_rows
+from hf_lowrank.report import Report
 from hf_lowrank.sharding import all_gather_object
 
 __all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]
@@ -32,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 # share of the training time that all metric callbacks of a run may take together
 BUDGET = 0.02
-# seconds that are theirs in any case: a run of minutes would have no metrics otherwise
+# seconds that they may take in any case: a run of minutes would have no metrics otherwise
 GRACE = 2.0
 # what a language model takes of a batch, and what is kept of it on disk
 MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "token_type_ids", "position_ids")
 
 
 class _Clock:
-    """How long a run has taken and how much of that its metrics."""
+    """How long a run has taken, and how much of that time its metrics took."""
 
     def __init__(self, state: TrainerState) -> None:
         self.started, self.spent, self.exempt = time.monotonic(), 0.0, 0.0
@@ -57,7 +59,7 @@ _clocks: dict[str, _Clock] = {}
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """All generators that training draws from, as they were."""
+    """Leave all random generators that training draws from as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -77,28 +79,44 @@ def _bare(model: torch.nn.Module) -> torch.nn.Module:
 
 
 class MetricCallback(TrainerCallback):
-    """Base of the metric callbacks: subclasses give `name` and `measure`.
+    """Base of the metric callbacks: subclasses name their `family`, or give `name` and `measure`.
 
     Args:
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
         budget: share of the training time that all metric callbacks of a run may take together, 2 seconds being free;
             a measurement between start and end that does not fit is left out. None for no limit.
+        settings: the family's; None for its defaults.
+        space: of the weights: `native`, as trained, `dense`, the matrices they compute, or `both`.
 
     Raises:
-        ValueError: `every` below 1, or a budget that is no share.
+        ValueError: `every` below 1, a budget that is no share, or another space.
     """
 
+    family: ClassVar[type[Family] | None] = None
     name: ClassVar[str]
     # what to do instead of giving two of the same kind
     alternative: ClassVar[str] = "give one of them"
+    # the report of the run that this one is compared with
+    baseline_report: Report | None = None
 
-    def __init__(self, every: int, budget: float | None = BUDGET) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.family is not None:
+            cls.name = cls.family.entry.name
+
+    def __init__(
+        self, every: int, budget: float | None = BUDGET, *, settings: Any = None, space: str = "native"
+    ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every={every!r}: give a whole number of optimizer steps, 1 or more")
         if budget is not None and not (isinstance(budget, int | float) and 0.0 <= budget < math.inf):
             raise ValueError(f"budget={budget!r}: give a share of the training time, 0.02 for 2 %, or None")
+        if space not in SPACES:
+            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
         self.every = every
         self.budget = budget
+        self.settings = self.family.Settings() if settings is None and self.family is not None else settings
+        self.space = space
         self.trainer: Trainer | None = None
         self.failed: str | None = None
         self.skipped = 0
@@ -119,16 +137,37 @@ class MetricCallback(TrainerCallback):
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
         """Measure now. Called on every process; only the main one's result is kept."""
-        raise NotImplementedError
+        return self.measure_at(self.context(model, args, state))
 
-    def keep(self, found: Measurement) -> None:
-        """Write what was found; called on the main process."""
-        self.records += found.records
-        self.rows += found.rows
-        write_measurement(self.folder, self.name, Measurement(self.records, self.rows))
+    def context(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState, **more: Any) -> Context:
+        """What the family measures; `more` are further fields, such as the models to compare with."""
+        return Context(model, state.global_step, self.settings, shared=args.world_size > 1, **more)
+
+    def measure_at(self, at: Context) -> Measurement:
+        """Measure in every space that was asked for."""
+        assert self.family is not None
+        measured = Measurement()
+        for space in self.spaces(at.model):
+            measured += self.family().measure(replace(at, space=space))
+        return measured
+
+    def spaces(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """The spaces to measure in."""
+        return spaces_of(model, self.space)
+
+    @property
+    def file(self) -> str:
+        """Stem of the files that it writes."""
+        return self.name if self.family is None else self.family.entry.file
+
+    def keep(self, measured: Measurement) -> None:
+        """Write a measurement; called on the main process."""
+        self.records += measured.records
+        self.rows += measured.rows
+        write_measurement(self.folder, self.file, Measurement(self.records, self.rows))
 
     def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
-        """Called once when training starts or goes on; subclasses restore what they carry along."""
+        """Called once when training starts or is resumed; subclasses restore what they carry along."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,7 +194,7 @@ class MetricCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # now and not when training has ended: Trainer may have put the best weights in the place of the last by then
+        # not at the end of training: Trainer may have replaced the last weights by the best ones by then
         last = state.global_step == state.max_steps or control.should_training_stop
         if last or (state.global_step % self.every == 0 and self._fits(state)):
             self._run(args, state, kwargs["model"], exempt=last)
@@ -198,33 +237,34 @@ class MetricCallback(TrainerCallback):
             return
         started = time.monotonic()
         self._measured_at = state.global_step
-        found: list[Measurement] = []
+        measured = Measurement()
 
         def measure_and_write() -> None:
+            nonlocal measured
             with random_state_kept():
-                found.append(self.measure(_bare(model), args, state))
-            if state.is_world_process_zero and (found[0].records or found[0].rows):
-                self.keep(found[0])
+                measured = self.measure(_bare(model), args, state)
+            if state.is_world_process_zero and (measured.records or measured.rows):
+                self.keep(measured)
 
         self._guarded(measure_and_write, state)
         self._cost = time.monotonic() - started
         self._charge(self._cost, exempt)
         if self.failed is None:
-            self._log({r.name: r.value for r in found[0].records if r.value is not None}, state)
+            self._log({r.name: r.value for r in measured.records if r.value is not None}, state)
 
     def _charge(self, seconds: float, exempt: bool = False) -> None:
-        """Count time as this callback's; what has no budget takes none of the others'."""
+        """Count time as spent on metrics; a callback without a budget takes nothing from the others' budget."""
         if exempt or self.budget is None:
             self._clock.exempt += seconds
         else:
             self._clock.spent += seconds
 
     def _guarded(self, action: Callable[[], None], state: TrainerState) -> None:
-        """Do something that may fail; the callback is then off, on every process, and training goes on."""
+        """Do something that may fail: the callback is then switched off on every process, and training continues."""
         error: str | None = None
         try:
             action()
-        # a metric must never end somebody's training run: it says why it failed and stays off
+        # a metric must never end somebody's training run
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         errors = [other for other in all_gather_object(error) if other is not None]
@@ -258,7 +298,7 @@ class MetricCallback(TrainerCallback):
         """Keep what an earlier part of this run measured up to `step`; a new run starts with empty files."""
         if step > 0:
             try:
-                earlier = read_measurement(self.folder, self.name)
+                earlier = read_measurement(self.folder, self.file)
             # damaged by a disk, a copy or an editor: it costs the earlier numbers, not the run
             except Exception as error:
                 logger.warning("%s: earlier measurements cannot be read and are dropped: %s", self.name, error)
@@ -269,7 +309,7 @@ class MetricCallback(TrainerCallback):
                     self._measured_at = max((r.step for r in self.records), default=None)
                     return
         for suffix in (".parquet", ".json"):
-            (self.folder / f"{self.name}{suffix}").unlink(missing_ok=True)
+            (self.folder / f"{self.file}{suffix}").unlink(missing_ok=True)
 
 
 class SequenceCallback(MetricCallback):
@@ -278,15 +318,14 @@ class SequenceCallback(MetricCallback):
     Args:
         dataset: tokenized rows, such as a Trainer's `eval_dataset`; bound by `attach`, the Trainer's collator makes
             batches of them.
-        every, budget: as for every metric callback.
+        every, budget, settings, space: as for every metric callback.
         sequences: how many of them, spread evenly.
     """
 
-    # whether the loss of the next token is measured, which not every model has
-    on_loss: ClassVar[bool] = True
-
-    def __init__(self, dataset: Any, every: int, budget: float | None = BUDGET, sequences: int = 32) -> None:
-        super().__init__(every, budget)
+    def __init__(
+        self, dataset: Any, every: int, budget: float | None = BUDGET, sequences: int = 32, **more: Any
+    ) -> None:
+        super().__init__(every, budget, **more)
         if not isinstance(sequences, int) or sequences < 1:
             raise ValueError(f"sequences={sequences!r}: give a whole number of 1 or more")
         self.dataset = dataset
@@ -299,21 +338,20 @@ class SequenceCallback(MetricCallback):
         with random_state_kept():
             # what Trainer's own loop hands to the collator
             collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
-            self._evaluation = self._made(trainer.args, collator)
-            (check_next_token if self.on_loss else check_rows)(model, self._evaluation.rows)
+            self._evaluation = self._evaluation_set(trainer.args, collator)
+            on_loss = self.family is None or self.family.on_loss
+            (check_next_token if on_loss else check_rows)(model, self._evaluation.rows)
 
     def evaluation(self, args: TrainingArguments) -> EvaluationSet:
         """The sequences, the same for the whole run."""
         if self._evaluation is None:
-            self._evaluation = self._made(args, None)
+            self._evaluation = self._evaluation_set(args, None)
         return self._evaluation
 
-    def _made(self, args: TrainingArguments, collator: Any) -> EvaluationSet:
+    def context(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState, **more: Any) -> Context:
+        return super().context(model, args, state, sequences=self.evaluation(args), **more)
+
+    def _evaluation_set(self, args: TrainingArguments, collator: Any) -> EvaluationSet:
         return EvaluationSet.from_dataset(
             self.dataset, self.sequences, args.per_device_eval_batch_size, collator, shared=args.world_size > 1
         )
-
-
-def output_folder(args: TrainingArguments) -> Path:
-    """The run's folder."""
-    return Path(str(args.output_dir))

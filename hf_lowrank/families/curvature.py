@@ -1,21 +1,17 @@
 """Trace and top eigenvalue of the loss's Hessian."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import nn
-from transformers import TrainerState, TrainingArguments
+from typing import Any
 
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.family import Context, Family, family
 from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.families.spaces import in_space, unsharded
 from hf_lowrank.metrics.curvature import hessian_trace, top_eigenvalue
 from hf_lowrank.metrics.perturb import evaluating
-from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.report.catalogue import CURVATURE
 
-__all__ = ["CurvatureCallback", "CurvatureSettings", "measure_curvature"]
+__all__ = ["Curvature", "CurvatureCallback", "CurvatureSettings"]
 
 
 @dataclass(frozen=True)
@@ -43,37 +39,38 @@ class CurvatureSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
 
 
-def measure_curvature(
-    model: nn.Module,
-    evaluation: EvaluationSet,
-    settings: CurvatureSettings,
-    step: int,
-    space: str = "native",
-    progress: Callable[[], Any] = lambda: None,
-) -> Measurement:
+@family
+class Curvature(Family):
     """`curvature/trace` and `curvature/top_eigenvalue` over the parameters that require a gradient.
 
-    The trace's standard error is over the random vectors, the eigenvalue's is the Ritz vector's residual norm.
-
-    Raises:
-        ValueError: nothing requires a gradient.
+    The trace's standard error is over the random vectors, the eigenvalue's is the Ritz vector's residual norm. A model
+    that FSDP2 shards is gathered to every process: its hooks have no double backward.
     """
-    few = evaluation.first(settings.sequences)
-    with evaluating(model):
-        trace = hessian_trace(model, few.differentiable, settings.samples, settings.seed, shared=few.shared)
-        progress()
-        top = top_eigenvalue(model, few.differentiable, settings.iterations, settings.seed, shared=few.shared)
-        progress()
-    noted = {"seed": settings.seed, **few.settings()}
-    row: dict[str, Any] = {"step": step, "space": space}
-    records = []
-    for name, estimate, how in (
-        ("top_eigenvalue", top, {"iterations": settings.iterations, "stderr": "residual norm"}),
-        ("trace", trace, {"samples": settings.samples, "stderr": "over random vectors"}),
-    ):
-        records.append(record(f"curvature/{name}", estimate, step, {**how, **noted}, space))
-        row |= {f"curvature/{name}": estimate.value, f"curvature/{name}_stderr": estimate.stderr}
-    return Measurement(records, [row])
+
+    entry = CURVATURE
+    Settings = CurvatureSettings
+    study = CurvatureSettings(sequences=32, samples=32, iterations=30)
+    cost = 50
+
+    def measure(self, at: Context) -> Measurement:
+        assert at.sequences is not None
+        how, few = at.settings, at.sequences.first(at.settings.sequences)
+        model, space = in_space(at.model, at.space)
+        model = unsharded(model)
+        with evaluating(model):
+            trace = hessian_trace(model, few.differentiable, how.samples, how.seed, shared=few.shared)
+            at.progress()
+            top = top_eigenvalue(model, few.differentiable, how.iterations, how.seed, shared=few.shared)
+            at.progress()
+        measured = Measurement(rows=[{"step": at.step, "space": space}])
+        for name, estimate, settings, stderr in (
+            ("curvature/top_eigenvalue", top, {"iterations": how.iterations}, "residual norm"),
+            ("curvature/trace", trace, {"samples": how.samples}, "over random vectors"),
+        ):
+            settings |= {"seed": how.seed, **few.settings()}
+            measured.records.append(record(name, estimate, at.step, settings, space, stderr=stderr))
+            measured.rows[0] |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+        return measured
 
 
 class CurvatureCallback(SequenceCallback):
@@ -92,7 +89,7 @@ class CurvatureCallback(SequenceCallback):
         ValueError: a number below 1.
     """
 
-    name: ClassVar[str] = "curvature"
+    family = Curvature
 
     def __init__(
         self,
@@ -105,9 +102,5 @@ class CurvatureCallback(SequenceCallback):
         seed: int = 0,
         budget: float | None = BUDGET,
     ) -> None:
-        super().__init__(dataset, every, budget, sequences)
-        self.settings = CurvatureSettings(sequences, samples, iterations, seed)
-
-    def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        _, space = in_space(model, "native")
-        return measure_curvature(unsharded(model), self.evaluation(args), self.settings, state.global_step, space)
+        settings = CurvatureSettings(sequences, samples, iterations, seed)
+        super().__init__(dataset, every, budget, sequences, settings=settings)

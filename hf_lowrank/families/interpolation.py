@@ -1,26 +1,33 @@
 """Barriers on the line between two models (H6, H7, and the seed-to-seed null beside them)."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.families.callback import BUDGET, SequenceCallback, output_folder
-from hf_lowrank.families.records import Measurement, record
+from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.family import Context, Family, Peer, Run, RunStep, Unit, family
+from hf_lowrank.families.records import Measurement, Record, record
 from hf_lowrank.families.snapshots import Snapshot
 from hf_lowrank.families.spaces import in_space, no_dense_form
+from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.interpolation import barrier, barrier_weights, chord_weights, each_between
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import evaluating
-from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.report.catalogue import INTERPOLATION
 from hf_lowrank.sharding import all_gather_object, is_sharded, local, reshard
 
-__all__ = ["InterpolationCallback", "InterpolationSettings", "measure_interpolation"]
+__all__ = ["Interpolation", "InterpolationCallback", "InterpolationSettings", "loss_path_records"]
+
+Grid = NDArray[np.float64]
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ class InterpolationSettings:
             raise ValueError(f"points={self.points}, cross_points={self.cross_points}: give 3 or more")
         self.cross_grid()
 
-    def grid(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def grid(self) -> Grid:
         """Positions between neighbouring checkpoints."""
         return np.linspace(0, 1, self.points)
 
-    def cross_grid(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def cross_grid(self) -> Grid:
         """Positions between two runs; 0 and 1 are among them exactly."""
         alphas = np.linspace(-self.beyond, 1 + self.beyond, self.cross_points)
         for end in (0.0, 1.0):
@@ -63,82 +70,166 @@ class InterpolationSettings:
         return alphas
 
 
-def measure_interpolation(
+@family
+class Interpolation(Family):
+    """Barriers to the checkpoint before (`consecutive`) and to other runs (`cross_method`, `cross_seed`).
+
+    A barrier to another run is measured as it is and after the other's units and heads are permuted to match.
+    """
+
+    entry = INTERPOLATION
+    Settings = InterpolationSettings
+    study = InterpolationSettings(points=20, cross_points=21)
+    subjects = ("consecutive", "cross")
+    cost = 13
+
+    def units(self, here: RunStep) -> Iterator[Unit]:
+        name = self.entry.name
+        if here.previous is not None:
+            for space in here.exact_spaces:
+                yield Unit(name, here.now, space, "consecutive", previous=here.previous)
+        for run in self._partners(here):
+            yield Unit(name, here.now, subject="cross", other=run)
+
+    def _partners(self, here: RunStep) -> Iterator[Run]:
+        """The runs at the other end: the baseline at every step, the others at the last step that both have."""
+        if here.baseline is not None and here.baseline is not here.run:
+            yield here.baseline
+        for other in here.others:
+            common = [c.step for c in here.run.checkpoints if other.at(c.step) is not None]
+            if other is not here.baseline and here.now.step == max(common, default=None):
+                yield other
+
+    def measure(self, at: Context) -> Measurement:
+        return self._to_another_run(at) if at.subject == "cross" else self._to_the_previous(at)
+
+    def _to_the_previous(self, at: Context) -> Measurement:
+        assert at.previous is not None
+        model, space = in_space(at.model, at.space)
+        ends = _kept_ends(model, at.previous)
+        if ends is None and at.previous.load is not None:
+            ends = (in_space(at.previous.load(), at.space)[0].state_dict(), model.state_dict())
+        if ends is None:
+            return Measurement()
+        reference = {"other": at.previous.name, "other_step": at.previous.step}
+        why = no_dense_form(at.model)
+        about = {} if why is None else {"note": why}
+        return loss_path_records(at, model, ends, "consecutive", space, {}, reference, about)
+
+    def _to_another_run(self, at: Context) -> Measurement:
+        peer = at.other
+        assert peer is not None
+        if peer.load is None:
+            return _not_measured(at, "cross_method", f"{peer.name} has no checkpoint of step {at.step}")
+        theirs = peer.load()
+        if why := (no_dense_form(at.model) or no_dense_form(theirs)):
+            return _not_measured(at, "cross_method", why)
+        assert peer.run is not None
+        assert at.run is not None
+        if peer.run.has_another_tokenizer(at.run):
+            note = f"{peer.name} has another tokenizer, to which the same ids are other texts"
+            return _not_measured(at, "cross_method", note)
+        subject = "cross_seed" if peer.run.settings() == at.run.settings() else "cross_method"
+        mine, other = in_space(at.model, "dense")[0], in_space(theirs, "dense")[0]
+        a, b = mine.state_dict(), other.state_dict()
+        settings = {"other": peer.name, "other_method": peer.run.method, "other_seed": peer.run.seed}
+        reference = {"other_step": peer.step}
+        measured = loss_path_records(at, mine, (a, b), subject, "dense", settings, reference)
+        try:
+            aligned = align(mine, a, b).state
+        # a layout whose symmetries are not known here
+        except ValueError as error:
+            return measured + _not_measured(at, f"{subject}_aligned", str(error))
+        return measured + loss_path_records(at, mine, (a, aligned), f"{subject}_aligned", "dense", settings, reference)
+
+
+def _not_measured(at: Context, subject: str, note: str) -> Measurement:
+    """A record that says why a barrier to another run could not be measured."""
+    assert at.other is not None
+    name, settings = f"interpolation/{subject}/barrier", {"other": at.other.name}
+    return Measurement([Record(name, None, None, at.step, settings, "dense", about={"note": note})])
+
+
+def loss_path_records(
+    at: Context,
     model: nn.Module,
-    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    evaluation: EvaluationSet,
-    alphas: np.ndarray[Any, np.dtype[np.float64]],
+    ends: tuple[State, State],
     subject: str,
-    step: int,
-    other: tuple[str, int],
     space: str | None,
-    progress: Callable[[], Any] = lambda: None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    about: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """The barrier between two state dicts of one architecture.
 
     Args:
+        at: gives sequences, grid and step; where its sequences are shared, every process calls this.
         model: gives the architecture; its own weights end as they were.
-        states: the ends at 0 and 1.
-        evaluation: the sequences; where it is shared, every process calls this.
-        alphas: positions with 0 and 1 among them.
+        ends: the state dicts at 0 and 1.
         subject: `consecutive`, `cross_method`, `cross_seed`, or the latter two with `_aligned`.
-        step: of the run that the record belongs to.
-        other: name and step of the other end.
         space: what the parameters are.
-        progress: called after every position.
-        settings: what else is to be noted.
+        settings, reference, about: of the records; one of the first two names the `other` end, and `reference` its
+            `other_step`.
 
     Raises:
         ValueError: the state dicts are of different architectures.
     """
+    sequences = at.sequences
+    assert sequences is not None
+    alphas = at.settings.grid() if subject == "consecutive" else at.settings.cross_grid()
 
     def losses(model: nn.Module) -> tuple[Tensor, Tensor]:
-        found = evaluation.losses(model)
-        progress()
-        return found
+        result = sequences.losses(model)
+        at.progress()
+        return result
 
     with evaluating(model):
-        found = each_between(model, states[0], states[1], alphas, losses)
-    noted = {
-        "other": other[0],
-        "other_step": other[1],
+        path = each_between(model, ends[0], ends[1], alphas, losses)
+    means = [mean_loss(*point) for point in path]
+    values = np.array([mean.value for mean in means])
+    sums, tokens = np.stack([point[0].numpy() for point in path]), path[0][1]
+    settings = {
+        **settings,
         "points": len(alphas),
         "from": float(alphas[0]),
         "to": float(alphas[-1]),
-        **evaluation.settings(),
-        **(settings or {}),
+        **sequences.settings(),
     }
-    means = [mean_loss(*at) for at in found]
-    values = np.array([mean.value for mean in means])
-    sums, tokens = np.stack([at[0].numpy() for at in found]), found[0][1]
 
-    def weighted(weights: Any) -> Any:
+    def weighted(weights: Grid) -> Estimate:
         # a loss that does not count may be infinite
         return mean_loss(torch.from_numpy(weights[weights != 0] @ sums[weights != 0]), tokens)
 
-    prefix, over = f"interpolation/{subject}", {**noted, "stderr": "over sequences"}
-    records = [
-        record(f"{prefix}/barrier", weighted(barrier_weights(alphas, values)), step, over, space),
-        record(f"{prefix}/barrier_chord", weighted(chord_weights(alphas, values)), step, over, space),
-        record(f"{prefix}/barrier_alpha", barrier(alphas, values).alpha, step, noted, space),
-    ]
-    return Measurement(records, _curve(alphas, means, {"step": step, "space": space, "subject": subject}, other))
+    numbers: dict[str, Any] = {
+        "barrier": weighted(barrier_weights(alphas, values)),
+        "barrier_chord": weighted(chord_weights(alphas, values)),
+        "barrier_alpha": barrier(alphas, values).alpha,
+    }
+    measured, other = Measurement(), {**settings, **reference}["other"]
+    for key, number in numbers.items():
+        described = {**(about or {}), **({} if key == "barrier_alpha" else {"stderr": "over sequences"})}
+        name = f"interpolation/{subject}/{key}"
+        measured.records.append(record(name, number, at.step, settings, space, reference, **described))
+    for alpha, mean in zip(alphas, means, strict=True):
+        row = {"step": at.step, "space": space, "subject": subject}
+        row |= {"other": other, "other_step": reference["other_step"]}
+        measured.rows.append(row | {"alpha": float(alpha), "loss": mean.value, "stderr": mean.stderr})
+    return measured
 
 
-def _curve(alphas: Any, means: list[Estimate], at: Mapping[str, Any], other: tuple[str, int]) -> list[dict[str, Any]]:
-    """The losses as rows, position by position."""
-    return [
-        {
-            **at,
-            "other": other[0],
-            "other_step": other[1],
-            "alpha": float(alpha),
-            "loss": mean.value,
-            "stderr": mean.stderr,
-        }
-        for alpha, mean in zip(alphas, means, strict=True)
-    ]
+def _kept_ends(model: nn.Module, previous: Peer) -> tuple[State, State] | None:
+    """The previous weights that a callback has kept and those of now; None where they are not at hand everywhere."""
+    if previous.tensor is None:
+        return None
+    now = _own_state(model)
+    # another process's file stands for this one's where all weights are whole; a shard is found here alone
+    before = {name: previous.tensor(name) for name in now}
+    if not all(all_gather_object(all(tensor is not None for tensor in before.values()))):
+        return None
+    # they stay on the CPU: only what is measured takes memory on a GPU
+    aliases = _aliases(model)
+    ends: list[Any] = [{name: state[first] for name, first in aliases.items()} for state in (before, now)]
+    return ends[0], ends[1]
 
 
 class InterpolationCallback(SequenceCallback):
@@ -158,22 +249,24 @@ class InterpolationCallback(SequenceCallback):
         ValueError: fewer than 3 points.
     """
 
-    name: ClassVar[str] = "interpolation"
+    family = Interpolation
 
     def __init__(self, dataset: Any, points: int = 13, *, sequences: int = 32, budget: float | None = BUDGET) -> None:
-        super().__init__(dataset, 1, budget, sequences)
-        self.settings = InterpolationSettings(points=points)
+        super().__init__(dataset, 1, budget, sequences, settings=InterpolationSettings(points=points))
         self._last: int | None = None
 
     def _snapshot(self, args: TrainingArguments) -> Snapshot:
-        return Snapshot(output_folder(args) / "interpolation_snapshots", "previous")
+        return Snapshot(Path(str(args.output_dir)) / "interpolation_snapshots", "previous")
+
+    def spaces(self, model: torch.nn.Module) -> tuple[str, ...]:
+        return ("dense" if no_dense_form(model) is None else "native",)
 
     def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         self._last = None
         if state.global_step == 0 and state.is_world_process_zero:
             self._snapshot(args).remove()
         if state.global_step > 0:
-            # the weights that training goes on from are those of its checkpoint
+            # the weights that training continues from are those of its checkpoint
             self._keep(model, args, state.global_step)
 
     def _first(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
@@ -182,7 +275,7 @@ class InterpolationCallback(SequenceCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Nothing: this one follows the checkpoints."""
+        """Nothing: this callback follows the checkpoints."""
 
     on_train_end = on_step_end
 
@@ -195,37 +288,17 @@ class InterpolationCallback(SequenceCallback):
             self._charge(time.monotonic() - started)
 
     def _keep(self, model: torch.nn.Module, args: TrainingArguments, step: int) -> None:
-        chosen, _ = in_space(model, "dense" if no_dense_form(model) is None else "native")
+        chosen, _ = in_space(model, self.spaces(model)[0])
         # whole weights are the same in every process: one file a machine will do
         if is_sharded(chosen) or args.local_process_index == 0:
             self._snapshot(args).save(_own_state(chosen), step)
         self._last = step
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        assert self._last is not None
-        why = no_dense_form(model)
-        chosen, space = in_space(model, "dense" if why is None else "native")
-        now, snapshot = _own_state(chosen), self._snapshot(args)
-        # another process's file stands for this one's where all weights are whole; a shard is found here alone
-        complete = snapshot.holds(self._last) and set(now) <= set(snapshot.names(self._last))
-        if not all(all_gather_object(complete)):
-            return Measurement([], [])
-        before = {name: snapshot.get(self._last, name) for name in now}
-        # they stay on the CPU: only what is measured takes memory on a GPU
-        aliases = _aliases(chosen)
-        states: list[Any] = [{name: state[first] for name, first in aliases.items()} for state in (before, now)]
-        noted = {} if why is None else {"note": why.text}
-        return measure_interpolation(
-            chosen,
-            (states[0], states[1]),
-            self.evaluation(args),
-            self.settings.grid(),
-            "consecutive",
-            state.global_step,
-            (f"step {self._last}", self._last),
-            space,
-            settings=noted,
-        )
+        snapshot, last = self._snapshot(args), self._last
+        assert last is not None
+        previous = Peer(f"step {last}", last, tensor=lambda name: snapshot.get(last, name))
+        return self.measure_at(self.context(model, args, state, previous=previous))
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, str]:

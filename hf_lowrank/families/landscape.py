@@ -3,20 +3,21 @@
 Shapes: N directions, p points of a grid, n sequences; losses are (p, n) sums in nats.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.conversion import own_names
+from hf_lowrank.conversion import own_names, stored_names
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
+from hf_lowrank.families.family import Context, Family, RunStep, Unit, family
 from hf_lowrank.families.records import Measurement, Record, jackknife, record
-from hf_lowrank.families.spaces import SPACES, in_space, no_dense_form, spaces_of
+from hf_lowrank.families.spaces import in_space, no_dense_form
 from hf_lowrank.metrics.landscape import (
     NORMALIZATIONS,
     LossCurve,
@@ -30,10 +31,10 @@ from hf_lowrank.metrics.landscape import (
 )
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import each_point, evaluating
-from hf_lowrank.metrics.sequences import EvaluationSet
-from hf_lowrank.metrics.trajectory import TrajectoryPCA
+from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
+from hf_lowrank.report.catalogue import LANDSCAPE
 
-__all__ = ["LandscapeCallback", "LandscapeSettings", "measure_landscape", "measure_trajectory", "over_directions"]
+__all__ = ["Landscape", "LandscapeCallback", "LandscapeSettings", "over_directions"]
 
 Grid = NDArray[np.float64]
 
@@ -85,20 +86,68 @@ class LandscapeSettings:
             symmetric_grid(radius, points)
 
 
+@family
+class Landscape(Family):
+    """H1 to H5 with standard errors, and the last checkpoint's landscape along the run's trajectory.
+
+    In the dense space a model without a dense form gets records that say so.
+    """
+
+    entry = LANDSCAPE
+    Settings = LandscapeSettings
+    # K is 5, 10, 20 and 100 in arXiv 2605.13652; the grid along the weighted singular directions is moved so that 0
+    # lies on it
+    study = LandscapeSettings(
+        directions=100, points=25, svd_1_points=101, svd_k=(5, 10, 20, 100), svd_k_points=27, trajectory=2
+    )
+    subjects = ("trajectory",)
+    cost = 200
+
+    def units(self, here: RunStep) -> Iterator[Unit]:
+        for space in here.spaces:
+            yield Unit(self.entry.name, here.now, space)
+        *earlier, last = here.run.checkpoints
+        if here.now is last and earlier and here.settings.trajectory:
+            yield Unit(self.entry.name, here.now, subject="trajectory", earlier=tuple(earlier))
+
+    def headline(self, subject: str | None) -> tuple[str, ...]:
+        return ("landscape/trajectory_1/sharpness",) if subject == "trajectory" else super().headline(subject)
+
+    def measure(self, at: Context) -> Measurement:
+        if at.space == "dense" and (why := no_dense_form(at.model)):
+            about = {"note": why}
+            return Measurement(
+                [Record(name, None, None, at.step, space="dense", about=about) for name in self.headline(None)]
+            )
+        model, space = in_space(at.model, at.space)
+        measured = Measurement()
+        with evaluating(model):
+            lines = _Lines(at, model, space)
+            if at.subject == "trajectory":
+                return _along_trajectory(lines)
+            if at.settings.directions:
+                measured += _along_random_directions(lines)
+            if at.settings.svd_k:
+                singular = SingularDirections(model, max(at.settings.svd_k))
+                measured += _along_the_top_direction(lines, singular) + _along_top_directions(lines, singular)
+        return measured
+
+
 class _Lines:
     """Losses of every sequence along lines through one model's parameters, the centre measured once."""
 
-    def __init__(self, model: nn.Module, evaluation: EvaluationSet, progress: Callable[[], Any]) -> None:
-        self.model, self.evaluation, self.progress = model, evaluation, progress
-        center, tokens = evaluation.losses(model)
-        self.center, self.tokens = center.numpy(), tokens
+    def __init__(self, at: Context, model: nn.Module, space: str) -> None:
+        assert at.sequences is not None
+        self.at, self.model, self.space, self.sequences = at, model, space, at.sequences
+        center, self.tokens = at.sequences.losses(model)
+        self.center = center.numpy()
 
     def along(self, direction: Mapping[str, Tensor], grid: Grid) -> Grid:
         """(p, n) losses."""
 
         def measure(model: nn.Module) -> Grid:
-            losses = self.evaluation.losses(model)[0].numpy()
-            self.progress()
+            losses = self.sequences.losses(model)[0].numpy()
+            self.at.progress()
             return losses
 
         around = iter(each_point(self.model, direction, grid[grid != 0], measure))
@@ -110,79 +159,54 @@ class _Lines:
 
     def curve(self, grid: Grid, losses: Grid) -> LossCurve:
         """Losses (p, n) as a curve with standard errors over sequences."""
-        means = [self.mean(at) for at in losses]
+        means = [self.mean(point) for point in losses]
         return LossCurve(grid, np.array([m.value for m in means]), np.array([m.stderr for m in means]))
 
-
-def _rows(step: int, space: str, subject: str, curves: Mapping[int, LossCurve]) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "space": space, "subject": subject, "direction": at, "x": x, "loss": loss, "stderr": stderr}
-        for at, curve in curves.items()
-        for x, loss, stderr in zip(
-            curve.x.tolist(),
-            curve.loss.tolist(),
-            [None] * len(curve.x) if curve.stderr is None else curve.stderr.tolist(),
-            strict=True,
+    def records(
+        self,
+        subject: str,
+        numbers: Mapping[str, Estimate],
+        curve: LossCurve,
+        settings: Mapping[str, Any],
+        over: str = "over sequences",
+        **about: Any,
+    ) -> list[Record]:
+        """Records of `numbers`, whose errors are `over` something, and of the shape of the mean curve."""
+        settings = {**settings, **self.sequences.settings()}
+        step, prefix = self.at.step, f"landscape/{subject}"
+        records = [
+            record(f"{prefix}/{key}", number, step, settings, self.space, stderr=over, **about)
+            for key, number in numbers.items()
+        ]
+        center = self.mean(self.center)
+        records.append(
+            record(f"{prefix}/center_loss", center, step, settings, self.space, stderr="over sequences", **about)
         )
-    ]
+        for key in ("min_loss", "center_to_min"):
+            records.append(record(f"{prefix}/{key}", getattr(curve, key), step, settings, self.space, **about))
+        return records
+
+    def rows(self, subject: str, curves: Mapping[int, LossCurve]) -> list[dict[str, Any]]:
+        """The points of the curves, by the number of their direction."""
+        rows = []
+        for number, curve in curves.items():
+            errors = [None] * len(curve.x) if curve.stderr is None else curve.stderr.tolist()
+            for x, loss, stderr in zip(curve.x.tolist(), curve.loss.tolist(), errors, strict=True):
+                row = {"step": self.at.step, "space": self.space, "subject": subject, "direction": number}
+                rows.append(row | {"x": x, "loss": loss, "stderr": stderr})
+        return rows
 
 
-def _shape(curve: LossCurve, center: Estimate) -> dict[str, Estimate | float]:
-    """What is reported of a curve beside its sharpness."""
-    return {"center_loss": center, "min_loss": curve.min_loss, "center_to_min": curve.center_to_min}
-
-
-def measure_landscape(
-    model: nn.Module,
-    evaluation: EvaluationSet,
-    settings: LandscapeSettings,
-    step: int,
-    space: str = "native",
-    progress: Callable[[], Any] = lambda: None,
-) -> Measurement:
-    """H1 to H5 of a model, with standard errors.
-
-    Args:
-        model: any causal language model; its parameters end bit for bit as they were.
-        evaluation: the sequences; where it is shared, every process calls this.
-        step: the optimizer step of the model.
-        space: what the parameters are, for the report.
-        progress: called after every point of a grid.
-    """
-    with evaluating(model):
-        lines = _Lines(model, evaluation, progress)
-        common = evaluation.settings()
-        found = Measurement([], [])
-        if settings.directions:
-            found += _random(lines, settings, step, space, common)
-        if settings.svd_k:
-            singular = SingularDirections(model, max(settings.svd_k))
-            found += _top_direction(lines, singular, settings, step, space, common)
-            found += _top_directions(lines, singular, settings, step, space, common)
-    return found
-
-
-def _random(lines: _Lines, settings: LandscapeSettings, step: int, space: str, common: dict[str, Any]) -> Measurement:
-    grid, curves = symmetric_grid(settings.radius, settings.points), []
-    for i in range(settings.directions):
-        direction = random_direction(lines.model, settings.seed + i, settings.normalize)
+def _along_random_directions(lines: _Lines) -> Measurement:
+    how = lines.at.settings
+    grid, curves = symmetric_grid(how.radius, how.points), []
+    for i in range(how.directions):
+        direction = random_direction(lines.model, how.seed + i, how.normalize)
         curves.append(lines.curve(grid, lines.along(direction, grid)))
     mean = mean_curve(curves)
-    noted = {
-        "directions": settings.directions,
-        "radius": settings.radius,
-        "points": settings.points,
-        "normalize": settings.normalize,
-        "seed": settings.seed,
-        **common,
-    }
-    values: dict[str, Estimate | float] = {
-        **over_directions(curves),
-        **_shape(mean, lines.mean(lines.center)),
-    }
-    records = [record(f"landscape/random/{k}", v, step, _over(noted, k), space) for k, v in values.items()]
-    rows = _rows(step, space, "random", dict(enumerate(curves))) + _rows(step, space, "random_mean", {0: mean})
-    return Measurement(records, rows)
+    settings = {key: getattr(how, key) for key in ("directions", "radius", "points", "normalize", "seed")}
+    records = lines.records("random", over_directions(curves), mean, settings, "over directions")
+    return Measurement(records, lines.rows("random", dict(enumerate(curves))) + lines.rows("random_mean", {0: mean}))
 
 
 def over_directions(curves: Sequence[LossCurve]) -> dict[str, Estimate]:
@@ -202,68 +226,41 @@ def over_directions(curves: Sequence[LossCurve]) -> dict[str, Estimate]:
     }
 
 
-def _over(noted: dict[str, Any], metric: str) -> dict[str, Any]:
-    over = {"sharpness": "over directions", "variance": "over directions", "center_loss": "over sequences"}
-    return {**noted, "stderr": over[metric]} if metric in over else noted
+def _along_one(lines: _Lines, direction: Mapping[str, Tensor], grid: Grid) -> tuple[LossCurve, dict[str, Estimate]]:
+    """The curve along one direction, and its sharpness with the standard error over sequences."""
+    losses = lines.along(direction, grid)
+    return lines.curve(grid, losses), {"sharpness": lines.mean(sharpness_weights(grid) @ losses)}
 
 
-def _top_direction(
-    lines: _Lines, singular: SingularDirections, settings: LandscapeSettings, step: int, space: str,
-    common: dict[str, Any],
-) -> Measurement:  # fmt: skip
-    grid = symmetric_grid(settings.svd_1_radius, settings.svd_1_points)
-    losses = lines.along(singular.direction(1), grid)
-    noted = {"radius": settings.svd_1_radius, "points": settings.svd_1_points, "sigma_weighted": False, **common}
-    return _along_one(lines, losses, grid, ("svd_1", 1), step, space, noted)
+def _along_the_top_direction(lines: _Lines, singular: SingularDirections) -> Measurement:
+    how = lines.at.settings
+    grid = symmetric_grid(how.svd_1_radius, how.svd_1_points)
+    curve, sharpness = _along_one(lines, singular.direction(1), grid)
+    settings = {"radius": how.svd_1_radius, "points": how.svd_1_points, "sigma_weighted": False}
+    return Measurement(lines.records("svd_1", sharpness, curve, settings), lines.rows("svd_1", {1: curve}))
 
 
-def _along_one(
-    lines: _Lines, losses: Grid, grid: Grid, what: tuple[str, int], step: int, space: str, noted: dict[str, Any]
-) -> Measurement:
-    """Sharpness and shape along one given direction, with standard errors over sequences."""
-    subject, at = what
-    curve = lines.curve(grid, losses)
-    values: dict[str, Estimate | float] = {
-        "sharpness": lines.mean(sharpness_weights(grid) @ losses),
-        **_shape(curve, lines.mean(lines.center)),
-    }
-    noted = {**noted, "stderr": "over sequences"}
-    name = f"trajectory_{at}" if subject == "trajectory" else subject
-    records = [record(f"landscape/{name}/{key}", value, step, noted, space) for key, value in values.items()]
-    return Measurement(records, _rows(step, space, subject, {at: curve}))
-
-
-def _top_directions(
-    lines: _Lines, singular: SingularDirections, settings: LandscapeSettings, step: int, space: str,
-    common: dict[str, Any],
-) -> Measurement:  # fmt: skip
-    grid = symmetric_grid(settings.svd_k_radius, settings.svd_k_points)
-    weights, most = sharpness_weights(grid), max(settings.svd_k)
+def _along_top_directions(lines: _Lines, singular: SingularDirections) -> Measurement:
+    how = lines.at.settings
+    grid = symmetric_grid(how.svd_k_radius, how.svd_k_points)
     losses = np.stack(
-        [lines.along(singular.direction(k, sigma_weighted=True, vectors="zero"), grid) for k in range(1, most + 1)]
+        [
+            lines.along(singular.direction(k, sigma_weighted=True, vectors="zero"), grid)
+            for k in range(1, max(how.svd_k) + 1)
+        ]
     )
-    tokens = lines.tokens.numpy()
     records: list[Record] = []
-    for k in sorted(set(settings.svd_k)):
-        first = losses[:k]
-        mean = first.mean(0)
-        values: dict[str, Estimate | float] = {
-            "sharpness": lines.mean(weights @ mean),
-            "variance": _variance(first, tokens),
-            **_shape(lines.curve(grid, mean), lines.mean(lines.center)),
+    for k in sorted(set(how.svd_k)):
+        mean = losses[:k].mean(0)
+        numbers = {
+            "sharpness": lines.mean(sharpness_weights(grid) @ mean),
+            "variance": _variance(losses[:k], lines.tokens.numpy()),
         }
-        noted = {
-            "K": k,
-            "radius": settings.svd_k_radius,
-            "points": settings.svd_k_points,
-            "sigma_weighted": True,
-            "vectors": "zero",
-            **common,
-            "stderr": "over sequences",
-        }
-        records += [record(f"landscape/svd_k/{key}", value, step, noted, space) for key, value in values.items()]
+        settings = {"K": k, "radius": how.svd_k_radius, "points": how.svd_k_points}
+        settings |= {"sigma_weighted": True, "vectors": "zero"}
+        records += lines.records("svd_k", numbers, lines.curve(grid, mean), settings)
     curves = {k + 1: lines.curve(grid, along) for k, along in enumerate(losses)}
-    return Measurement(records, _rows(step, space, "svd_k", curves))
+    return Measurement(records, lines.rows("svd_k", curves))
 
 
 def _variance(losses: Grid, tokens: Grid) -> Estimate:
@@ -276,38 +273,33 @@ def _variance(losses: Grid, tokens: Grid) -> Estimate:
     return jackknife(value, others.var(0).mean(0))
 
 
-def measure_trajectory(
-    model: nn.Module,
-    evaluation: EvaluationSet,
-    pca: TrajectoryPCA,
-    settings: LandscapeSettings,
-    step: int,
-    space: str = "native",
-    progress: Callable[[], Any] = lambda: None,
-) -> Measurement:
-    """The landscape of the last checkpoint along the principal components of the run's trajectory.
+def _along_trajectory(lines: _Lines) -> Measurement:
+    """Along the principal components of the checkpoints, unit vectors; a grid reaches as far as the trajectory."""
+    at, measured = lines.at, Measurement()
+    names = stored_names(lines.model, at.earlier[-1])
+    pca = _components(at.earlier, min(at.settings.trajectory, len(at.earlier) - 1), names)
+    device = next(lines.model.parameters()).device
+    for k in range(pca.coordinates.shape[1]):
+        radius = float(abs(pca.coordinates[:, k]).max())
+        grid = symmetric_grid(radius, at.settings.points)
+        # the components have the names that the weights have on disk
+        direction = {name: tensor.to(device) for name, tensor in own_names(lines.model, pca.direction(k)).items()}
+        curve, sharpness = _along_one(lines, direction, grid)
+        settings = {"radius": radius, "points": at.settings.points}
+        about: dict[str, Any] = {"checkpoints": len(pca.coordinates), "explained": float(pca.explained[k])}
+        records = lines.records(f"trajectory_{k + 1}", sharpness, curve, settings, **about)
+        measured += Measurement(records, lines.rows("trajectory", {k + 1: curve}))
+    return measured
 
-    Each component is a unit vector; its grid reaches as far as the trajectory does.
-    """
-    found = Measurement([], [])
-    with evaluating(model):
-        lines = _Lines(model, evaluation, progress)
-        device = next(model.parameters()).device
-        for k in range(pca.coordinates.shape[1]):
-            radius = float(abs(pca.coordinates[:, k]).max())
-            grid = symmetric_grid(radius, settings.points)
-            # the components have the names that the weights have on disk
-            direction = {name: tensor.to(device) for name, tensor in own_names(model, pca.direction(k)).items()}
-            noted = {
-                "radius": radius,
-                "points": settings.points,
-                "checkpoints": len(pca.coordinates),
-                "explained": float(pca.explained[k]),
-                **evaluation.settings(),
-            }
-            losses = lines.along(direction, grid)
-            found += _along_one(lines, losses, grid, ("trajectory", k + 1), step, space, noted)
-    return found
+
+def _components(checkpoints: Sequence[list[Path]], k: int, names: list[str]) -> TrajectoryPCA:
+    """The first k components, or one where the checkpoints lie on a line."""
+    try:
+        return trajectory_pca(checkpoints, k, names)
+    except ValueError:
+        if k == 1:
+            raise
+        return trajectory_pca(checkpoints, 1, names)
 
 
 class LandscapeCallback(SequenceCallback):
@@ -327,8 +319,8 @@ class LandscapeCallback(SequenceCallback):
         ValueError: a number or name that makes no sense.
     """
 
-    name: ClassVar[str] = "landscape"
-    alternative: ClassVar[str] = "give one with space='both'"
+    family = Landscape
+    alternative = "give one with space='both'"
 
     def __init__(
         self,
@@ -341,18 +333,5 @@ class LandscapeCallback(SequenceCallback):
         budget: float | None = BUDGET,
         **settings: Any,
     ) -> None:
-        super().__init__(dataset, every, budget, sequences)
-        if space not in SPACES:
-            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
-        self.space = space
-        self.settings = LandscapeSettings(directions=directions, **settings)
-
-    def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        step, found = state.global_step, Measurement([], [])
-        for space in spaces_of(model, self.space):
-            if space == "dense" and (why := no_dense_form(model)):
-                found += Measurement([why.record("landscape/random/sharpness", step)], [])
-                continue
-            chosen, named = in_space(model, space)
-            found += measure_landscape(chosen, self.evaluation(args), self.settings, step, named)
-        return found
+        chosen = LandscapeSettings(directions=directions, **settings)
+        super().__init__(dataset, every, budget, sequences, settings=chosen, space=space)

@@ -1,19 +1,36 @@
-"""Loss and perplexity on the evaluation set."""
+"""Loss and perplexity on the whole validation set; during training the report callback measures them at the end."""
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
 
-from hf_lowrank.families.records import Measurement, record
-from hf_lowrank.metrics.perplexity import mean_loss, perplexity
+from hf_lowrank.families.family import Context, Family, RunStep, Unit, family
+from hf_lowrank.families.records import Measurement, Record, record
+from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
 from hf_lowrank.metrics.perturb import evaluating
-from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.report.catalogue import LOSS
 
-__all__ = ["measure_loss"]
+__all__ = ["Loss", "loss_records"]
 
 
-def measure_loss(model: nn.Module, evaluation: EvaluationSet, step: int) -> Measurement:
+def loss_records(loss: Estimate, step: int, settings: Mapping[str, Any]) -> list[Record]:
     """Validation loss (nats a token) and perplexity, with standard errors over sequences."""
-    with evaluating(model):
-        loss = mean_loss(*evaluation.losses(model))
-    settings = {**evaluation.settings(), "stderr": "over sequences"}
     named = {"validation_loss": loss, "perplexity": perplexity(loss)}
-    return Measurement([record(name, found, step, settings) for name, found in named.items()], [])
+    return [record(name, number, step, settings, stderr="over sequences") for name, number in named.items()]
+
+
+@family
+class Loss(Family):
+    """Loss and perplexity, with standard errors over sequences."""
+
+    entry = LOSS
+    sequences = "all"
+    cost = 1
+
+    def units(self, here: RunStep) -> list[Unit]:  # type: ignore[override]
+        return [Unit(self.entry.name, here.now)]
+
+    def measure(self, at: Context) -> Measurement:
+        assert at.sequences is not None
+        with evaluating(at.model):
+            loss = mean_loss(*at.sequences.losses(at.model))
+        return Measurement(loss_records(loss, at.step, at.sequences.settings()))

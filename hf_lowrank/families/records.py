@@ -1,8 +1,12 @@
-"""What a measurement gives: records for the report and the log, rows for a table."""
+"""What a measurement gives: records for the report and the log, rows for a table, and both on disk.
+
+In `<run>/publish/metrics/` every family has two files: `<file>.json` holds the records that go into the report,
+`<file>.parquet` the rows behind them. Results on downstream tasks have a file of another shape there.
+"""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,23 +20,14 @@ from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import metric_entry
 
 __all__ = [
-    "EVALUATION",
-    "EVALUATIONS",
-    "FAMILIES",
-    "Measurement",
-    "Record",
-    "finite",
-    "forget",
-    "jackknife",
-    "metrics_folder",
-    "read_measurement",
-    "read_records",
-    "record",
-    "write_measurement",
-]
+    "EVALUATION", "EVALUATIONS", "Measurement", "PartialError", "Record", "finite", "forget", "jackknife",
+    "metrics_folder", "read_measurement", "read_records", "record", "write_measurement",
+]  # fmt: skip
 
-# in the order in which they are measured: the cheap ones first
-FAMILIES = ("loss", "spectral", "activation", "interpolation", "curvature", "landscape")
+# the rows that a run was validated on, beside its checkpoints
+EVALUATION = "evaluation.parquet"
+# results on downstream tasks, in the folder of the metrics
+EVALUATIONS = "evaluations.json"
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,14 @@ class Record:
     """One number of the report.
 
     Attributes:
-        name: `dimension/subject/metric`, in the study's terms.
+        name: `family/subject/metric`, in the study's terms.
         value: the number, None where it could not be measured.
         stderr: its standard error; None where it is exact for the given weights.
         step: optimizer step it was measured at.
-        settings: everything the number depends on beside the weights.
+        settings: what defines the number: two numbers compare only where these agree.
         space: `dense`, `linearised` (no dense matrix exists) or `native`.
+        reference: what the number refers to at its own step, such as an earlier checkpoint.
+        about: what describes the number and defines nothing, such as what its standard error is over.
     """
 
     name: str
@@ -54,17 +51,27 @@ class Record:
     step: int
     settings: dict[str, Any] = field(default_factory=dict)
     space: str | None = None
+    reference: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Measurement:
-    """What one measurement found: records for the report and the log, rows for the parquet file."""
+    """Records for the report and the log, rows for the parquet file."""
 
-    records: list[Record]
-    rows: list[dict[str, Any]]
+    records: list[Record] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __add__(self, other: "Measurement") -> "Measurement":
         return Measurement(self.records + other.records, self.rows + other.rows)
+
+
+class PartialError(Exception):
+    """A part of a measurement failed; `part` is the other part."""
+
+    def __init__(self, reason: str, part: Measurement) -> None:
+        super().__init__(reason)
+        self.part = part
 
 
 def finite(value: float) -> float | None:
@@ -73,14 +80,20 @@ def finite(value: float) -> float | None:
 
 
 def record(
-    name: str, found: Estimate | float, step: int, settings: dict[str, Any], space: str | None = None
+    name: str,
+    number: Estimate | float,
+    step: int,
+    settings: Mapping[str, Any] | None = None,
+    space: str | None = None,
+    reference: Mapping[str, Any] | None = None,
+    **about: Any,
 ) -> Record:
-    """A record of an estimate, or of a number that is exact."""
-    estimate = found if isinstance(found, Estimate) else Estimate(found, math.nan)
+    """A record of an estimate, or of a number that is exact; what is not finite becomes None with a note."""
+    estimate = number if isinstance(number, Estimate) else Estimate(number, math.nan)
     value, stderr = finite(estimate.value), finite(estimate.stderr)
     if value is None:
-        settings = {**settings, "note": f"not finite: {estimate.value}"}
-    return Record(name, value, None if value is None else stderr, step, settings, space)
+        about, stderr = {**about, "note": f"not finite: {estimate.value}"}, None
+    return Record(name, value, stderr, step, dict(settings or {}), space, dict(reference or {}), about)
 
 
 def jackknife(value: float, left_out: Sequence[float] | NDArray[np.float64]) -> Estimate:
@@ -92,35 +105,31 @@ def jackknife(value: float, left_out: Sequence[float] | NDArray[np.float64]) -> 
     return Estimate(value, math.sqrt((count - 1) / count * float(((others - others.mean()) ** 2).sum())))
 
 
-# results on downstream tasks, a file of another shape beside the families'
-EVALUATIONS = "evaluations.json"
-# rows that a run was validated on, beside its checkpoints
-EVALUATION = "evaluation.parquet"
-
-
 def metrics_folder(output_dir: str | Path) -> Path:
     """Where a run keeps its metrics."""
     return Path(output_dir) / "publish" / "metrics"
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records in a metrics folder, as plain data, by file and then in the order they were measured."""
-    files = [path for path in sorted(folder.glob("*.json")) if path.name != EVALUATIONS]
-    return [record for path in files for record in json.loads(path.read_text())]
+    """All records in a metrics folder as plain data, by file and then in the order in which they were measured."""
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != EVALUATIONS]
+    return [record for path in paths for record in json.loads(path.read_text())]
 
 
 def read_measurement(folder: Path, name: str) -> Measurement | None:
-    """What was measured of a family, None where nothing is there; any error that JSON and parquet know."""
-    table, listed = folder / f"{name}.parquet", folder / f"{name}.json"
-    if not listed.is_file():
+    """What is stored of a family, None where nothing is; raises whatever JSON and parquet raise for damaged files."""
+    table, records = folder / f"{name}.parquet", folder / f"{name}.json"
+    if not records.is_file():
         return None
-    records = [Record(**entry) for entry in json.loads(listed.read_text())]
     rows = pd.read_parquet(table).to_dict("records") if table.is_file() else []
-    return Measurement(records, [{str(key): value for key, value in row.items()} for row in rows])
+    return Measurement(
+        [Record(**entry) for entry in json.loads(records.read_text())],
+        [{str(key): value for key, value in row.items()} for row in rows],
+    )
 
 
 def write_measurement(folder: Path, name: str, measurement: Measurement) -> None:
-    """Replace what is there of a family; a reader meets the old files or the new ones."""
+    """Replace what is stored of a family; a reader meets the old files or the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
     if measurement.rows:
         with atomic_path(folder / f"{name}.parquet") as path:
@@ -132,16 +141,17 @@ def write_measurement(folder: Path, name: str, measurement: Measurement) -> None
         path.write_text(json.dumps(records, indent=1) + "\n")
 
 
-def forget(folder: Path, name: str, gone: Callable[[Record | dict[str, Any]], bool]) -> None:
-    """Drop the records and rows of a family that `gone` says yes to; remove the files where nothing is left."""
+def forget(folder: Path, name: str, is_gone: Callable[[int], bool]) -> None:
+    """Drop a family's records and rows of the steps that `is_gone` picks; remove the files where nothing is left."""
     try:
-        measurement = read_measurement(folder, name)
+        stored = read_measurement(folder, name) or Measurement()
     # unreadable: as good as none
     except Exception:
-        measurement = Measurement([], [])
-    if measurement is None:
-        return
-    kept = Measurement([r for r in measurement.records if not gone(r)], [r for r in measurement.rows if not gone(r)])
+        stored = Measurement()
+    kept = Measurement(
+        [record for record in stored.records if not is_gone(record.step)],
+        [row for row in stored.rows if not is_gone(int(row["step"]))],
+    )
     if kept.records:
         write_measurement(folder, name, kept)
     else:

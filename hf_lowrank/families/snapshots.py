@@ -39,9 +39,9 @@ class Snapshot:
 
     def _files(self) -> list[Path]:
         pattern = rf"{re.escape(self.name)}(-\d+-of-\d+)?\.safetensors"
-        found = (path for path in self.folder.glob("*.safetensors") if re.fullmatch(pattern, path.name))
+        paths = (path for path in self.folder.glob("*.safetensors") if re.fullmatch(pattern, path.name))
         # this process's own file last: where each holds a part of the same tensor, its own part counts
-        return sorted(found, key=lambda path: (path == self.path, path))
+        return sorted(paths, key=lambda path: (path == self.path, path))
 
     @cached_property
     def _index(self) -> dict[int, dict[str, Path]]:
@@ -53,7 +53,7 @@ class Snapshot:
                     index.setdefault(int(file.metadata()["step"]), {}).update(dict.fromkeys(file.keys(), path))
             # a kill in mid-write leaves a file that only safetensors' own errors describe
             except Exception as error:
-                logger.warning("%s cannot be read (%s): what is compared with it starts anew", path, error)
+                logger.warning("%s cannot be read (%s): nothing is compared with it", path, error)
         return index
 
     def holds(self, step: int | None) -> bool:

@@ -1,34 +1,16 @@
 """The space a metric looks at: the parameters as trained, or the dense matrices they compute."""
 
-from dataclasses import dataclass
-
 import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import gather_model, to_dense
-from hf_lowrank.families.records import Record
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.methods.prepare import method_of
 from hf_lowrank.sharding import is_sharded
 
-__all__ = ["SPACES", "NoDenseForm", "in_space", "is_reparameterized", "no_dense_form", "spaces_of", "unsharded"]
+__all__ = ["SPACES", "in_space", "is_reparameterized", "no_dense_form", "spaces_of", "unsharded"]
 
 SPACES = ("native", "dense", "both")
-
-
-@dataclass(frozen=True)
-class NoDenseForm:
-    """Why a model has no dense form.
-
-    Attributes:
-        text: the reason, for a reader of the report.
-    """
-
-    text: str
-
-    def record(self, name: str, step: int) -> Record:
-        """A row that says that a dense metric could not be measured, and why."""
-        return Record(name, None, None, step, {"note": self.text}, "dense")
 
 
 def is_reparameterized(model: torch.nn.Module) -> bool:
@@ -36,13 +18,13 @@ def is_reparameterized(model: torch.nn.Module) -> bool:
     return any(isinstance(module, ReparameterizedLinear) for module in model.modules())
 
 
-def no_dense_form(model: torch.nn.Module) -> NoDenseForm | None:
+def no_dense_form(model: torch.nn.Module) -> str | None:
     """The reason why no dense matrices compute what the model computes; None where they do."""
     if all(module.has_dense_form for module in model.modules() if isinstance(module, ReparameterizedLinear)):
         return None
     method = method_of(model) if isinstance(model, PreTrainedModel) else None
     label = "its method" if method is None else method.label
-    return NoDenseForm(f"{label} has no dense form: no matrix computes what its layers compute")
+    return f"{label} has no dense form: no matrix computes what its layers compute"
 
 
 def unsharded(model: torch.nn.Module) -> torch.nn.Module:
@@ -56,13 +38,7 @@ def unsharded(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def spaces_of(model: torch.nn.Module, space: str) -> tuple[str, ...]:
-    """The spaces to look at for `native`, `dense` or `both`: where layers are plain the two are one, and dense.
-
-    Raises:
-        ValueError: another word.
-    """
-    if space not in SPACES:
-        raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
+    """The spaces to measure in for one of `SPACES`: where layers are plain, native and dense are the same: `dense`."""
     if not is_reparameterized(model):
         return ("dense",)
     return ("native", "dense") if space == "both" else (space,)

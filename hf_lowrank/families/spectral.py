@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from hf_lowrank.families.callback import BUDGET, MetricCallback, output_folder
-from hf_lowrank.families.records import Measurement, Record, finite
+from hf_lowrank.families.callback import BUDGET, MetricCallback
+from hf_lowrank.families.family import Context, Family, Peer, RunStep, Unit, family
+from hf_lowrank.families.records import Measurement, PartialError, Record, finite
 from hf_lowrank.families.snapshots import Snapshot
-from hf_lowrank.families.spaces import SPACES, spaces_of
-from hf_lowrank.methods.targets import Target, dense_weights, native_weights
+from hf_lowrank.methods.targets import Target, dense_weights, find_targets, native_weights
 from hf_lowrank.metrics.spectra import (
     measure_each,
     relative_norm,
@@ -20,25 +22,104 @@ from hf_lowrank.metrics.spectra import (
     spectral_metrics,
     subspace_overlap,
 )
+from hf_lowrank.report.catalogue import SPECTRAL
 from hf_lowrank.sharding import all_gather_object, rank_and_world
 
-__all__ = ["Earlier", "SpectralCallback", "averages", "measure_spectra", "update_metrics", "weight_metrics"]
+__all__ = ["Spectral", "SpectralCallback", "SpectralSettings", "averages", "update_metrics", "weight_metrics"]
 
 # dimension of the two updates' subspaces that are compared
 OVERLAP_K = 8
 # what is reported of an update's spectrum beside its norm
 UPDATE_METRICS = ("effective_rank_score", "stable_rank", "effective_rank", "spectral_gap", "spectral_norm")
+# a matrix of an earlier step by its target's name, None where it is not at hand
+Weights = Callable[[str], Tensor | None]
 
 
-class Earlier:
-    """Weights of an earlier step: `get` gives a matrix by its target's name, None where it is not at hand.
+@dataclass(frozen=True)
+class SpectralSettings:
+    """Which layers are measured, as in a method's config; None for every linear layer inside the repeated blocks."""
 
-    Attributes:
-        step: the step they are of.
+    target_modules: list[str] | str | None = None
+
+
+@family
+class Spectral(Family):
+    """Singular-value metrics of every target, and of its change since `previous` and since `initial`.
+
+    Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
+    as the product of its factors, in the space `linearised`. Native space: each factor by itself. A matrix with NaN is
+    a row with its error, and the others are measured. Rows about updates are left out where the earlier weights are
+    not at hand.
     """
 
-    def __init__(self, step: int, get: Callable[[str], Tensor | None]) -> None:
-        self.step, self.get = step, get
+    entry = SPECTRAL
+    Settings = SpectralSettings
+    sequences = None
+    cost = 2
+
+    def units(self, here: RunStep) -> Iterator[Unit]:
+        for space in here.spaces:
+            yield Unit(self.entry.name, here.now, space, previous=here.previous)
+
+    def measure(self, at: Context) -> Measurement:
+        since, lost = {"update_from_init": _weights(at.initial, at.space)}, None
+        try:
+            since["update"] = _weights(at.previous, at.space)
+        # whatever is wrong with the checkpoint before, this one's weights are there
+        except Exception as error:
+            since["update"], lost = None, error
+        measured = _measure(at, since)
+        if lost is not None and at.previous is not None:
+            reason = f"no update since step {at.previous.step}: {type(lost).__name__}: {lost}"
+            raise PartialError(reason, measured) from lost
+        return measured
+
+
+def _weights(peer: Peer | None, space: str) -> Weights | None:
+    """What gives the matrices of another model, the dense ones made one at a time."""
+    if peer is None or peer.load is None:
+        return None if peer is None else peer.tensor
+    model = peer.load()
+    if space == "dense":
+        makers = {target.name: target.dense_weight for target in find_targets(model)}
+    else:
+        makers = {target.name: weight.clone for target, weight in native_weights(model)}
+    return lambda name: makers[name]() if name in makers else None
+
+
+def _measure(at: Context, since: Mapping[str, Weights | None]) -> Measurement:
+    rank, world = rank_and_world() if at.shared else (0, 1)
+    rows: dict[int, dict[str, Any]] = {}
+    vectors: dict[str, Tensor] = {}
+
+    def matrices_of_this_process() -> Iterator[tuple[tuple[int, Target], Tensor]]:
+        # where weights are sharded every process must come along for the others' matrices
+        weights = dense_weights if at.space == "dense" else native_weights
+        modules = at.settings.target_modules if at.settings else None
+        for i, (target, weight) in enumerate(weights(at.model, modules)):
+            if at.kept is not None:
+                at.kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
+            if i % world == rank:
+                yield (i, target), weight
+
+    measuring = measure_each(lambda which, weight: _row(which[1], weight, since), matrices_of_this_process())
+    for (i, target), result in measuring:
+        if isinstance(result, Exception):
+            raise result
+        rows[i] = {"step": at.step, "space": _space(target) if at.space == "dense" else at.space, **result[0]}
+        vectors |= {f"{target.name}.update_{side}": tensor for side, tensor in result[1].items()}
+        at.progress()
+    for other_rows, other_vectors in all_gather_object((rows, vectors)) if at.shared else [(rows, vectors)]:
+        rows |= other_rows
+        if at.kept is not None:
+            at.kept.update(other_vectors)
+    in_order = [rows[i] for i in sorted(rows)]
+    peers = {"update": at.previous, "update_from_init": at.initial}
+    steps = {subject: None if since[subject] is None or peer is None else peer.step for subject, peer in peers.items()}
+    # the dense ones last: where a model has both, the log shows theirs
+    spaces = sorted({row["space"] for row in in_order}, reverse=True)
+    means = [averages([row for row in in_order if row["space"] == space], at.step, space, steps) for space in spaces]
+    return Measurement([record for records in means for record in records], in_order)
 
 
 def _space(target: Target) -> str:
@@ -46,69 +127,8 @@ def _space(target: Target) -> str:
     return "dense" if getattr(target.module, "has_dense_form", True) else "linearised"
 
 
-def measure_spectra(
-    model: nn.Module,
-    step: int,
-    previous: Earlier | None = None,
-    initial: Earlier | None = None,
-    target_modules: list[str] | str | None = None,
-    space: str = "dense",
-    shared: bool = False,
-    keep: bool = True,
-    progress: Callable[[], Any] = lambda: None,
-) -> tuple[Measurement, dict[str, Tensor]]:
-    """Singular-value metrics of every target, and of its change since `previous` and since `initial`.
-
-    Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
-    as the product of its factors, in the space `linearised`. Native space: each factor by itself. A matrix with NaN is
-    a row with its error, and the others are measured.
-
-    Args:
-        model: whole, or sharded by FSDP2.
-        step: the optimizer step of the model.
-        previous, initial: earlier weights; rows about updates are left out where there are none.
-        target_modules: layers to measure, as in a method's config.
-        space: `dense` or `native`.
-        keep: return the weights as well, all of them; otherwise nothing beyond a few matrices is held.
-        shared: every process calls this and measures its share of the matrices; all get the whole result.
-        progress: called after every matrix.
-
-    Returns:
-        The measurement, and for the next one's `previous` the weights and the top singular vectors of the updates,
-        on the CPU; empty without `keep`.
-    """
-    rank, world = rank_and_world() if shared else (0, 1)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    kept: dict[str, Tensor] = {}
-    top: dict[str, Tensor] = {}
-
-    def mine() -> Iterator[tuple[tuple[int, Target], Tensor]]:
-        # where weights are sharded every process must come along for the others' matrices
-        weights = dense_weights if space == "dense" else native_weights
-        for i, (target, weight) in enumerate(weights(model, target_modules)):
-            if keep:
-                kept[target.name] = weight.detach().to("cpu", copy=True).contiguous()
-            if i % world == rank:
-                yield (i, target), weight
-
-    for (i, target), found in measure_each(lambda at, weight: _row(at[1], weight, previous, initial), mine()):
-        if isinstance(found, Exception):
-            raise found
-        row, vectors = found
-        rows.append((i, {"step": step, "space": _space(target) if space == "dense" else space, **row}))
-        top.update({f"{target.name}.update_{side}": tensor for side, tensor in vectors.items()})
-        progress()
-    parts = all_gather_object((rows, top)) if shared else [(rows, top)]
-    rows = sorted((row for part, _ in parts for row in part), key=lambda item: item[0])
-    for _, vectors in parts if keep else []:
-        kept.update(vectors)
-    earlier = {"update": previous, "update_from_init": initial}
-    since = {subject: None if weights is None else weights.step for subject, weights in earlier.items()}
-    return Measurement(_by_space([row for _, row in rows], step, since), [row for _, row in rows]), kept
-
-
 def _row(
-    target: Target, weight: Tensor, previous: Earlier | None, initial: Earlier | None
+    target: Target, weight: Tensor, since: Mapping[str, Weights | None]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One matrix's row, and the top singular vectors of its update for the next measurement's overlap."""
     row: dict[str, Any] = {
@@ -122,16 +142,19 @@ def _row(
     vectors: dict[str, Tensor] = {}
     try:
         row |= weight_metrics(weight)
-        if initial is not None:
-            _put_update(row, weight, initial.get(target.name), "update_from_init")
-        if previous is not None:
-            update = _put_update(row, weight, previous.get(target.name), "update")
-            if update is not None and update.any():
+        for subject in ("update_from_init", "update"):
+            earlier = since[subject]
+            before = None if earlier is None else earlier(target.name)
+            if earlier is None or before is None or before.shape != weight.shape:
+                continue
+            metrics, update = update_metrics(weight, before.to(weight.device), subject)
+            row |= metrics
+            if subject == "update" and update.any():
                 vectors = dict(zip(("left", "right"), singular_vectors(update, OVERLAP_K), strict=True))
                 for side, tensor in vectors.items():
-                    earlier = previous.get(f"{target.name}.update_{side}")
-                    if earlier is not None:
-                        row[f"spectral/update/overlap_{side}"] = subspace_overlap(tensor.cpu(), earlier)
+                    vectors_before = earlier(f"{target.name}.update_{side}")
+                    if vectors_before is not None:
+                        row[f"spectral/update/overlap_{side}"] = subspace_overlap(tensor.cpu(), vectors_before)
     # NaN in one matrix, or a decomposition that fails: the others are measured all the same, and a process that
     # left the loop here would leave the others waiting where weights are sharded
     except Exception as error:
@@ -176,22 +199,6 @@ def update_metrics(weight: Tensor, before: Tensor, subject: str = "update") -> t
     return {f"spectral/{subject}/{key}": value for key, value in named.items()}, update
 
 
-def _put_update(row: dict[str, Any], weight: Tensor, before: Tensor | None, subject: str) -> Tensor | None:
-    """Put the metrics of weight - before into the row; None where the earlier weight does not fit."""
-    if before is None or before.shape != weight.shape:
-        return None
-    found, update = update_metrics(weight, before.to(weight.device), subject)
-    row |= found
-    return update
-
-
-def _by_space(rows: list[dict[str, Any]], step: int, since: dict[str, int | None]) -> list[Record]:
-    # the dense ones last: where a model has both, the log shows theirs
-    spaces = sorted({row["space"] for row in rows}, reverse=True)
-    means = [averages([row for row in rows if row["space"] == space], step, space, since) for space in spaces]
-    return [record for records in means for record in records]
-
-
 def averages(
     rows: Sequence[Mapping[str, Any]], step: int, space: str, since: Mapping[str, int | None]
 ) -> list[Record]:
@@ -204,19 +211,20 @@ def averages(
             continue
         values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
         mean = finite(sum(values) / len(values)) if values else None
-        settings: dict[str, Any] = {"average": "mean over matrices", "matrices": len(values), "total": len(rows)}
+        settings: dict[str, Any] = {"average": "mean over matrices"}
         if metric.startswith("overlap"):
             settings["k"] = OVERLAP_K
-        if subject in since:
-            settings["since"] = since[subject]
+        reference = {"since": since[subject]} if subject in since else {}
+        about = {"matrices": len(values), "total": len(rows)}
         if metric == "relative_norm":
-            records.append(Record(f"spectral/{subject}/relative_norm_mean", mean, None, step, settings, space))
+            mean_name = f"spectral/{subject}/relative_norm_mean"
+            records.append(Record(mean_name, mean, None, step, settings, space, reference, about))
             squares = [
                 sum(row.get(f"spectral/{subject}/{key}", 0.0) ** 2 for row in rows) for key in ("norm", "norm_before")
             ]
             mean = finite(math.sqrt(squares[0] / squares[1])) if squares[1] > 0 else None
             settings = {**settings, "average": "all matrices together"}
-        records.append(Record(name, mean, None, step, settings, space))
+        records.append(Record(name, mean, None, step, settings, space, reference, about))
     return records
 
 
@@ -237,8 +245,8 @@ class SpectralCallback(MetricCallback):
         budget: share of the training time for all metric callbacks together; None for no limit.
     """
 
-    name: ClassVar[str] = "spectral"
-    alternative: ClassVar[str] = "give one with space='both'"
+    family = Spectral
+    alternative = "give one with space='both'"
 
     def __init__(
         self,
@@ -248,43 +256,37 @@ class SpectralCallback(MetricCallback):
         space: str = "dense",
         budget: float | None = BUDGET,
     ) -> None:
-        super().__init__(every, budget)
-        if space not in SPACES:
-            raise ValueError(f"space={space!r}: it is {', '.join(map(repr, SPACES))}")
-        self.space = space
-        self.target_modules = target_modules
+        super().__init__(every, budget, settings=SpectralSettings(target_modules), space=space)
         self._last: int | None = None
+
+    def _snapshot(self, args: TrainingArguments, name: str) -> Snapshot:
+        return Snapshot(Path(str(args.output_dir)) / "spectral_snapshots", name)
 
     def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         self._last = self._measured_at
         if state.global_step == 0 and state.is_world_process_zero:
             for name in ("previous", "initial"):
-                Snapshot(output_folder(args) / "spectral_snapshots", name).remove()
+                self._snapshot(args, name).remove()
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> Measurement:
-        step, folder = state.global_step, output_folder(args) / "spectral_snapshots"
-        previous, initial = Snapshot(folder, "previous"), Snapshot(folder, "initial")
+        step = state.global_step
+        previous, initial = self._snapshot(args, "previous"), self._snapshot(args, "initial")
         # one process a machine writes, the others there read
-        writes = args.local_process_index == 0
-        before, start = self._earlier(previous, self._last, step), self._earlier(initial, 0, step)
-        found = Measurement([], [])
-        kept: dict[str, torch.Tensor] = {}
-        for space in spaces_of(model, self.space):
-            part, weights = measure_spectra(
-                model, step, before, start, self.target_modules, space, shared=args.world_size > 1, keep=writes
-            )
-            found, kept = found + part, kept | weights
-        if writes:
+        kept: dict[str, Tensor] | None = {} if args.local_process_index == 0 else None
+        peers = {"previous": _kept_in(previous, self._last, step), "initial": _kept_in(initial, 0, step)}
+        measured = self.measure_at(self.context(model, args, state, kept=kept, **peers))
+        if kept is not None:
             previous.save(kept, step)
-        if writes and step == 0:
-            initial.save(kept, step)
+            if step == 0:
+                initial.save(kept, step)
         self._last = step
-        return found
+        return measured
 
-    def _earlier(self, snapshot: Snapshot, taken_at: int | None, step: int) -> Earlier | None:
-        """The snapshot of a step, where every process can see what it needs of it."""
-        # one from beyond the checkpoint that the run was resumed from is of another history
-        usable = taken_at is not None and taken_at < step and snapshot.holds(taken_at)
-        if not all(all_gather_object(usable)) or taken_at is None:
-            return None
-        return Earlier(taken_at, lambda name: snapshot.get(taken_at, name))
+
+def _kept_in(snapshot: Snapshot, taken_at: int | None, step: int) -> Peer | None:
+    """The snapshot of a step, where every process can see what it needs of it."""
+    # one from beyond the checkpoint that the run was resumed from is of another history
+    usable = taken_at is not None and taken_at < step and snapshot.holds(taken_at)
+    if not all(all_gather_object(usable)) or taken_at is None:
+        return None
+    return Peer(f"step {taken_at}", taken_at, tensor=lambda name: snapshot.get(taken_at, name))

@@ -28,13 +28,14 @@ def draw_figures(publish: Path) -> list[Path]:
     A picture that an earlier drawing left and whose data are missing now is removed, so that a card never shows it.
     Raises `ValueError` for a table that cannot be read or lacks a column that it must have; nothing is drawn then.
     """
-    pictures = [picture for entry in entries() for picture in entry.pictures]
-    data = {source: _read(publish / "metrics" / source) for source in {picture.source for picture in pictures}}
+    pictures = [(entry, picture) for entry in entries() for picture in entry.pictures]
+    data = {source: _read(publish / "metrics" / source) for source in {picture.source for _, picture in pictures}}
     paths = []
     with matplotlib.rc_context(STYLE):
-        for picture in pictures:
+        for entry, picture in pictures:
             path = publish / "figures" / picture.file
-            figure = resolve_name(picture.draw)(data[picture.source])
+            draw = resolve_name(picture.draw or f"hf_lowrank.figures.{entry.name}:{path.stem}")
+            figure = draw(data[picture.source])
             if figure is None:
                 path.unlink(missing_ok=True)
             else:

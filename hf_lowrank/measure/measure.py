@@ -14,19 +14,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.families.records import (
-    Measurement,
-    Record,
-    metrics_folder,
-    read_measurement,
-    write_measurement,
-)
+from hf_lowrank.families import Measurement, PartialError, Record, Unit
+from hf_lowrank.families.family import get_family
+from hf_lowrank.families.records import metrics_folder, read_measurement, write_measurement
 from hf_lowrank.machine import launched
-from hf_lowrank.measure.bench import Bench, PartialError
 from hf_lowrank.measure.progress import Failure, Progress
 from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
 from hf_lowrank.measure.source import RunSource, open_run, rows_of
-from hf_lowrank.measure.units import Unit, headline_of
+from hf_lowrank.measure.units import RunUnits
 from hf_lowrank.measure.write import write_map, write_run
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.options import MeasureOptions
@@ -72,20 +67,20 @@ def measure(
     every_run = runs if reference is None or reference in runs else [*runs, reference]
     _tell_apart([*sources, str(baseline)], every_run)
     families, preset = options.chosen_families, options.settings
-    if reference is None and families == ("activation",):
-        raise ValueError("activations are compared with a baseline and none is given: add --baseline RUN")
+    if reference is None and all(get_family(name).needs_baseline for name in families):
+        raise ValueError(f"{', '.join(families)}: compared with a baseline, and none is given: add --baseline RUN")
     device = options.device or "cpu"
-    benches = [Bench(run, reference, [r for r in runs if r is not run], preset, device) for run in runs]
-    units = [list(bench.units(families, options.steps)) for bench in benches]
+    measured = [RunUnits(run, reference, [r for r in runs if r is not run], preset, device) for run in runs]
+    units = [list(run_units.units(families, options.steps)) for run_units in measured]
     jobs = []
     # the baseline first: its numbers go into the others' reports
-    for bench, todo in sorted(zip(benches, units, strict=True), key=lambda item: item[0].run is not reference):
-        if any(unit.family != "spectral" for unit in todo):
-            rows = rows_of(bench.run, options.data)
-            bench.evaluation = EvaluationSet.from_dataset(rows, preset.sequences, options.batch_size)
-            bench.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
-        work = [_Measuring(bench, unit, todo) for unit in todo]
-        jobs.append(Job(work, partial(write_run, bench.run, baseline=reference), bench.release))
+    for run_units, todo in sorted(zip(measured, units, strict=True), key=lambda item: item[0].run is not reference):
+        if any(get_family(unit.family).sequences for unit in todo):
+            rows = rows_of(run_units.run, options.data)
+            run_units.few = EvaluationSet.from_dataset(rows, preset.sequences, options.batch_size)
+            run_units.whole = EvaluationSet.from_dataset(rows, None, options.batch_size)
+        work = [_Measuring(run_units, unit, todo) for unit in todo]
+        jobs.append(Job(work, partial(write_run, run_units.run, baseline=reference), run_units.release))
     failures = run_jobs(jobs, runs[0].output / LOCK, progress or Progress())
     if len(every_run) > 1 and launched()[0] == 0:
         write_map(every_run, runs)
@@ -112,21 +107,21 @@ class _Measuring(Work):
     """A unit of a run's measurement, with what it leaves on disk: rows, records, and its mark in `measured.json`.
 
     Args:
-        bench: measures it.
+        run_units: measures it.
         unit: what is measured.
         units: all units of the run, in the order in which their results are written.
     """
 
-    def __init__(self, bench: Bench, unit: Unit, units: list[Unit]) -> None:
-        self.bench, self.unit = bench, unit
-        self.where, self.name = bench.run.name, unit.label
-        self.key = f"{bench.run.output}/{unit.key}"
-        self.folder, self.state = metrics_folder(bench.run.output), bench.run.output / STATE
+    def __init__(self, run_units: RunUnits, unit: Unit, units: list[Unit]) -> None:
+        self.run_units, self.unit = run_units, unit
+        run = run_units.run
+        self.where, self.name, self.key = run.name, unit.label, f"{run.output}/{unit.key}"
+        self.folder, self.state = metrics_folder(run.output), run.output / STATE
         self.order = [u for u in units if u.file == unit.file]
 
     @cached_property
     def fingerprint(self) -> str:
-        return _fingerprint(self.bench, self.unit)
+        return _fingerprint(self.run_units, self.unit)
 
     def is_done(self) -> bool:
         marked = _read_state(self.state).get(self.unit.key) == self.fingerprint
@@ -134,32 +129,20 @@ class _Measuring(Work):
         return marked and bool(_earlier(self.folder, self.unit))
 
     def do(self, tick: Callable[[], Any]) -> Measurement:
-        return self.bench.do(self.unit, tick)
+        return self.run_units.do(self.unit, tick)
 
     def keep(self, result: Measurement) -> None:
         _replace(self.folder, self.unit, result, self.order)
         _mark(self.state, self.unit.key, self.fingerprint)
 
     def fail(self, error: Exception) -> Failure:
-        if isinstance(error, PartialError):
-            reason, part = str(error), error.found
-        else:
-            reason, part = f"{type(error).__name__}: {error}", Measurement([], [])
+        part = error.part if isinstance(error, PartialError) else None
+        reason = f"{type(error).__name__}: {error}" if part is None else str(error)
         # numbers that were measured before the checkpoint was damaged stay
         if not any(record.value is not None for record in _earlier(self.folder, self.unit)):
-            _replace(self.folder, self.unit, _failed(self.unit, reason, part), self.order)
+            _replace(self.folder, self.unit, self.unit.failed(reason, part), self.order)
         _mark(self.state, self.unit.key, "")
         return Failure(self.where, self.name, reason)
-
-
-def _failed(unit: Unit, error: str, part: Measurement) -> Measurement:
-    """The part of a unit that was measured, with rows that say why the other headline metrics could not be."""
-    note = {"note": error} if unit.other is None else {"note": error, "other": unit.other}
-    names = {record.name for record in part.records}
-    records = [
-        Record(name, None, None, unit.step, note, unit.space) for name in headline_of(unit) if name not in names
-    ]
-    return Measurement(part.records + records, part.rows)
 
 
 def _earlier(folder: Path, unit: Unit) -> list[Record]:
@@ -178,11 +161,11 @@ def _replace(folder: Path, unit: Unit, result: Measurement, order: list[Unit]) -
     The files do not depend on the order in which the units were done.
     """
     try:
-        before = read_measurement(folder, unit.file) or Measurement([], [])
+        before = read_measurement(folder, unit.file) or Measurement()
     # damaged: it costs the earlier numbers, not these
     except Exception as error:
         logger.warning("%s in %s cannot be read and is written anew: %s", unit.file, folder, error)
-        before = Measurement([], [])
+        before = Measurement()
 
     def place(step: int, owns: Callable[[Unit], bool]) -> tuple[int, int]:
         return step, next((i for i, other in enumerate(order) if other.step == step and owns(other)), -1)
@@ -201,16 +184,16 @@ def _with_all_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in filled} | dict.fromkeys(empty) for row in rows]
 
 
-def _fingerprint(bench: Bench, unit: Unit) -> str:
-    settings = getattr(bench.preset, unit.family, None)
-    known = {
+def _fingerprint(run_units: RunUnits, unit: Unit) -> str:
+    settings, sequences = run_units.settings(unit), run_units.sequences(unit)
+    ingredients = {
         "version": VERSION,
         "unit": unit.key,
         "settings": None if settings is None else asdict(settings),
-        "evaluation": None if unit.family == "spectral" else bench.sequences(unit).digest(),
+        "evaluation": None if sequences is None else sequences.digest(),
         "weights": [checkpoint.digest for checkpoint in unit.checkpoints],
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read_state(path: Path) -> dict[str, str]:

@@ -45,15 +45,16 @@ class Table:
 class Picture:
     """A figure of one run.
 
-    `file` is its name in `publish/figures`; `draw` names the function that draws it, `package.module:function`, which
-    takes what `source` in `publish/metrics` holds (a parquet table of `Entry.tables`, or a family's records as JSON)
-    as a data frame and returns a matplotlib figure, or None where there is nothing to draw.
+    `file` is its name in `publish/figures`; `source` in `publish/metrics` is what it is drawn from, a parquet table of
+    `Entry.tables` or a family's records as JSON. `draw` names the function that draws it, `package.module:function`;
+    default: the one with the file's name in `hf_lowrank.figures.<family>`. It takes the source as a data frame and
+    returns a matplotlib figure, or None where there is nothing to draw.
     """
 
     file: str
     caption: str
-    draw: str
     source: str
+    draw: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ class Entry:
     Attributes:
         name: of the family, and the first part of its metrics' names.
         title: heading of its metrics in a comparison.
-        help: what it measures, in a few words.
         metrics: its headline metrics; what else it measures goes by its name.
         pictures: of one run, in the order of the card.
         tables: parquet tables in `publish/metrics` by name.
@@ -72,7 +72,6 @@ class Entry:
 
     name: str
     title: str
-    help: str
     metrics: tuple[HeadlineMetric, ...]
     pictures: tuple[Picture, ...] = ()
     tables: Mapping[str, Table] = field(default_factory=dict)
@@ -89,12 +88,11 @@ class Entry:
 LOSS = Entry(
     "loss",
     "Loss",
-    "validation loss and perplexity",
     (
         HeadlineMetric(None, "validation_loss", "Validation loss", "nats per token"),
         HeadlineMetric(None, "perplexity", "Validation perplexity", "perplexity (per token)"),
     ),
-    (Picture("loss.png", "Training and validation loss", "hf_lowrank.figures.loss:loss", "training.parquet"),),
+    (Picture("loss.png", "Training and validation loss", "training.parquet"),),
     {"training": Table(["step"], [], ["loss", "eval_loss", "learning_rate", "grad_norm"])},
     file="validation",
 )
@@ -102,7 +100,6 @@ LOSS = Entry(
 LANDSCAPE = Entry(
     "landscape",
     "Loss landscape",
-    "sharpness and variance of the loss along random and singular directions",
     (
         HeadlineMetric(
             "H1", "landscape/random/sharpness", "Expected sharpness, random directions", "loss increase (nats)"
@@ -122,15 +119,9 @@ LANDSCAPE = Entry(
         Picture(
             "landscape_curves.png",
             "Loss along random, singular and trajectory directions at the last measured step",
-            "hf_lowrank.figures.landscape:landscape_curves",
             "landscape.parquet",
         ),
-        Picture(
-            "sharpness_over_steps.png",
-            "Expected sharpness and loss variance over training",
-            "hf_lowrank.figures.landscape:sharpness_over_steps",
-            "landscape.json",
-        ),
+        Picture("sharpness_over_steps.png", "Expected sharpness and loss variance over training", "landscape.json"),
     ),
     {"landscape": Table(["step", "direction", "x", "loss"], ["space", "subject"])},
 )
@@ -138,7 +129,6 @@ LANDSCAPE = Entry(
 INTERPOLATION = Entry(
     "interpolation",
     "Interpolation",
-    "loss barriers to the neighbouring checkpoint and to other runs",
     (
         HeadlineMetric("H6", "interpolation/consecutive/barrier", "Barrier between neighbouring checkpoints", "nats"),
         HeadlineMetric("H7", "interpolation/cross_method/barrier", "Barrier to another method", "nats"),
@@ -147,19 +137,16 @@ INTERPOLATION = Entry(
         Picture(
             "interpolation_paths.png",
             "Loss on straight lines to the neighbouring checkpoint and to other runs",
-            "hf_lowrank.figures.interpolation:interpolation_paths",
             "interpolation.parquet",
         ),
         Picture(
             "barriers_over_steps.png",
             "Loss barriers to the neighbouring checkpoint and to other runs over training",
-            "hf_lowrank.figures.interpolation:barriers_over_steps",
             "interpolation.json",
         ),
         Picture(
             "barrier_map.png",
             "Loss barriers between runs, as trained and after aligning units and heads",
-            "hf_lowrank.figures.interpolation:barrier_map",
             "barrier_map.parquet",
         ),
     ),
@@ -185,19 +172,16 @@ _SPECTRAL_METRICS = (
 SPECTRAL = Entry(
     "spectral",
     "Spectra",
-    "singular values of every weight matrix and of its updates",
     _SPECTRAL_METRICS,
     (
         Picture(
             "spectra_over_steps.png",
             "Spectral metrics over training: mean and spread over the weight matrices",
-            "hf_lowrank.figures.spectral:spectra_over_steps",
             "spectral.parquet",
         ),
         Picture(
             "spectra_over_depth.png",
             "Spectral metrics over depth at the last measured step, by kind of module",
-            "hf_lowrank.figures.spectral:spectra_over_depth",
             "spectral.parquet",
         ),
     ),
@@ -208,7 +192,6 @@ _SIMILARITIES = ("activation/relative_l2", "activation/cosine", "activation/cka"
 ACTIVATION = Entry(
     "activation",
     "Activations",
-    "hidden states compared with a full-rank baseline's",
     (
         HeadlineMetric("H14", "activation/relative_l2", "Relative L2 distance to the baseline's activations", "ratio"),
         HeadlineMetric("H15", "activation/cosine", "Cosine similarity to the baseline's activations", "cosine"),
@@ -218,14 +201,10 @@ ACTIVATION = Entry(
         Picture(
             "similarity_over_steps.png",
             "Activations compared with the baseline's over training: mean and range over layers",
-            "hf_lowrank.figures.activation:similarity_over_steps",
             "activation.parquet",
         ),
         Picture(
-            "similarity_over_depth.png",
-            "Activations compared with the baseline's over depth",
-            "hf_lowrank.figures.activation:similarity_over_depth",
-            "activation.parquet",
+            "similarity_over_depth.png", "Activations compared with the baseline's over depth", "activation.parquet"
         ),
     ),
     {
@@ -240,19 +219,11 @@ ACTIVATION = Entry(
 CURVATURE = Entry(
     "curvature",
     "Curvature",
-    "top eigenvalue and trace of the loss's Hessian",
     (
         HeadlineMetric(None, "curvature/top_eigenvalue", "Top eigenvalue of the Hessian", "nats per squared weight"),
         HeadlineMetric(None, "curvature/trace", "Trace of the Hessian", "nats per squared weight"),
     ),
-    (
-        Picture(
-            "curvature_over_steps.png",
-            "Top eigenvalue and trace of the Hessian over training",
-            "hf_lowrank.figures.curvature:curvature_over_steps",
-            "curvature.json",
-        ),
-    ),
+    (Picture("curvature_over_steps.png", "Top eigenvalue and trace of the Hessian over training", "curvature.json"),),
 )
 
 # this package's families, in the order of the card's figures

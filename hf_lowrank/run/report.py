@@ -29,8 +29,8 @@ from hf_lowrank.downstream.results import (
     forget_evaluations,
     read_evaluations,
 )
-from hf_lowrank.families.activation import ActivationCallback
 from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback, random_state_kept
+from hf_lowrank.families.loss import loss_records
 from hf_lowrank.families.records import (
     EVALUATION,
     Measurement,
@@ -46,7 +46,7 @@ from hf_lowrank.hub.background import PushQueue
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
-from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
+from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.metrics.sequences import (
     IGNORED,
@@ -57,7 +57,8 @@ from hf_lowrank.metrics.sequences import (
     sequence_losses,
     unpacked,
 )
-from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, metric_entry, read_report, write_report
+from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, read_report, write_report
+from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.model import Run
 from hf_lowrank.report.tables import format_bytes, format_count, format_duration
@@ -67,14 +68,9 @@ __all__ = ["ReportCallback"]
 
 logger = logging.getLogger(__name__)
 
-VALIDATION = "validation.json"
 # rows of the validation set that are kept, spread evenly
 KEPT_ROWS = 1000
 LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-
-
-def _step(item: Record | dict[str, Any]) -> int:
-    return int(item.step if isinstance(item, Record) else item["step"])
 
 
 class ReportCallback(TrainerCallback):
@@ -133,7 +129,7 @@ class ReportCallback(TrainerCallback):
     def _forget_after(self, step: int) -> None:
         """Remove what an earlier run left in this folder, and what was measured beyond the checkpoint."""
         # metric callbacks look after their own files
-        theirs = {c.name for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
+        theirs = {c.file for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
         folder = metrics_folder(str(self.trainer.args.output_dir))
         for path in folder.glob("*.*"):
             if path.stem not in theirs and step == 0:
@@ -141,7 +137,7 @@ class ReportCallback(TrainerCallback):
             elif path.name == EVALUATIONS:
                 forget_evaluations(folder, step)
             elif path.stem not in theirs and path.suffix == ".json":
-                forget(folder, path.stem, lambda item: _step(item) > step)
+                forget(folder, path.stem, lambda measured_at: measured_at > step)
 
     def _keep_evaluation(self) -> None:
         """Write what is validated on beside the checkpoints, so that they can be measured on the same rows later."""
@@ -253,23 +249,15 @@ class ReportCallback(TrainerCallback):
         if measured is None:
             return []
         loss, settings = measured
-        settings = {**settings, "stderr": "over sequences"}
-        named = {"validation_loss": loss, "perplexity": perplexity(loss)}
-        entries = (
-            metric_entry(
-                name, found.value, stderr=found.stderr, step=self.trainer.state.global_step, settings=settings
-            )
-            for name, found in named.items()
-        )
-        return [Record(**entry) for entry in entries]
+        return loss_records(loss, self.trainer.state.global_step, settings)
 
     def _write_records(self, records: list[Record]) -> None:
-        folder, name = self.publish / "metrics", Path(VALIDATION).stem
+        folder, name = self.publish / "metrics", LOSS.file
         step = self.trainer.state.global_step
         # what was measured of earlier checkpoints stays
-        forget(folder, name, lambda item: _step(item) == step)
+        forget(folder, name, lambda measured_at: measured_at == step)
         earlier = read_measurement(folder, name)
-        write_measurement(folder, name, Measurement([*(earlier.records if earlier else []), *records], []))
+        write_measurement(folder, name, (earlier or Measurement()) + Measurement(records))
 
     def write_report(self) -> None:
         """Write report.json and the training curve for the state the Trainer is in."""
@@ -296,7 +284,7 @@ class ReportCallback(TrainerCallback):
     def _baseline(self) -> Mapping[str, Any] | None:
         """What is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
         for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, ActivationCallback) and callback.baseline_report is not None:
+            if isinstance(callback, MetricCallback) and callback.baseline_report is not None:
                 return baseline_of(callback.baseline_report)
         try:
             return None if self._foreign else read_report(self.publish).baseline

@@ -31,6 +31,7 @@ from hf_lowrank.metrics.landscape import (
     variance_over_directions,
 )
 from hf_lowrank.metrics.sequences import EvaluationSet
+from hf_lowrank.report.catalogue import LANDSCAPE
 
 FEW = dict(sequences=4, budget=None)
 SMALL = dict(directions=3, points=5, svd_1_points=5, svd_k=(2,), svd_k_points=5)
@@ -144,7 +145,7 @@ def test_barriers_between_neighbouring_checkpoints(run):
         height = found["interpolation/consecutive/barrier"]
         assert height["value"] == pytest.approx(expected.value, abs=2e-6)
         assert height["stderr"] > 0
-        assert (height["space"], height["settings"]["other_step"]) == ("dense", before)
+        assert (height["space"], height["reference"]["other_step"]) == ("dense", before)
         assert found["interpolation/consecutive/barrier_chord"]["value"] == pytest.approx(expected.chord, abs=2e-6)
         assert found["interpolation/consecutive/barrier_alpha"]["value"] == expected.alpha
     assert sorted(values(folder, "interpolation/consecutive/barrier")) == [4, 6]
@@ -335,7 +336,7 @@ def test_both_spaces(tmp_path):
     for family in ("spectral", "landscape"):
         assert {r["space"] for r in records(tmp_path, family) if r["step"] == 2} == {"native", "dense"}
     found = [r for r in records(tmp_path, "spectral") if (r["step"], r["name"]) == (2, "spectral/update/stable_rank")]
-    assert {r["space"]: r["settings"]["since"] for r in found} == {"native": 1, "dense": 1}
+    assert {r["space"]: r["reference"]["since"] for r in found} == {"native": 1, "dense": 1}
 
 
 def test_the_last_step_is_measured_before_the_best_weights_take_its_place(tmp_path):
@@ -368,7 +369,7 @@ def test_a_baseline_with_checkpoints_is_taken_at_the_same_step(run, tmp_path):
     trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=4))
     lr.attach(trainer, lr.ActivationCallback(valid, folder, every=2, **FEW))
     trainer.train()
-    found = {r["step"]: r["settings"]["baseline_step"] for r in records(tmp_path, "activation")}
+    found = {r["step"]: r["reference"]["baseline_step"] for r in records(tmp_path, "activation")}
     # none was saved at step 0: what the run published is taken
     assert found == {0: None, 2: 2, 4: 4}
     # what its report says of it goes into this one's, and into the card
@@ -384,9 +385,11 @@ def test_a_dense_landscape_of_a_method_without_a_dense_form_is_a_marked_row(tmp_
     lr.attach(trainer, callback)
     trainer.train()
     assert callback.failed is None
-    (record,) = [r for r in records(tmp_path, "landscape") if r["step"] == 1]
-    assert (record["value"], record["space"]) == (None, "dense")
-    assert "CoLA has no dense form" in record["settings"]["note"]
+    marked = [r for r in records(tmp_path, "landscape") if r["step"] == 1]
+    assert {record["name"] for record in marked} == set(LANDSCAPE.metric_names())
+    for record in marked:
+        assert (record["value"], record["space"]) == (None, "dense")
+        assert "CoLA has no dense form" in record["about"]["note"]
 
 
 def test_a_dense_landscape_is_that_of_the_dense_model(tmp_path):

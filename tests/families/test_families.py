@@ -10,15 +10,17 @@ from tiny_runs import METHODS, arguments, dataset, llama, weights
 
 import hf_lowrank as lr
 from hf_lowrank.families import (
+    Activation,
+    Context,
+    Curvature,
     CurvatureSettings,
+    Interpolation,
     InterpolationSettings,
+    Landscape,
     LandscapeSettings,
-    measure_activations,
-    measure_curvature,
-    measure_interpolation,
-    measure_landscape,
-    measure_loss,
-    measure_spectra,
+    Loss,
+    Peer,
+    Spectral,
 )
 from hf_lowrank.families.landscape import _variance
 from hf_lowrank.families.records import jackknife
@@ -40,6 +42,10 @@ class Exact:
         return {"sequences": 1}
 
 
+def landscape(model, sequences, settings):
+    return Landscape().measure(Context(model, 0, settings, sequences))
+
+
 def value(measurement, name, **settings):
     (found,) = [r for r in measurement.records if r.name == name and settings.items() <= r.settings.items()]
     return found
@@ -58,7 +64,7 @@ def test_the_sharpness_of_random_directions_covers_the_trace_formula():
     model, x, trials = Quadratic(), 0.1, []
     for seed in range(300):
         settings = LandscapeSettings(directions=8, radius=x, points=3, svd_k=(), seed=1000 * seed)
-        found = value(measure_landscape(model, Exact(), settings, 0), "landscape/random/sharpness")
+        found = value(landscape(model, Exact(), settings), "landscape/random/sharpness")
         trials.append((found.value, found.stderr))
     truth = x**2 * model.H.trace().item() / 2
     assert coverage(trials, truth) == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 300))
@@ -103,9 +109,11 @@ def test_barriers_between_random_halves_agree_within_their_standard_errors():
     for i in range(40):
         chosen = torch.randperm(400, generator=torch.Generator().manual_seed(i))[:40]
         halves = [EvaluationSet({k: v[part] for k, v in rows.items()}) for part in (chosen[:20], chosen[20:])]
+        a.load_state_dict(ends[1])
+        before = Peer("", 0, tensor=ends[0].get)
         found = [
             value(
-                measure_interpolation(a, ends, half, np.array([0, 0.5, 1]), "consecutive", 0, ("", 0), None),
+                Interpolation().measure(Context(a, 0, InterpolationSettings(points=3), half, previous=before)),
                 "interpolation/consecutive/barrier",
             )
             for half in halves
@@ -127,18 +135,18 @@ def prepared(kind, dtype):
 def measurements(model, rows):
     """Every measurement, by name."""
     other = {k: v.clone() * (1.1 if v.is_floating_point() else 1) for k, v in model.state_dict().items()}
-    grid = InterpolationSettings(points=3).grid()
-    return {
-        "loss": lambda: measure_loss(model, rows, 0),
-        "landscape": lambda: measure_landscape(model, rows, SMALL, 0),
-        "activation": lambda: measure_activations(model, llama(seed=1).to(model.dtype), rows, 0, "b", None),
-        "interpolation": lambda: measure_interpolation(
-            model, (model.state_dict(), other), rows, grid, "consecutive", 0, ("", 0), None
-        ),
-        "curvature": lambda: measure_curvature(model, rows, CurvatureSettings(2, 2, 2), 0),
-        "spectral": lambda: measure_spectra(model, 0),
-        "native spectral": lambda: measure_spectra(model, 0, space="native"),
+    baseline = llama(seed=1).to(model.dtype)
+    before = Peer("", 0, tensor=other.get)
+    at = {
+        "loss": (Loss, Context(model, 0, None, rows)),
+        "landscape": (Landscape, Context(model, 0, SMALL, rows)),
+        "activation": (Activation, Context(model, 0, None, rows, baseline=Peer("b", None, lambda: baseline))),
+        "interpolation": (Interpolation, Context(model, 0, InterpolationSettings(points=3), rows, previous=before)),
+        "curvature": (Curvature, Context(model, 0, CurvatureSettings(2, 2, 2), rows)),
+        "spectral": (Spectral, Context(model, 0, space="dense")),
+        "native spectral": (Spectral, Context(model, 0, space="native")),
     }
+    return {name: lambda family=family, at=at: family().measure(at) for name, (family, at) in at.items()}
 
 
 NAMES = ("loss", "landscape", "activation", "interpolation", "curvature", "spectral", "native spectral")
@@ -160,7 +168,7 @@ def same(one, two):
 
 def test_two_directions_are_too_few_for_an_error_of_their_variance():
     model, rows = llama().eval(), EvaluationSet.from_dataset(dataset(4))
-    found = measure_landscape(model, rows, SMALL, 0)
+    found = landscape(model, rows, SMALL)
     assert value(found, "landscape/random/variance").stderr is None
     assert value(found, "landscape/random/sharpness").stderr > 0
 
@@ -200,10 +208,9 @@ def test_and_after_an_exception_in_the_middle(name, after):
 
 def test_several_k_share_their_curves():
     model, rows = llama().eval(), EvaluationSet.from_dataset(dataset(4))
-    both = measure_landscape(model, rows, SMALL, 0)
-    alone = measure_landscape(
-        model, rows, LandscapeSettings(directions=0, svd_1_points=3, svd_k=(1,), svd_k_points=3), 0
-    )
+    both = landscape(model, rows, SMALL)
+    settings = LandscapeSettings(directions=0, svd_1_points=3, svd_k=(1,), svd_k_points=3)
+    alone = landscape(model, rows, settings)
     expected = value(alone, "landscape/svd_k/sharpness")
     assert value(both, "landscape/svd_k/sharpness", K=1).value == expected.value
     assert value(both, "landscape/svd_k/variance", K=1).value == 0

@@ -177,7 +177,7 @@ def test_relative_norm_is_that_of_all_matrices_together_and_its_mean_stands_besi
     )
     assert together["settings"]["average"] == "all matrices together"
     assert plain["settings"]["average"] == "mean over matrices"
-    assert together["settings"]["since"] == plain["settings"]["since"] == 6
+    assert together["reference"]["since"] == plain["reference"]["since"] == 6
     assert together["space"] == "dense"
     assert together["stderr"] is None
 
@@ -190,7 +190,7 @@ def test_the_other_records_are_plain_means_over_the_matrices(run):
             continue
         column = table[table["step"] == record["step"]][record["name"]]
         assert record["value"] == pytest.approx(column.mean(), rel=1e-12), record["name"]
-        assert record["settings"]["matrices"] == record["settings"]["total"] == len(at[0])
+        assert record["about"]["matrices"] == record["about"]["total"] == len(at[0])
     reported = {record["name"] for record in records(folder)}
     assert {
         "spectral/weight/effective_rank_score", "spectral/weight/stable_rank", "spectral/weight/spectral_gap",
@@ -334,7 +334,7 @@ def test_nan_in_one_matrix_costs_that_row_alone(tmp_path, caplog):
     assert "NaN or infinity" in start.loc[failed, "error"]
     assert start["spectral/weight/stable_rank"].notna().sum() == 7
     (record,) = [r for r in records(tmp_path) if (r["step"], r["name"]) == (0, "spectral/weight/stable_rank")]
-    assert (record["settings"]["matrices"], record["settings"]["total"]) == (7, 8)
+    assert (record["about"]["matrices"], record["about"]["total"]) == (7, 8)
     assert record["value"] == pytest.approx(start["spectral/weight/stable_rank"].mean())
     # by now every weight is NaN, and the run has ended all the same
     assert table[table["step"] == 2]["error"].notna().all()
@@ -351,7 +351,7 @@ def test_frozen_matrices_have_an_update_of_zero(tmp_path):
     assert (last[last["layer"] == 0]["spectral/update/relative_norm"] == 0).all()
     assert (last[last["layer"] == 1]["spectral/update/relative_norm"] > 0).all()
     assert last[last["layer"] == 0]["spectral/update/stable_rank"].isna().all()
-    found = {r["name"]: r["settings"]["matrices"] for r in records(tmp_path) if r["step"] == 2}
+    found = {r["name"]: r["about"]["matrices"] for r in records(tmp_path) if r["step"] == 2}
     assert found["spectral/update/relative_norm_mean"] == 8
     assert found["spectral/update/stable_rank"] == found["spectral/update/overlap_left"] == 4
 
@@ -558,7 +558,7 @@ def test_what_no_matrix_stands_for_is_marked_linearised(tmp_path):
     assert row["spectral/weight/stable_rank"] == pytest.approx(expected.stable_rank, rel=1e-5)
     # means do not mix the two, and the log shows the dense one
     found = [r for r in records(tmp_path) if r["name"] == "spectral/weight/stable_rank" and r["step"] == 2]
-    assert {r["space"]: r["settings"]["total"] for r in found} == {"linearised": 4, "dense": 10}
+    assert {r["space"]: r["about"]["total"] for r in found} == {"linearised": 4, "dense": 10}
     for record in found:
         subset = table[(table["space"] == record["space"]) & (table["step"] == 2)]
         assert record["value"] == pytest.approx(subset["spectral/weight/stable_rank"].mean())

@@ -28,9 +28,11 @@ from hf_lowrank.report.baseline import beside_baseline
 
 PRESET = Preset(
     sequences=4,
-    landscape=LandscapeSettings(directions=3, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3),
-    interpolation=InterpolationSettings(points=3, cross_points=3),
-    curvature=CurvatureSettings(2, 2, 3),
+    settings={
+        "landscape": LandscapeSettings(directions=3, points=3, svd_1_points=3, svd_k=(2,), svd_k_points=3),
+        "interpolation": InterpolationSettings(points=3, cross_points=3),
+        "curvature": CurvatureSettings(2, 2, 3),
+    },
 )
 OPTIONS = MeasureOptions(preset=PRESET, batch_size=4)
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2)
@@ -134,7 +136,7 @@ def test_spectra_are_those_of_the_checkpoints(measured):
     update = named(measured / "sparse", "spectral", "spectral/update/stable_rank", space="dense")
     expected = np.mean([spectral_metrics(new[k].double() - old[k].double()).stable_rank for k in new])
     assert update["value"] == pytest.approx(expected, rel=1e-4)
-    assert update["settings"]["since"] == 2
+    assert update["reference"]["since"] == 2
 
 
 def test_native_spectra_are_those_of_the_factors(measured):
@@ -173,7 +175,7 @@ def test_barriers_to_the_baseline(name, subject, measured):
 def test_a_method_without_a_dense_form_is_marked_where_only_dense_counts(measured):
     row = named(measured / "cola", "interpolation", "interpolation/cross_method/barrier", other="full")
     assert (row["value"], row["space"]) == (None, "dense")
-    assert "CoLA has no dense form" in row["settings"]["note"]
+    assert "CoLA has no dense form" in row["about"]["note"]
     dense = [r for r in records(measured / "cola", "landscape") if r["space"] == "dense"]
     assert {r["value"] for r in dense} == {None}
     native = named(measured / "cola", "landscape", "landscape/random/sharpness", step=4, directions=3)
@@ -192,8 +194,8 @@ def test_the_map_has_every_pair(measured):
 
 def test_the_trajectory_of_the_last_checkpoint(measured):
     row = named(measured / "sparse", "landscape", "landscape/trajectory_1/sharpness")
-    assert row["settings"]["checkpoints"] == 2
-    assert row["settings"]["explained"] == pytest.approx(1)
+    assert row["about"]["checkpoints"] == 2
+    assert row["about"]["explained"] == pytest.approx(1)
     states = [load_model(measured / "sparse" / f"checkpoint-{s}") for s in (2, 4)]
     apart = sum(
         (p.double() - q.double()).square().sum()
@@ -230,7 +232,8 @@ def test_other_settings_or_weights_are_measured_again(runs):
     only = dict(families=("loss", "curvature"))
     run_it([runs / "full"], **only)
     seen = Seen()
-    run_it([runs / "full"], watcher=seen, **only, preset=replace(PRESET, curvature=CurvatureSettings(2, 3, 3)))
+    other = replace(PRESET, settings={**PRESET.settings, "curvature": CurvatureSettings(2, 3, 3)})
+    run_it([runs / "full"], watcher=seen, **only, preset=other)
     assert [unit for _, unit in seen.units] == ["step 2: curvature dense", "step 4: curvature dense"]
     assert len([r for r in records(runs / "full", "curvature") if r["step"] == 4]) == 2
     path = runs / "full" / "checkpoint-4" / "model.safetensors"
@@ -238,7 +241,7 @@ def test_other_settings_or_weights_are_measured_again(runs):
     weights["model.norm.weight"] *= 1.5
     save_file(weights, path, metadata={"format": "pt"})
     seen = Seen()
-    run_it([runs / "full"], watcher=seen, **only, preset=replace(PRESET, curvature=CurvatureSettings(2, 3, 3)))
+    run_it([runs / "full"], watcher=seen, **only, preset=other)
     assert [unit for _, unit in seen.units] == ["step 4: loss", "step 4: curvature dense"]
 
 
@@ -248,7 +251,7 @@ def test_what_was_measured_while_training_stays_where_nothing_newer_is(tmp_path)
     trainer.train()
     run_it([tmp_path / "run"], families=("spectral",), steps=(4,))
     found = {r["step"]: r for r in records(tmp_path / "run", "spectral") if r["name"] == "spectral/update/stable_rank"}
-    assert {step: r["settings"]["since"] for step, r in found.items()} == {1: 0, 2: 1, 3: 2, 4: 2}
+    assert {step: r["reference"]["since"] for step, r in found.items()} == {1: 0, 2: 1, 3: 2, 4: 2}
 
 
 # What is not there, or not right
@@ -264,13 +267,13 @@ def test_a_checkpoint_cut_short_costs_itself_alone(runs):
     assert named(runs / "full", "validation", "validation_loss", step=4)["value"] is not None
     cut = named(runs / "full", "validation", "validation_loss", step=2)
     assert cut["value"] is None
-    assert "ends too early" in cut["settings"]["note"]
+    assert "ends too early" in cut["about"]["note"]
     # the weights of the next checkpoint are there, its update is not
     (weight,) = spectra_of(runs / "full", "weight/stable_rank")
     assert weight["value"] > 1
     (update,) = spectra_of(runs / "full", "update/stable_rank")
     assert update["value"] is None
-    assert "no update since step 2" in update["settings"]["note"]
+    assert "no update since step 2" in update["about"]["note"]
     # it is tried again next time
     again = Seen()
     run_it([runs / "full"], watcher=again, families=("loss",))
@@ -308,13 +311,13 @@ def test_nan_weights_are_rows_with_a_reason_and_the_rest_is_measured(runs):
     table = pd.read_parquet(runs / "full" / "publish" / "metrics" / "spectral.parquet")
     bad = table[(table["step"] == 4) & table["error"].notna()]
     assert bad["name"].tolist() == ["model.layers.1.mlp.up_proj"]
-    assert named(runs / "full", "spectral", "spectral/weight/stable_rank")["settings"]["matrices"] == 13
-    assert "not finite" in named(runs / "full", "validation", "validation_loss")["settings"]["note"]
+    assert named(runs / "full", "spectral", "spectral/weight/stable_rank")["about"]["matrices"] == 13
+    assert "not finite" in named(runs / "full", "validation", "validation_loss")["about"]["note"]
     seen = Seen()
     run_it([runs / "full"], watcher=seen, families=("curvature",), steps=(4,))
     assert "the Hessian's products are not finite" in seen.problems[0][2]
     failed = [r for r in records(runs / "full", "landscape") if r["step"] == 4 and r["value"] is None]
-    assert any("model.layers.1.mlp.up_proj.weight" in r["settings"]["note"] for r in failed)
+    assert any("model.layers.1.mlp.up_proj.weight" in r["about"]["note"] for r in failed)
     assert failures >= 1
     assert named(runs / "full", "landscape", "landscape/random/sharpness", step=2)["value"] is not None
 
@@ -392,7 +395,7 @@ def test_a_barrier_to_a_run_with_another_tokenizer_is_marked(runs):
     _, failures = run_it([runs / "full", runs / "again"], families=("interpolation",))
     (row,) = [r for r in records(runs / "full", "interpolation") if r["settings"].get("other") == "again"]
     assert (failures, row["value"]) == (0, None)
-    assert "again has another tokenizer" in row["settings"]["note"]
+    assert "again has another tokenizer" in row["about"]["note"]
 
 
 def test_a_plain_trainers_run_gets_a_report(tmp_path):
@@ -530,13 +533,13 @@ def test_a_layout_that_cannot_be_aligned_has_its_plain_barrier(runs, monkeypatch
     def refuse(*_):
         raise ValueError("block 0 has no known layout")
 
-    monkeypatch.setattr("hf_lowrank.measure.bench.align", refuse)
+    monkeypatch.setattr("hf_lowrank.families.interpolation.align", refuse)
     _, failures = run_it([runs / "sparse"], runs / "full", families=("interpolation",))
     assert failures == 0
     prefix = "interpolation/cross_method"
     assert named(runs / "sparse", "interpolation", f"{prefix}/barrier", other="full")["value"] is not None
     aligned = named(runs / "sparse", "interpolation", f"{prefix}_aligned/barrier", other="full")
-    assert (aligned["value"], aligned["settings"]["note"]) == (None, "block 0 has no known layout")
+    assert (aligned["value"], aligned["about"]["note"]) == (None, "block 0 has no known layout")
 
 
 def test_a_barrier_that_failed_leaves_one_row_that_a_later_one_replaces(runs):
@@ -596,23 +599,23 @@ def test_the_command_says_what_is_wrong(words, message, runs, capsys):
 
 
 def test_study_has_the_studys_settings():
-    from hf_lowrank.families import PRESETS
+    from hf_lowrank.families import PRESETS, families
     from hf_lowrank.metrics.landscape import symmetric_grid
 
-    study, quick = PRESETS["study"], PRESETS["quick"]
-    assert study.sequences == 1000
+    assert (PRESETS["study"].sequences, PRESETS["quick"].sequences) == (1000, 32)
+    study, quick = (PRESETS[name].of(families()["landscape"]) for name in ("study", "quick"))
     steps = {
-        "random": (study.landscape.radius, study.landscape.points, 0.003, 0.00025),
-        "svd_1": (study.landscape.svd_1_radius, study.landscape.svd_1_points, 0.25, 0.005),
-        "svd_k": (study.landscape.svd_k_radius, study.landscape.svd_k_points, 0.052, 0.004),
+        "random": (study.radius, study.points, 0.003, 0.00025),
+        "svd_1": (study.svd_1_radius, study.svd_1_points, 0.25, 0.005),
+        "svd_k": (study.svd_k_radius, study.svd_k_points, 0.052, 0.004),
     }
     for radius, points, end, step in steps.values():
         grid = symmetric_grid(radius, points)
         assert grid[-1] == pytest.approx(end)
         np.testing.assert_allclose(np.diff(grid), step)
         assert 0.0 in grid
-    assert (study.landscape.directions, study.landscape.svd_k) == (100, (5, 10, 20, 100))
-    assert len(study.interpolation.grid()) == 20
-    assert len(study.interpolation.cross_grid()) == 21
-    assert (quick.sequences, quick.landscape.directions, quick.landscape.svd_k) == (32, 8, (5,))
-    assert torch.equal(torch.tensor([quick.landscape.points]), torch.tensor([13]))
+    assert (study.directions, study.svd_k) == (100, (5, 10, 20, 100))
+    interpolation = PRESETS["study"].of(families()["interpolation"])
+    assert len(interpolation.grid()) == 20
+    assert len(interpolation.cross_grid()) == 21
+    assert (quick.directions, quick.points, quick.svd_k) == (8, 13, (5,))
