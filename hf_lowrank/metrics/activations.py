@@ -1,4 +1,4 @@
-"""How alike two models' hidden states are on the same tokens (H14 to H16).
+"""How similar two models' hidden states are on the same tokens (H14 to H16).
 
 Shapes: x, y: (N, p) and (N, q), one row a position; y is the baseline. Sums are in float64.
 """
@@ -21,7 +21,7 @@ __all__ = [
     "linear_cka", "relative_l2",
 ]  # fmt: skip
 
-# what is kept for standard errors of CKA at most, in bytes
+# most bytes that are kept for the standard errors of CKA
 GROUPED_SUMS = 2**31
 
 
@@ -31,7 +31,7 @@ def _rows(x: Tensor, y: Tensor, same_width: bool) -> tuple[Tensor, Tensor]:
             f"activations of shapes {tuple(x.shape)} and {tuple(y.shape)}: give (positions, features) with the same "
             "positions" + (" and features" if same_width else "")
         )
-    # a device without float64 leaves the sums to the CPU
+    # without float64 on the device, the CPU computes the sums
     if "mps" in (x.device.type, y.device.type):
         x, y = x.cpu(), y.cpu()
     return x.detach().double(), y.detach().double()
@@ -66,7 +66,7 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> float:
 
 
 class StreamingCKA:
-    """Linear CKA over batches of positions: it keeps sums over them, and never the positions.
+    """Linear CKA over batches of positions; it keeps only sums over them.
 
     phi: (p + q + 3,) = (x, y, |x|^2, |y|^2, 1) of a position; M: sum of phi phi^T over positions. x and y are taken
     from an origin, the mean of the first batch: HSIC does not depend on it, and M loses no digits to a large mean.
@@ -83,7 +83,7 @@ class StreamingCKA:
         return 0 if self._sums is None else int(self._sums[-1, -1])
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add positions; `ValueError` when x and y have different numbers of them."""
+        """Add positions; raises `ValueError` if x and y have different numbers of them."""
         self._eps = max(self._eps, *(torch.finfo(u.dtype).eps if u.is_floating_point() else 0.0 for u in (x, y)))
         x, y = _rows(x, y, same_width=False)
         self.origin = self.origin or (x.mean(0), y.mean(0))
@@ -97,11 +97,11 @@ class StreamingCKA:
         M[p:, :p] = M[:p, p:].T
 
     def __add__(self, other: "StreamingCKA") -> "StreamingCKA":
-        """CKA of both's positions together."""
+        """CKA of the positions of both."""
         return self._combined(other, 1)
 
     def __sub__(self, other: "StreamingCKA") -> "StreamingCKA":
-        """CKA without the positions of `other`, which are among these."""
+        """CKA without the positions of `other`, which must be a part of these."""
         return self._combined(other, -1)
 
     def _combined(self, other: "StreamingCKA", sign: int) -> "StreamingCKA":
@@ -143,7 +143,7 @@ class StreamingCKA:
         return result
 
     def value(self, debiased: bool = False) -> float:
-        """CKA of all positions so far; NaN where a representation is constant, up to the rounding it came with."""
+        """CKA of all positions so far; NaN if a representation is constant up to its rounding."""
         n, least = self._count, 4 if debiased else 2
         if n < least:
             raise ValueError(f"{n} positions: CKA{' without bias' if debiased else ''} needs {least} or more")
@@ -184,23 +184,23 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]
     """Hidden states of the embeddings and of every layer, each (n, t, H); no logits are computed.
 
     Args:
-        model: in eval mode; any model that gives `hidden_states`.
-        batch: `input_ids` (n, t) and whatever else the model takes; `labels` are left out.
+        model: in eval mode; any model that returns `hidden_states`.
+        batch: `input_ids` (n, t) and the model's other inputs; `labels` are ignored.
 
     Raises:
         ValueError: the model gives none.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with without_logits(model) as options:
-        found = getattr(model(**inputs, output_hidden_states=True, **options), "hidden_states", None)
-    if not found:
+        states = getattr(model(**inputs, output_hidden_states=True, **options), "hidden_states", None)
+    if not states:
         raise ValueError(f"{type(model).__name__} gives no hidden states: its activations cannot be compared")
-    return list(found)
+    return list(states)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """How one layer's activations relate to the baseline's, or the mean of that over the layers.
+    """Similarity of one layer's activations to the baseline's, or the mean over the layers.
 
     Attributes:
         relative_l2, cosine, cka: H14 to H16.
@@ -220,7 +220,7 @@ SIMILARITIES = tuple(Similarity.__dataclass_fields__)
 
 
 class _Sums:
-    """Sums over positions for every layer and group of sequences, from which whole groups can be left out."""
+    """Sums over positions for every layer and group of sequences, so that a group can be left out."""
 
     def __init__(self, layers: int, groups: int, width: int) -> None:
         self.layers, self.groups, self.width = layers, groups, width
@@ -242,7 +242,7 @@ class _Sums:
         self.plain[layer, group] += torch.tensor([float(len(x)), *(value.item() for value in plain)])
 
     def over_processes(self, device: torch.device) -> None:
-        """Put every process's sums together; each process calls this."""
+        """Add up the sums of all processes; each process calls this."""
         self.plain = all_reduce_sum(self.plain)
         for layer in self.cka:
             layer[:] = [cka.over_processes(self.width, self.width, device) for cka in layer]
@@ -269,7 +269,7 @@ def compare_activations(
 ) -> tuple[Similarity, list[Similarity]]:
     """Compare two models' hidden states on the same tokens, layer by layer (H14 to H16).
 
-    Padding is left out. Memory does not depend on the number of tokens: (groups + 1) x layers x 4 H x H float64 sums.
+    Padding is ignored. Memory does not depend on the number of tokens: (groups + 1) x layers x 4 H x H float64 sums.
     Standard errors are those of a jackknife over `groups` groups of sequences; where the sums would take more than
     2 GB, CKA is summed in one group and has none (NaN), as with a single group.
 

@@ -1,8 +1,9 @@
 """Two models' hidden units and attention heads in one order (Git Re-Basin, arXiv 2209.04836, Section 3.2).
 
-An MLP computes the same in every order of its hidden units, an attention in every order of its heads. Of B's orders
-the one with the largest inner product with A is taken, which is the one nearest to A. The residual stream keeps its
-order, so every block is a linear assignment of its own, solved exactly, where the paper's sweeps find a local optimum.
+An MLP computes the same for every order of its hidden units, and an attention for every order of its heads. B takes
+the order whose weights have the largest inner product with A's, which is the order nearest to A. The residual stream
+keeps its order, so that every block is a linear assignment problem of its own. It is solved exactly, where the paper's
+sweeps find a local optimum.
 
 U: a block's units, hidden units of an MLP or query heads of an attention, in groups that stay together: one group in
 an MLP, one for each key/value head in an attention.
@@ -38,7 +39,8 @@ class Alignment:
     """B's weights in the order that is nearest to A's.
 
     Attributes:
-        state: what computes B's function; names, shapes and dtypes are B's, and tensors that keep their order are B's.
+        state: weights that compute B's function, with B's names, shapes and dtypes. Tensors whose order does not
+            change are B's own.
         permutations: the module that holds a block's layers -> (U,) int64 on the CPU: unit i of `state` is unit
             `permutation[i]` of B. Key/value heads go where their query heads go.
     """
@@ -48,7 +50,7 @@ class Alignment:
 
     @property
     def moved(self) -> float:
-        """Share of all blocks' units, hidden units and query heads alike, that stand elsewhere than in B."""
+        """Share of all blocks' units (hidden units and query heads) whose position differs from that in B."""
         moved = [order != torch.arange(len(order)) for order in self.permutations.values()]
         return torch.cat(moved).double().mean().item()
 
@@ -66,7 +68,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Block:
-    """What stands in one order; `fixed` are the tensors of its layers that know nothing of the order."""
+    """Tensors that share one order of units; `fixed` are tensors of the same layers that do not depend on it."""
 
     name: str
     units: int
@@ -81,8 +83,9 @@ def align(model: nn.Module, state_a: Mapping[str, Tensor], state_b: Mapping[str,
     """Permute B's hidden units and attention heads to match A's.
 
     The assignment maximises the inner product of A's and B's weights and biases, in float64, block by block. Heads
-    move as wholes, which rotary embeddings allow; with grouped queries the groups move as wholes and the query heads
-    inside them. Memory beyond the states: what is permuted and, in float64, a pair of tensors and (U, U) numbers.
+    move as a whole, which rotary embeddings allow. With grouped queries, groups move as a whole, and query heads move
+    inside their group. Memory beyond the states: the permuted tensors and, in float64, a pair of tensors and (U, U)
+    numbers.
 
     Args:
         model: transformers causal LM of the states' architecture, for its structure; its weights do not matter.
@@ -109,7 +112,7 @@ def align(model: nn.Module, state_a: Mapping[str, Tensor], state_b: Mapping[str,
 
 
 def _order(block: _Block, state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor]) -> NDArray[np.int64]:
-    """The units of B, (U,), in the order in which they match A's."""
+    """The order of B's units, (U,), in which they match A's."""
     by_unit, by_group = np.zeros((block.units,) * 2), np.zeros((block.groups,) * 2)
     for part in block.parts:
         similarity = by_group if part.by_group else by_unit
@@ -179,7 +182,7 @@ def _blocks_of(layer_name: str, layer: nn.Module) -> list[_Block]:
         if name not in known and not (beside and tensor.shape in widths):
             unknown[name] = tuple(tensor.shape)
     if unknown:
-        # of what an unknown block holds, its matrices say most
+        # name the tensor with the most dimensions, a matrix, which says most about an unknown block
         name = max(unknown, key=lambda name: len(unknown[name]))
         raise _refusal(name, f"of shape {unknown[name]} is nothing that alignment knows")
     return blocks

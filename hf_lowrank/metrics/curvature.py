@@ -1,4 +1,4 @@
-"""Trace and largest eigenvalue of the loss's Hessian, through Hessian-vector products.
+"""Trace and largest eigenvalue of the loss's Hessian, from Hessian-vector products.
 
 theta: all parameters that require a gradient, as one vector; H: the Hessian of the loss in them, in nats.
 """
@@ -21,7 +21,7 @@ LossFunction = Callable[[nn.Module], Tensor]
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Eager attention and no recomputation for a while: fused attention has no double backward (pytorch 116350)."""
+    """Use eager attention and no recomputation: fused attention has no double backward (pytorch issue 116350)."""
     switch = getattr(model, "set_attn_implementation", None)
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
@@ -39,7 +39,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 class _Hessian:
-    """Products H v; the gradient's graph is made once and kept."""
+    """Products H v; the gradient's graph is built once and kept."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, shared: bool) -> None:
         self.shared = shared
@@ -61,14 +61,14 @@ class _Hessian:
     def _product(self, v: list[Tensor]) -> list[Tensor]:
         product = [torch.zeros_like(p) for p in self.parameters]
         if self.pairs:
-            found = torch.autograd.grad(
+            products = torch.autograd.grad(
                 [g for g, _ in self.pairs],
                 self.parameters,
                 [v[i] for _, i in self.pairs],
                 retain_graph=True,
                 allow_unused=True,
             )
-            product = [zero if f is None else f for zero, f in zip(product, found, strict=True)]
+            product = [zero if part is None else part for zero, part in zip(product, products, strict=True)]
         return product
 
 
@@ -84,9 +84,9 @@ def hessian_trace(
     Args:
         model: in eval mode; parameters and their `grad` are not touched.
         loss_fn: scalar tensor from the model, on a fixed batch.
-        samples: products H v, each about two gradients' worth of work.
+        samples: number of products H v; each costs about as much as two gradients.
         seed: of the signs.
-        shared: every process calls this with a loss_fn that gives its share; the loss is the sum of the shares.
+        shared: every process calls this with a loss_fn for its share; the loss is the sum of the shares.
 
     Returns:
         The mean over samples and its standard error (NaN for one sample).
@@ -98,18 +98,18 @@ def hessian_trace(
         raise ValueError(f"samples={samples!r}: give 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
-        hessian, found = raise_together(lambda: _Hessian(model, loss_fn, shared), shared), []
+        hessian, quadratic_forms = raise_together(lambda: _Hessian(model, loss_fn, shared), shared), []
         for _ in range(samples):
             v = [_signs(p, generator) for p in hessian.parameters]
-            found.append(_dot(v, hessian @ v))
-    values = np.asarray(found)
+            quadratic_forms.append(_dot(v, hessian @ v))
+    values = np.asarray(quadratic_forms)
     stderr = float(values.std(ddof=1) / math.sqrt(samples)) if samples > 1 else math.nan
     return Estimate(float(values.mean()), stderr)
 
 
 def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) * 2 - 1
-    return drawn.to(device=p.device, dtype=p.dtype)
+    signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(device=p.device, dtype=p.dtype)
 
 
 def top_eigenvalue(
@@ -117,18 +117,18 @@ def top_eigenvalue(
 ) -> Estimate:
     """Largest eigenvalue of H by Lanczos iteration from a random start.
 
-    Without reorthogonalisation: three vectors of theta's size are kept, and copies of converged eigenvalues, which
-    rounding brings forth, do not change the largest.
+    Without reorthogonalisation, only three vectors of theta's size are kept. Rounding then produces copies of
+    converged eigenvalues, which do not change the largest.
 
     Args:
         model: in eval mode; parameters and their `grad` are not touched.
         loss_fn: scalar tensor from the model, on a fixed batch.
-        iterations: products H v at most; fewer when the Krylov space is exhausted.
+        iterations: largest number of products H v; fewer if the Krylov space is exhausted.
         seed: of the start.
         shared: as for `hessian_trace`.
 
     Returns:
-        The largest Ritz value; as `stderr` its residual norm, within which an eigenvalue of H lies.
+        The largest Ritz value. `stderr` is its residual norm; an eigenvalue of H lies within that distance.
 
     Raises:
         ValueError: as for `hessian_trace`, or the products H v are not finite.

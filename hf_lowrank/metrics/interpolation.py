@@ -25,9 +25,9 @@ class Barrier:
     """How high the loss rises between two ends, in the unit of the loss.
 
     Attributes:
-        value: highest interior loss minus the mean of the two end losses (the study's).
+        value: highest interior loss minus the mean of the two end losses, as in the study.
         chord: highest interior excess over the straight line between the end losses (Frankle et al. 2020).
-        alpha: where the highest interior loss lies; NaN where the barrier is not finite.
+        alpha: position of the highest interior loss; NaN if the barrier is not finite.
     """
 
     value: float
@@ -44,17 +44,17 @@ def loss_path(
 ) -> NDArray[np.float64]:
     """L((1 - a) theta_A + a theta_B) for every a.
 
-    Sums are in float32 or better and rounded once to the model's dtype; a = 0 and a = 1 are the given weights exactly.
-    The model ends bit for bit as it was, after an exception as well.
+    Sums are in float32 or better and rounded once to the model's dtype; a = 0 and a = 1 are exactly the given weights.
+    Afterwards, also after an exception, the model is bit for bit what it was.
 
     Args:
-        model: put it into eval mode first; its own weights do not matter.
+        model: in eval mode; its own weights do not matter.
         state_a, state_b: state dicts of this model; one may be the model's own.
-        loss_fn: of the model, on a fixed evaluation set.
-        alphas: positions; 0 is A, 1 is B, beyond them the line is extended.
+        loss_fn: the model's loss on a fixed evaluation set.
+        alphas: positions; 0 is A, 1 is B, and positions outside extend the line.
 
     Raises:
-        ValueError: a state dict is not this model's, or what is no number with a fraction (a sparse support) differs.
+        ValueError: a state dict is not this model's, or integers in it (a sparse support) differ.
     """
     return np.asarray(each_between(model, state_a, state_b, alphas, lambda model: float(loss_fn(model))))
 
@@ -67,9 +67,9 @@ def each_between(
     alphas: Sequence[float] | NDArray[np.float64],
     measure: Callable[[nn.Module], T],
 ) -> list[T]:
-    """What `measure` finds at every point of the line; see `loss_path`.
+    """Call `measure` at every point of the line; return its results. See `loss_path`.
 
-    Where FSDP2 shards the model, the state dicts hold this process's parts, or DTensors, and every process calls this.
+    If FSDP2 shards the model, the state dicts hold this process's parts, or DTensors, and every process calls this.
     """
     reshard(model)
     own = model.state_dict(keep_vars=True)
@@ -85,16 +85,16 @@ def each_between(
     first, last = (
         apart({name: local(tensor.detach()) for name, tensor in state.items()}, mine) for state in (state_a, state_b)
     )
-    found = []
+    results = []
     with kept(mine):
         for alpha in map(float, alphas):
-            # what `linspace` rounds is an end all the same
+            # an end that `linspace` has rounded is still an end
             place = round(alpha) if abs(alpha - round(alpha)) < ROUNDING else alpha
             for name, tensor in mine.items():
                 tensor.copy_(_between(first[name], last[name], place))
-            found.append(measure(model))
+            results.append(measure(model))
             reshard(model)
-    return found
+    return results
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -110,8 +110,8 @@ def barrier(alphas: Sequence[float] | NDArray[np.float64], losses: Sequence[floa
     """The barrier of a path.
 
     Args:
-        alphas: positions with 0 and 1 among them and at least one between; positions beyond them do not count.
-        losses: one a position.
+        alphas: positions that include 0, 1 and at least one between; positions outside do not count.
+        losses: one for each position.
 
     Raises:
         ValueError: lengths differ, or the grid lacks 0, 1 or an interior point.
@@ -120,10 +120,10 @@ def barrier(alphas: Sequence[float] | NDArray[np.float64], losses: Sequence[floa
     if x.shape != loss.shape or x.ndim != 1:
         raise ValueError(f"{x.shape} positions and {loss.shape} losses: give one loss a position")
     ends = [np.flatnonzero(np.abs(x - end) < ROUNDING) for end in (0.0, 1.0)]
-    if any(len(found) != 1 for found in ends) or not _inside(x).any():
+    if any(len(end) != 1 for end in ends) or not _inside(x).any():
         raise ValueError("the grid needs 0 and 1 once and a point between them: np.linspace(0, 1, 21) has that")
     value, chord = (
-        # a loss beyond the ends does not count, infinite as it may be
+        # a loss beyond the ends does not count, even if it is infinite
         float((weights[weights != 0] * loss[weights != 0]).sum())
         for weights in (barrier_weights(x, loss), chord_weights(x, loss))
     )
@@ -141,7 +141,7 @@ def _highest(x: NDArray[np.float64], height: NDArray[np.float64]) -> int:
 
 
 def barrier_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(points,) weights w with which the barrier is the sum of w_i L(a_i), the place of its maximum held fixed."""
+    """Weights w: (points,) such that the barrier is the sum of w_i L(a_i), with its maximum at the same place."""
     weights = np.zeros(len(alphas))
     for end in (0.0, 1.0):
         weights[np.argmin(np.abs(alphas - end))] -= 0.5
@@ -150,7 +150,7 @@ def barrier_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) ->
 
 
 def chord_weights(alphas: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(points,) weights w with which the barrier against the chord is the sum of w_i L(a_i), its place held fixed."""
+    """Weights w: (points,) such that the barrier over the chord is the sum of w_i L(a_i), at the same place."""
     first, last = (int(np.argmin(np.abs(alphas - end))) for end in (0.0, 1.0))
     with np.errstate(invalid="ignore"):
         top = _highest(alphas, losses - (1 - alphas) * losses[first] - alphas * losses[last])

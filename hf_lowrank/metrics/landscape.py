@@ -36,10 +36,10 @@ class LossCurve:
     Attributes:
         x: (points,) step lengths along the direction.
         loss: (points,) losses at theta + x d, in the unit of the loss function.
-        stderr: (points,) standard errors of the losses, None where nothing is known of them.
+        stderr: (points,) standard errors of the losses; None if unknown.
 
     Raises:
-        ValueError: not one loss a point.
+        ValueError: the numbers of points and losses differ.
     """
 
     x: NDArray[np.float64]
@@ -52,17 +52,17 @@ class LossCurve:
 
     @property
     def center_loss(self) -> float:
-        """L(theta), at x = 0; `ValueError` where the grid has no 0."""
+        """L(theta), at x = 0; raises `ValueError` if the grid has no 0."""
         return float(self.loss[_center(self.x)])
 
     @property
     def min_loss(self) -> float:
-        """The least loss on the grid."""
+        """The smallest loss on the grid."""
         return float(self.loss.min())
 
     @property
     def center_to_min(self) -> float:
-        """How far the centre lies above the least loss."""
+        """How far the centre lies above the smallest loss."""
         return self.center_loss - self.min_loss
 
 
@@ -200,8 +200,8 @@ def loss_curve(
 ) -> LossCurve:
     """L(theta + x d) for every x of the grid.
 
-    Each point is theta plus x d in float32 or better, rounded once to the parameter's dtype: nothing accumulates from
-    point to point, and afterwards the parameters are bit for bit what they were, after an exception as well.
+    Each point is theta plus x d in float32 or better, rounded once to the parameter's dtype, so that no error
+    accumulates. Afterwards, also after an exception, the parameters are bit for bit what they were.
 
     Args:
         model: put it into eval mode first.
@@ -231,7 +231,7 @@ def symmetric_grid(radius: float, points: int) -> NDArray[np.float64]:
 
 
 def sharpness_weights(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(points,) weights w with which expected sharpness is the sum of w_i L(x_i); see `expected_sharpness`."""
+    """Weights w: (points,) such that expected sharpness is the sum of w_i L(x_i); see `expected_sharpness`."""
     center, half = _center(x), len(x) // 2
     ordered = np.sort(x)
     if len(x) < 3 or not np.allclose(ordered, -ordered[::-1], rtol=1e-9, atol=_rounding(x)):

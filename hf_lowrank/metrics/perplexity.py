@@ -45,16 +45,16 @@ def mean_loss(losses: Tensor, tokens: Tensor) -> Estimate:
 
 
 def perplexity(loss: Estimate) -> Estimate:
-    """exp of a mean loss in nats, the standard error to first order (delta method)."""
+    """exp of a mean loss in nats; the standard error is of first order (delta method)."""
     value = math.exp(min(loss.value, 700.0))
     return Estimate(value, value * loss.stderr)
 
 
 @torch.no_grad()
 def losses_of_logits(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of predicted tokens of each sequence, from logits that are in memory anyway.
+    """Summed loss and number of predicted tokens of each sequence, from logits that are already in memory.
 
-    `sequence_losses` finds the same without holding them. Beyond them one sequence's are kept in float32.
+    `sequence_losses` computes the same without holding all logits. This keeps one sequence's in float32 beside them.
 
     Args:
         logits: (n, t, vocabulary).
@@ -62,7 +62,7 @@ def losses_of_logits(logits: Tensor, labels: Tensor, shifted: bool = True) -> tu
         shifted: whether position i predicts label i + 1; otherwise label i, as in encoders and encoder-decoders.
 
     Returns:
-        (n,) nats, float64 where the device has it, and (n,) counts.
+        (n,) nats, in float64 if the device supports it, and (n,) counts.
     """
     logits, targets = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Parameters set to other values for a while and put back bit for bit, whatever happens in between."""
+"""Set parameters to other values for a while and restore them bit for bit, also after an exception."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 @contextmanager
 def kept(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of the tensors, and write them back at the end, after an exception as well.
+    """Yield copies of the tensors, and write them back at the end, also after an exception.
 
-    Memory: one copy of what is given.
+    Memory: one copy of the tensors.
     """
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
@@ -33,7 +33,7 @@ def kept(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module is in the mode it was in, and FSDP2's shards are in place."""
+    """Eval mode for a while; afterwards every module has its former mode, and FSDP2's weights are sharded again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -41,7 +41,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         reshard(model)
         for module in training:
-            # not train(), which would switch the modules inside as well
+            # train() would also switch the modules inside
             module.training = True
 
 
@@ -52,16 +52,16 @@ def each_point(
     grid: Sequence[float] | NDArray[np.float64],
     measure: Callable[[nn.Module], T],
 ) -> list[T]:
-    """What `measure` finds at theta + x d for every x of the grid.
+    """Call `measure` at theta + x d for every x of the grid; return its results.
 
-    Each point is theta plus x d in float32 or better, rounded once to the parameter's dtype: nothing accumulates from
-    point to point, and afterwards the parameters are bit for bit what they were, after an exception as well.
+    Each point is theta plus x d in float32 or better, rounded once to the parameter's dtype, so that no error
+    accumulates. Afterwards, also after an exception, the parameters are bit for bit what they were.
 
     Args:
-        model: put it into eval mode first; whole, or sharded by FSDP2 (then every process calls this).
+        model: in eval mode; if FSDP2 shards it, every process must call this.
         direction: parameter name -> tensor, for every parameter.
         grid: step lengths.
-        measure: of the model.
+        measure: takes the model.
 
     Raises:
         ValueError: the direction is not one of this model's parameters.
@@ -71,7 +71,7 @@ def each_point(
     check_names(direction, parameters, "the direction")
     own = {name: local(p.detach()) for name, p in parameters.items()}
     steps = apart({name: local(d.detach()) for name, d in direction.items()}, own)
-    found = []
+    results = []
     with kept(own) as original:
         for x in grid:
             for name, p in own.items():
@@ -81,14 +81,14 @@ def each_point(
                     torch.add(original[name], steps[name], alpha=float(x), out=p)
                 else:
                     p.copy_(torch.add(original[name].to(steps[name].dtype), steps[name], alpha=float(x)))
-            found.append(measure(model))
-            # what the forward passes gathered is of this point
+            results.append(measure(model))
+            # drop the weights of this point that the forward passes have gathered
             reshard(model)
-    return found
+    return results
 
 
 def apart(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The given tensors, copied where they share memory with the model's own, which are about to change."""
+    """The given tensors; those that share memory with the model's own are copied, since the model changes."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
     return {
         name: tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
@@ -97,7 +97,7 @@ def apart(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, T
 
 
 def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """`ValueError` that names the first tensor which is missing, unknown or of another shape."""
+    """Raise `ValueError` with the name of the first tensor that is missing, unknown or of another shape."""
     for problem, names in (
         ("lacks", expected.keys() - given.keys()),
         ("has the unknown", given.keys() - expected.keys()),

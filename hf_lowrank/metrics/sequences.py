@@ -1,7 +1,7 @@
-"""A fixed set of sequences that losses are measured on, without ever holding all logits of a batch.
+"""A fixed set of sequences on which losses are measured, without holding all logits of a batch.
 
-The language-model head is applied to a few hundred positions at a time, and the backbone to a few thousand: what is
-kept beyond the model is bounded whatever the batch and the vocabulary are. Shapes: n sequences of t tokens each.
+The language-model head sees a few hundred positions at a time and the backbone a few thousand, so that the memory
+beyond the model does not grow with batch or vocabulary. Shapes: n sequences of t tokens each.
 """
 
 import hashlib
@@ -39,8 +39,10 @@ __all__ = [
 LOGITS = 2**25
 # tokens that go through the backbone at once
 TOKENS = 8192
+# columns of a batch that become tensors
+ARRAYS = (Tensor, np.ndarray, list)
 
-# whether a model's logits are its head's output as it is, by model
+# by model: whether its logits are its head's unchanged output
 _plain_head: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 # tokens of the sequence that a model is asked with whether it sees the later ones
 ASKED = 16
@@ -49,7 +51,7 @@ _leaks: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """False for an encoder, a classifier and the like, whose loss is none of the next token."""
+    """Whether a model's loss is that of the next token; it is not for an encoder or a classifier."""
     can_generate = getattr(model, "can_generate", None)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return can_generate is None or (can_generate() and not encoder_decoder)
@@ -160,7 +162,7 @@ def _positions(model: nn.Module) -> int | None:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """The forward pass in the parameters' own precision, where accelerate has wrapped it in autocast."""
+    """Run the forward pass in the parameters' own precision, also if accelerate has wrapped it in autocast."""
     wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     if wrapped is None or original is None:
         yield
@@ -192,7 +194,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
-    """No cache of keys and values, which nobody reads here."""
+    """Options for a forward pass without a cache of keys and values, which is not needed here."""
     takes = inspect.signature(model.forward).parameters
     return {"use_cache": False} if "use_cache" in takes else {}
 
@@ -209,14 +211,14 @@ def without_logits(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _logits_are_the_heads(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether nothing happens to logits after the head (a cap, a scale): found by passing known values through."""
+    """Whether the model leaves its head's output unchanged, without a cap or a scale; tested with known values."""
     if model not in _plain_head:
         few = {key: value[:1, :2] if value.ndim == 2 else value[:1] for key, value in inputs.items()}
         known = torch.tensor([[[-1000.0], [1000.0]]], device=few["input_ids"].device)
         with _forward_replaced(head, lambda hidden: known):
             try:
                 passed = model(**few, **_options(model)).logits
-            # a model that does more with its logits than this can foresee gets them whole
+            # a model that does something else with its logits computes them all at once
             except Exception:
                 passed = None
         _plain_head[model] = passed is not None and torch.equal(passed.float(), known)
@@ -228,26 +230,24 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _head_losses(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """Loss of each position (b, t), the head applied to as many of them at a time as LOGITS allows."""
+    """Loss of each position (b, t); the head is applied to as many positions at a time as LOGITS allows."""
     apply = head.forward
     flat = targets.flatten()
 
     def losses(hidden: Tensor) -> Tensor:
         states = hidden.reshape(-1, hidden.shape[-1])
         count = max(1, LOGITS // apply(states[:1]).shape[-1])
-        parts = [
-            _token_losses(apply(states[i : i + count]), flat[i : i + count]) for i in range(0, len(states), count)
-        ]
-        return torch.cat(parts).view(*hidden.shape[:-1], 1)
+        pairs = zip(states.split(count), flat.split(count), strict=True)
+        return torch.cat([_token_losses(apply(some), labels) for some, labels in pairs]).view(*hidden.shape[:-1], 1)
 
     with _forward_replaced(head, losses):
-        found: Tensor = model(**inputs, **_options(model)).logits
-    return found.squeeze(-1)
+        token_losses: Tensor = model(**inputs, **_options(model)).logits
+    return token_losses.squeeze(-1)
 
 
 @torch.no_grad()
 def sequences_at_once(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """How many sequences like these go through the model in one forward pass."""
+    """How many sequences of this length go through the model in one forward pass."""
     inputs, head = {key: value for key, value in batch.items() if key != "labels"}, _head(model)
     chunked = head is not None and _logits_are_the_heads(model, head, inputs)
     width = 1 if chunked else int(getattr(getattr(model, "config", None), "vocab_size", 0) or 2**15)
@@ -259,8 +259,8 @@ def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     """Summed loss and number of predicted tokens of each sequence.
 
     Args:
-        model: causal language model; it is called as it is, so put it in eval mode first.
-        batch: `input_ids` and `labels` (n, t), -100 where nothing is predicted, and whatever else the model takes.
+        model: causal language model; put it into eval mode first.
+        batch: `input_ids` and `labels` (n, t), -100 where nothing is predicted, and the model's other inputs.
 
     Returns:
         (n,) float64 nats and (n,) counts.
@@ -272,24 +272,24 @@ def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     for i in range(0, n, rows):
         part = {key: value[i : i + rows] for key, value in inputs.items()}
         if head is not None and _plain_head.get(model):
-            found = _head_losses(model, head, part, targets[i : i + rows])
+            token_losses = _head_losses(model, head, part, targets[i : i + rows])
         else:
             logits = model(**part, **_options(model)).logits
-            found = _token_losses(logits.flatten(0, 1), targets[i : i + rows].flatten()).view(-1, t)
-        # a label that is ignored has a loss of exactly 0
-        losses.append(found.double().sum(1))
+            token_losses = _token_losses(logits.flatten(0, 1), targets[i : i + rows].flatten()).view(-1, t)
+        # an ignored label has a loss of exactly 0
+        losses.append(token_losses.double().sum(1))
     return torch.cat(losses), (targets != IGNORED).sum(1)
 
 
 def rows_digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """SHA-256 (hex) of sequences, equal however they are batched and padded.
+    """SHA-256 (hex) of sequences; it does not depend on how they are batched and padded.
 
     Args:
-        batches: ids and labels, each (n, t); what follows a row's last predicted token is left out.
+        batches: ids and labels, each (n, t); a row counts up to its last predicted token.
     """
     digest = hashlib.sha256()
     predicted = [labels != IGNORED for _, labels in batches]
-    # columns of the last predicted token, plus one; 0 where a row has none
+    # the column after each row's last predicted token; 0 for a row without one
     ends = [((mask * torch.arange(1, mask.shape[1] + 1)).amax(1)).tolist() for mask in predicted]
     for part in range(2):
         for batch, lengths in zip(batches, ends, strict=True):
@@ -300,7 +300,7 @@ def rows_digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
 
 
 def evaluation_settings(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """What a number measured on these sequences depends on; arguments as for `rows_digest`."""
+    """The settings of a number that is measured on these sequences; arguments as for `rows_digest`."""
     return {
         "sequences": sum(len(ids) for ids, _ in batches),
         "tokens": sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches),
@@ -309,12 +309,12 @@ def evaluation_settings(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, A
 
 
 class EvaluationSet:
-    """Sequences to measure losses on, in a fixed order; calling it with a model gives the token-weighted mean loss.
+    """Sequences in a fixed order on which losses are measured; called with a model, the token-weighted mean loss.
 
     Args:
-        rows: `input_ids`, `labels` and whatever else the model takes, each (n, t), on the CPU.
+        rows: `input_ids`, `labels` and the model's other inputs, each (n, t), on the CPU.
         batch_size: sequences in one forward pass.
-        shared: every process of the group takes part in each evaluation and computes its share of the batches.
+        shared: all processes of the group take part in each evaluation, and each computes its share of the batches.
 
     Raises:
         ValueError: no sequence, no predicted token, or tensors of different lengths.
@@ -347,14 +347,14 @@ class EvaluationSet:
         collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         shared: bool = False,
     ) -> "EvaluationSet":
-        """Take sequences that are spread evenly over a data set.
+        """Take sequences spread evenly over a data set.
 
         Args:
-            dataset: rows with `input_ids`, and `labels` and `attention_mask` where it has them; something with a
-                length and an index, or an iterable, whose first rows are taken.
-            sequences: how many; None for all of them. A smaller data set gives what it has.
+            dataset: rows with `input_ids`, and optionally `labels` and `attention_mask`. Of an iterable without length
+                and index, the first rows are taken.
+            sequences: how many; None for all. A smaller data set gives all that it has.
             batch_size, shared: as for the class.
-            collator: makes a batch of a list of rows, as a Trainer's does.
+            collator: makes a batch from a list of rows, like a Trainer's.
 
         Raises:
             ValueError: the data set is empty, has no token ids, or predicts nothing.
@@ -368,7 +368,7 @@ class EvaluationSet:
             )
         batch = collator(rows) if collator is not None else _collated(rows)
         batch = unpacked(batch) if "input_ids" in batch else batch
-        tensors = {key: torch.as_tensor(value) for key, value in batch.items() if _is_tensor(value)}
+        tensors = {key: torch.as_tensor(value) for key, value in batch.items() if isinstance(value, ARRAYS)}
         if "labels" not in tensors and "input_ids" in tensors:
             labels = tensors["input_ids"].clone()
             if "attention_mask" in tensors:
@@ -380,10 +380,9 @@ class EvaluationSet:
         return len(self.rows["input_ids"])
 
     def first(self, sequences: int) -> "EvaluationSet":
-        """The set of its first sequences."""
-        return EvaluationSet(
-            {key: value[:sequences] for key, value in self.rows.items()}, self.batch_size, self.shared
-        )
+        """A set of only the first sequences."""
+        rows = {key: value[:sequences] for key, value in self.rows.items()}
+        return EvaluationSet(rows, self.batch_size, self.shared)
 
     @property
     def tokens(self) -> int:
@@ -391,17 +390,17 @@ class EvaluationSet:
         return int((self.rows["labels"][:, 1:] != IGNORED).sum())
 
     def digest(self) -> str:
-        """SHA-256 (hex) of ids and labels: equal for equal sets on any machine."""
+        """SHA-256 (hex) of ids and labels, the same on every machine."""
         return rows_digest([(self.rows["input_ids"], self.rows["labels"])])
 
     def settings(self) -> dict[str, Any]:
-        """What a number measured on this set depends on."""
+        """The settings of a number that is measured on this set."""
         return evaluation_settings([(self.rows["input_ids"], self.rows["labels"])])
 
     def mine(self, at_most: int | None = None) -> Iterator[Tensor]:
-        """Indices of the batches that this process computes; as many batches on every process, some may be empty."""
+        """Indices of this process's batches. Every process gets the same number of batches; some may be empty."""
         rank, world = rank_and_world() if self.shared else (0, 1)
-        # a share of fewer sequences than a batch has is dealt out as well
+        # fewer sequences than one batch for each process are dealt out as well
         size = min(self.batch_size, math.ceil(len(self) / world), at_most or len(self))
         batches = list(torch.arange(len(self)).split(size))
         for i in range(math.ceil(len(batches) / world)):
@@ -415,35 +414,35 @@ class EvaluationSet:
     def losses(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Summed loss and number of predicted tokens of every sequence: (n,) float64 and (n,), on the CPU.
 
-        The same on every process where the set is shared; an error on one of them is raised on all.
+        Where the set is shared, every process gets the same, and an error in one process is raised in all.
         """
         losses, tokens = torch.zeros(len(self), dtype=torch.float64), torch.zeros(len(self), dtype=torch.float64)
         check_next_token(model, self.rows)
         device, failure = next(model.parameters()).device, None
         with without_autocast(model):
-            # one forward pass a batch, and so equally many on every process
+            # one forward pass a batch, so that every process makes the same number of them
             for indices in self.mine(sequences_at_once(model, self.batch(torch.arange(1), device))):
-                # where weights are sharded every process must come along, with a sequence that does not count
+                # sharded weights need every process in a pass: one without a batch runs a sequence that does not count
                 chosen = indices if len(indices) else torch.arange(1)
                 try:
-                    found, count = sequence_losses(model, self.batch(chosen, device))
-                # the others would wait in the next collective for a process that left the loop
+                    summed, count = sequence_losses(model, self.batch(chosen, device))
+                # leaving the loop would let the other processes wait in the next collective
                 except Exception as error:
                     if not self.shared:
                         raise
                     failure = error
                     continue
                 if len(indices):
-                    losses[indices], tokens[indices] = found.cpu(), count.double().cpu()
+                    losses[indices], tokens[indices] = summed.cpu(), count.double().cpu()
         if self.shared:
-            agreed = all_reduce_sum(torch.stack([losses, tokens, torch.full_like(losses, float(failure is not None))]))
-            losses, tokens = agreed[0], agreed[1]
-            if agreed[2, 0] > 0:
+            failures = torch.full_like(losses, float(failure is not None))
+            losses, tokens, failures = all_reduce_sum(torch.stack([losses, tokens, failures]))
+            if failures[0] > 0:
                 raise failure or RuntimeError("the loss could not be measured on another process: see its log")
         return losses, tokens
 
     def differentiable(self, model: nn.Module) -> Tensor:
-        """This process's share of the mean loss, a scalar with its graph; all logits are kept for it.
+        """This process's share of the mean loss, a scalar with its graph, which holds all logits.
 
         The shares of all processes add up to the token-weighted mean loss in nats.
         """
@@ -452,7 +451,7 @@ class EvaluationSet:
         losses = []
         with without_autocast(model):
             for indices in self.mine():
-                # a process without a batch of its own has a share of 0, with a graph like any other's
+                # the share of a process without a batch is 0, but has a graph like the others
                 batch = self.batch(indices if len(indices) else torch.arange(1), device)
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 logits = model(**inputs, **_options(model)).logits[:, :-1].flatten(0, 1)
@@ -466,10 +465,6 @@ class EvaluationSet:
 
     def __call__(self, model: nn.Module) -> float:
         return self.estimate(model).value
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray | list)
 
 
 def _take(dataset: Any, sequences: int | None) -> list[Any]:
@@ -513,7 +508,7 @@ def unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """One tensor a column, shorter rows padded on the right and masked."""
+    """One tensor a column; shorter rows are padded on the right and masked."""
     longest = max(len(row["input_ids"]) for row in rows)
     columns: dict[str, list[Tensor]] = {}
     for row in rows:
@@ -530,7 +525,7 @@ def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             columns.setdefault(key, []).append(F.pad(tensor, (0, longest - length), value=fill))
     stacked = {key: torch.stack(parts) for key, parts in columns.items()}
     if bool((stacked["attention_mask"] == 1).all()):
-        # nothing is padded, and a mask costs some attention kernels their fastest path
+        # without padding, a mask would only keep some attention kernels from their fastest path
         del stacked["attention_mask"]
     else:
         stacked["labels"][stacked["attention_mask"] == 0] = IGNORED

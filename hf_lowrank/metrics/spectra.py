@@ -42,10 +42,10 @@ SMALLEST_RATIO = 1e-4
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """The weight where its decomposition is computed, in its own dtype."""
+    """The weight in its own dtype, on the device that decomposes it."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)}: singular values are of non-empty matrices")
-    # NaN and infinity survive in the extremes, which takes a fraction of the time of a look at every entry
+    # NaN and infinity show in minimum and maximum, which take a fraction of the time of a look at every entry
     if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: nothing to decompose")
     return _with_float64(weight.detach())
@@ -56,8 +56,8 @@ def _with_float64(weight: Tensor) -> Tensor:
 
 
 def _gram(W: Tensor) -> Tensor:
-    """W Wᵀ: (q, q) of a wide W: (q, n), float64, its lower triangle alone: what eigh reads, for half the products."""
-    # rows that lie in one piece: from a transposed W the products take one and a half times as long
+    """Lower triangle of W Wᵀ: (q, q) for a wide W: (q, n), in float64; eigh reads no more, at half the products."""
+    # contiguous rows: with a transposed W the products take one and a half times as long
     W = W.contiguous().double()
     gram = W.new_zeros(len(W), len(W))
     for i in range(0, len(W), BLOCK):
@@ -68,10 +68,10 @@ def _gram(W: Tensor) -> Tensor:
 def singular_values(weight: Tensor) -> Tensor:
     """Singular values of a matrix, descending, float64.
 
-    A float64 matrix goes through LAPACK's SVD. Any other is squared in float64 and the eigenvalues of the smaller
-    Gram matrix taken, in a half to a quarter of the time: the relative error of s is about 1e-16 (s_1 / s)^2, so
-    values above 1e-5 s_1 are right to 1e-6, and everything below about 1e-8 s_1 is noise, as it is in float32 data
-    anyway.
+    A float64 matrix goes through LAPACK's SVD. For other dtypes the values are the roots of the eigenvalues of the
+    smaller Gram matrix in float64, which takes a half to a quarter of the time. The relative error of s is then about
+    1e-16 (s_1 / s)^2: values above 1e-5 s_1 are right to 1e-6, and values below about 1e-8 s_1 are noise, as they are
+    in float32 data anyway.
 
     Args:
         weight: (m, n), any floating dtype; on a device without float64 it is moved to the CPU.
@@ -119,7 +119,7 @@ def top_singular_triplets(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
         squares, vectors = torch.linalg.eigh(_gram(A))
         if squares[-k] > SMALLEST_RATIO**2 * squares[-1]:
             left = vectors[:, -k:]
-            # what rotation and roundoff there is inside the subspace is undone here
+            # undoes rotation and rounding inside the subspace
             right, S, mix = torch.linalg.svd(A.T @ left, full_matrices=False)
             left = left @ mix.T
             return (right, S * scale, left) if tall else (left, S * scale, right)
@@ -128,7 +128,7 @@ def top_singular_triplets(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def singular_vectors(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k left (m, k) and right (n, k) singular vectors, as `top_singular_triplets` finds them."""
+    """Top-k left (m, k) and right (n, k) singular vectors from `top_singular_triplets`."""
     U, _, V = top_singular_triplets(weight, k)
     return U, V
 
@@ -234,27 +234,27 @@ def measure_each(
 ) -> Iterator[tuple[K, R | Exception]]:
     """`measure(key, weight)` of many matrices, in order.
 
-    On a CPU each matrix has one thread: LAPACK's eigenvalues gain little from a second one, and results are
-    bit-identical whatever `threads` is (from a call outside, with all intra-op threads, they may differ by rounding).
-    Matrices on an accelerator are measured by the caller's thread one after another; those of a device without
-    float64 are moved to the CPU. The caller's number of intra-op threads stays as it is.
+    On a CPU each matrix gets one thread, since LAPACK's eigenvalues gain little from a second one. Results are
+    therefore bit-identical for every number of threads; a direct call of `measure` uses all intra-op threads and may
+    differ by rounding. The caller's thread measures matrices on an accelerator one after another. Matrices on a device
+    without float64 are moved to the CPU. The caller's number of intra-op threads does not change.
 
     Args:
         measure: called without gradients, from several threads at once.
-        weights: pairs of a key and a matrix, pulled by the caller's thread when a thread is about to be free: at most
-            threads + 1 matrices are held, and in each thread what `measure` allocates. A matrix must stay as it is
-            until its result has come.
+        weights: pairs of a key and a matrix. The caller's thread takes the next pair when a thread is about to be
+            free, so that at most threads + 1 matrices are held, beside what `measure` allocates in each thread. A
+            matrix must not change until its result is there.
         threads: default: torch's intra-op threads.
 
     Yields:
-        Each key with what `measure` returned, or with the exception it raised; the others are measured all the same.
+        Each key with what `measure` returned or the exception that it raised, which does not stop the others.
 
     Raises:
         ValueError: threads below 1.
     """
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
-        raise ValueError(f"threads={threads}: at least one has to measure")
+        raise ValueError(f"threads={threads}: give 1 or more")
     return _measure_each(measure, weights, threads)
 
 
@@ -265,9 +265,9 @@ def _measure_each(
         try:
             with torch.no_grad():
                 return measure(key, weight)
-        # one matrix must not cost the others: the caller gets it in the result's place
+        # one bad matrix must not cost the others: its error takes the result's place
         except Exception as error:
-            # its frames would keep the matrix
+            # the traceback's frames would keep the matrix in memory
             return error.with_traceback(None)
 
     waiting: deque[tuple[K, Future[R | Exception]]] = deque()
@@ -291,12 +291,12 @@ def _measure_each(
 
 
 def power_law_alpha(values: Tensor) -> float:
-    """Exponent alpha of the power law x^-alpha that fits the eigenvalues x = s^2 best, as WeightWatcher defines it.
+    """Exponent alpha of the power law x^-alpha that best fits the eigenvalues x = s^2, as WeightWatcher defines it.
 
     For every candidate x_min among the eigenvalues the maximum-likelihood exponent of the tail x >= x_min is
     alpha = 1 + N / sum log(x / x_min) (Clauset et al. 2009, eq. 3.1); the x_min with the smallest
-    Kolmogorov-Smirnov distance is taken. WeightWatcher 0.7.7 agrees to rounding from 20 eigenvalues on, but for its
-    absolute cut: it takes no x_min at or below 1e-5. With fewer than 20 it estimates differently.
+    Kolmogorov-Smirnov distance is taken. WeightWatcher 0.7.7 gives the same up to rounding from 20 eigenvalues on,
+    except that it takes no x_min at or below 1e-5. With fewer than 20 it estimates differently.
 
     Args:
         values: (q,) singular values, any order.
@@ -316,7 +316,7 @@ def power_law_alpha(values: Tensor) -> float:
         rows = slice(start, min(start + BLOCK, len(x) - 1))
         theoretical = 1 - ((logs[rows, None] - logs[start:]) * (alphas[rows, None] - 1)).exp()
         empirical = (position[start:] - position[rows, None]) / count[rows, None]
-        # what lies left of the diagonal is below x_min
+        # entries left of the diagonal are below x_min
         distances[rows] = (theoretical - empirical).triu().abs().amax(1)
     distances[excess <= 0] = math.inf
     best = int(distances.argmin()) if len(x) else 0
@@ -324,7 +324,7 @@ def power_law_alpha(values: Tensor) -> float:
 
 
 def relative_norm(update: Tensor, before: Tensor) -> float:
-    """Frobenius norm of an update over that of the weights before it; NaN where those are all zero."""
+    """Frobenius norm of an update over that of the weights before it; NaN if those are all zero."""
     norm = before.double().norm().item()
     return update.double().norm().item() / norm if norm > 0 else math.nan
 
@@ -336,6 +336,6 @@ def subspace_overlap(a: Tensor, b: Tensor) -> float:
         a, b: (d, k) and (d, l), orthonormal columns.
 
     Returns:
-        ||aᵀ b||_F² / min(k, l): 1 where one subspace holds the other, about max(k, l) / d for independent ones.
+        ||aᵀ b||_F² / min(k, l): 1 if one subspace contains the other, about max(k, l) / d for independent ones.
     """
     return (a.T @ b).square().sum().item() / min(a.shape[1], b.shape[1])

@@ -1,4 +1,4 @@
-"""A pool whose workers leave torch's own threads alone: many small problems, one thread each."""
+"""A thread pool for many small problems: each worker computes with a single thread of torch's."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +9,16 @@ __all__ = ["single_threads"]
 
 
 def single_threads(threads: int) -> ThreadPoolExecutor:
-    """Pool whose workers have one intra-op thread each; the caller's number of them stays as it is.
+    """Pool whose workers have one intra-op thread each; the caller's number of intra-op threads does not change.
 
     Args:
-        threads: workers, all started before this returns.
+        threads: number of workers; all have started when this returns.
     """
     before = torch.get_num_threads()
     started = threading.Barrier(threads + 1, timeout=60)
 
     def one_intra_op_thread() -> None:
-        # the first question to torch in a thread sets its number to the process's: a later one would undo this
+        # a thread's first call into torch sets its number of threads to the process's, and must not come after this
         torch.get_num_threads()
         torch.set_num_threads(1)
 
@@ -26,6 +26,6 @@ def single_threads(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
-    # each thread has its own number, but new ones begin with the last that was set
+    # each thread has its own number, but a new thread takes over the number set last
     torch.set_num_threads(before)
     return pool

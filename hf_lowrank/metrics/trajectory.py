@@ -1,10 +1,10 @@
-"""Principal components of the way that training took (Li et al. 2018, arXiv 1712.09913, Section 7).
+"""Principal components of a training trajectory (Li et al. 2018, arXiv 1712.09913, Section 7).
 
-T: checkpoints; theta_t: (d,), all parameters of the t-th; D: (T, d), row t is theta_t - theta_T, so the last is zero.
-D is never there as a whole: G = D D^T: (T, T) is summed over blocks of columns, and from its eigenvalues lambda_i and
-eigenvectors u_i come the components v_i = D^T u_i / sqrt(lambda_i): (d,), one at a time.
+T: number of checkpoints; theta_t: (d,), all parameters of checkpoint t; D: (T, d), with rows theta_t - theta_T, the
+last of which is zero. D is never in memory as a whole. G = D D^T: (T, T) is summed over blocks of columns. Its
+eigenvalues lambda_i and eigenvectors u_i give the components v_i = D^T u_i / sqrt(lambda_i): (d,), one at a time.
 
-Files are read, not mapped: a mapped page costs a fault each time, and stays in memory for as long as the file is open.
+Files are read and not mapped: every mapped page costs a fault, and stays in memory as long as the file is open.
 """
 
 import json
@@ -31,9 +31,9 @@ __all__ = ["Checkpoint", "TrajectoryPCA", "trajectory_pca"]
 # name -> tensor; a safetensors file or a folder that holds some; or the files of one checkpoint
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-# numbers in a block, those of all checkpoints together: as few as keep the calls' own time small, to stay in the cache
+# numbers in a block, of all checkpoints together: small enough for the cache, large enough to hide the calls' overhead
 BLOCK = 2**19
-# blocks that one thread takes at a time; what they add up to does not depend on the number of threads
+# blocks that one thread takes at a time; a fixed number, so that sums do not depend on the number of threads
 TOGETHER = 16
 # eigenvalues of G below this share of the largest are rounding
 RESOLVED = 1e-13
@@ -43,7 +43,7 @@ R = TypeVar("R")
 
 
 class _Piece(NamedTuple):
-    """A run of a tensor's numbers: `at` cuts it out, and from the `start`-th on it is `numel` numbers, row by row."""
+    """Consecutive numbers of a tensor: `at` slices them, `start` is the flat index of the first of `numel`."""
 
     name: str
     at: At
@@ -53,12 +53,12 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TrajectoryPCA:
-    """A trajectory in its own principal components.
+    """A trajectory in its principal components.
 
     Attributes:
-        coordinates: (T, k) projections of the D_t (centred: of D_t minus their mean) on the components of length 1, in
-            the unit of the parameters. The last checkpoint lies at 0, centred the mean does. Of every component the
-            coordinate of largest magnitude is positive.
+        coordinates: (T, k) projections of the D_t on the components of length 1, in the unit of the parameters. The
+            last checkpoint lies at 0; with `center` the mean is subtracted and lies at 0. The largest coordinate by
+            magnitude of each component is positive.
         explained: (k,) shares of the sum of squares, descending.
     """
 
@@ -70,7 +70,7 @@ class TrajectoryPCA:
 
     @torch.no_grad()
     def direction(self, i: int) -> dict[str, Tensor]:
-        """The i-th component, of length 1, read anew from the checkpoints (so they must still be as they were).
+        """The i-th component, of length 1; it is read from the checkpoints, which must not have changed.
 
         Args:
             i: from 0, the column of `coordinates`.
@@ -79,7 +79,7 @@ class TrajectoryPCA:
             Parameter name -> tensor on the CPU, in float32 or the last checkpoint's higher precision.
 
         Raises:
-            ValueError: no such component, or a checkpoint cannot be read any more.
+            ValueError: there is no such component, or a checkpoint can no longer be read.
         """
         if not 0 <= i < self.coordinates.shape[1]:
             raise ValueError(
@@ -87,18 +87,18 @@ class TrajectoryPCA:
             )
         weights = torch.from_numpy(self._weights[:, i].copy())
         sources = _opened(self._checkpoints)
-        found = {}
+        component = {}
         for name in _common_names(sources, self._names):
             spec = sources[-1].specs[name]
-            found[name] = torch.zeros(spec.shape, dtype=torch.promote_types(spec.dtype, torch.float32))
+            component[name] = torch.zeros(spec.shape, dtype=torch.promote_types(spec.dtype, torch.float32))
 
         def project(piece: _Piece, D: Tensor) -> None:
-            part = found[piece.name][piece.at]
+            part = component[piece.name][piece.at]
             part.copy_((weights[:-1] @ D).view(part.shape))
 
         for _ in _each_difference(sources, self._names, project):
             pass
-        return found
+        return component
 
 
 @torch.no_grad()
@@ -107,20 +107,20 @@ def trajectory_pca(
 ) -> TrajectoryPCA:
     """The top-k principal components of a run's checkpoints, as differences to the last one.
 
-    Through the Gram matrix in float64. Memory: two blocks of 4 MiB a thread; time: a few times that of reading the
-    files. A component is right to about 1e-15 lambda_1 / lambda_i.
+    They come from the Gram matrix in float64, and are right to about 1e-15 lambda_1 / lambda_i. Memory: two blocks of
+    4 MiB for each thread. Time: a few times that of reading the files.
 
     Args:
-        checkpoints: in the order of training, each a state dict (kept, not copied), a safetensors file, a folder with
-            `model.safetensors` or `model.safetensors.index.json`, or the list of one checkpoint's files.
+        checkpoints: in the order of training. Each is a state dict (kept, not copied), a safetensors file, a folder
+            with `model.safetensors` or `model.safetensors.index.json`, or the list of the checkpoint's files.
         k: components, at most T - 1.
         names: the parameters to take; by default all floating tensors of the last checkpoint, tied ones once.
         center: subtract the mean over t of D_t, as PCA usually does; Li et al. do not.
 
     Raises:
-        ValueError: fewer than two checkpoints, or more components than they span; names or shapes that differ; NaN or
-            infinity; what is no number with a fraction is named or differs (a sparse support); a file is missing or
-            cut short.
+        ValueError: there are fewer than two checkpoints, or they span fewer components; names or shapes differ; a
+            tensor holds NaN or infinity; integers (a sparse support) are named or differ; a file is missing or cut
+            short.
     """
     T = len(checkpoints)
     if T < 2:
@@ -145,12 +145,12 @@ def trajectory_pca(
 
 
 class _State:
-    """A state dict to read from, block by block.
+    """A state dict that is read block by block.
 
     Attributes:
-        label: what messages call the checkpoint.
-        specs: names, shapes and dtypes, on meta.
-        tied: names that stand for a tensor that has another name already.
+        label: the checkpoint's name in messages.
+        specs: empty tensors on the meta device, by name, for shapes and dtypes.
+        tied: further names of a tensor that already has one.
     """
 
     def __init__(self, state: Mapping[str, Tensor], t: int) -> None:
@@ -161,7 +161,7 @@ class _State:
         places: set[tuple[object, ...]] = set()
         for name, tensor in state.items():
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-            # an empty tensor has no place that it could share
+            # empty tensors share no memory
             if place in places and tensor.numel():
                 self.tied.add(name)
             places.add(place)
@@ -172,13 +172,13 @@ class _State:
 
 
 class _Files:
-    """The safetensors files of one checkpoint, to read from as from `_State`; none of their tensors is tied."""
+    """The safetensors files of one checkpoint, with the interface of `_State`; files hold no tied tensors."""
 
     def __init__(self, paths: Sequence[Path], t: int) -> None:
         self.label = f"checkpoint {t} ({paths[0] if len(paths) == 1 else paths[0].parent})"
         self.specs: dict[str, Tensor] = {}
         self.tied: set[str] = set()
-        # name -> file and the byte its numbers begin at
+        # name -> file, and the byte at which its numbers begin
         self._places: dict[str, tuple[Path, int]] = {}
         for path in paths:
             try:
@@ -199,10 +199,10 @@ class _Files:
                     raise ValueError(f"{self.label}: {path} holds {name} once more; name each of its files once")
                 tensor = file.get_slice(name)
                 shape = tensor.get_shape()
-                # asked for its dtype, a slice gives the file format's word for it
+                # a slice's own dtype is the file format's name for it
                 dtype = tensor[(slice(0, 0),) * len(shape)].dtype
                 self.specs[name] = torch.empty(shape, dtype=dtype, device="meta")
-        # checked by safe_open: the header's length in 8 bytes, the header as JSON, the numbers in the order of rows
+        # the file's format, checked by safe_open: the header's length in 8 bytes, the header as JSON, the numbers
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -211,10 +211,10 @@ class _Files:
                 self._places[name] = path, 8 + length + described["data_offsets"][0]
 
     def read_into(self, piece: _Piece, raw: NDArray[np.uint8]) -> None:
-        """Fill `raw`, of the piece's number of bytes."""
+        """Read the piece into `raw`, which has its number of bytes."""
         path, begin = self._places[piece.name]
         try:
-            # opened for every block: threads cannot share a position in a file
+            # opened for every block, since threads cannot share a file's position
             with open(path, "rb", buffering=0) as stream:
                 stream.seek(begin + piece.start * self.specs[piece.name].itemsize)
                 got = stream.readinto(raw.data)
@@ -235,23 +235,23 @@ _Reader = _State | _Files
 
 
 def _opened(checkpoints: Sequence[Checkpoint]) -> list[_Reader]:
-    found: list[_Reader] = []
+    sources: list[_Reader] = []
     for t, given in enumerate(checkpoints):
         if isinstance(given, Mapping):
-            found.append(_State(given, t))
+            sources.append(_State(given, t))
         elif isinstance(given, str | os.PathLike):
-            found.append(_Files(_files_of(Path(given), t), t))
+            sources.append(_Files(_files_of(Path(given), t), t))
         elif given:
-            found.append(_Files([Path(path) for path in given], t))
+            sources.append(_Files([Path(path) for path in given], t))
         else:
             raise ValueError(f"checkpoint {t} is an empty list: name its safetensors files")
-    return found
+    return sources
 
 
 def _files_of(path: Path, t: int) -> list[Path]:
     if not path.is_dir():
         return [path]
-    # transformers takes the single file where both lie there: saving anew leaves an old index behind
+    # like transformers, prefer the single file: saving a model again leaves an old index behind
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
@@ -265,7 +265,7 @@ def _files_of(path: Path, t: int) -> list[Path]:
 
 
 def _common_names(sources: Sequence[_Reader], names: Sequence[str] | None) -> list[str]:
-    """The tensors to take, once every checkpoint is seen to have them alike."""
+    """Names of the tensors to take; raises `ValueError` unless all checkpoints have the same."""
     if names is not None:
         for source in sources:
             if unknown := set(names) - source.specs.keys():
@@ -325,19 +325,19 @@ def _pieces(name: str, shape: Sequence[int], limit: int) -> Iterator[_Piece]:
 
 
 class _Differences:
-    """Rows of D but the last, which is zero, column by column; one for each thread."""
+    """Blocks of columns of D without its last row, which is zero; each thread has an object of its own."""
 
     def __init__(self, sources: Sequence[_Reader], limit: int) -> None:
         self._sources = sources
         self._D = torch.empty(len(sources), limit, dtype=torch.float64)
-        # what was read, in the files' own dtypes
+        # bytes as read, in the files' own dtypes
         self._raw = np.empty((len(sources), limit * 8), dtype=np.uint8)
 
     def of(self, piece: _Piece) -> Tensor:
-        """Columns of D: (T - 1, numel), float64, valid until the next ones are asked for."""
+        """Columns of D: (T - 1, numel), float64, valid until the next call."""
         rows = self._D[:, : piece.numel]
         start = 0
-        # as many rows at once as can be widened by one call: threads wait for each other between calls
+        # one call converts as many rows as possible, since threads wait for each other between calls
         for dtype, group in groupby(self._sources, lambda source: source.specs[piece.name].dtype):
             for _, alike in groupby(group, type):
                 together = list(alike)
@@ -357,9 +357,9 @@ class _Differences:
 def _each_difference(
     sources: Sequence[_Reader], names: Sequence[str], measure: Callable[[_Piece, Tensor], R]
 ) -> Iterator[list[R]]:
-    """What `measure` finds on every piece and the columns of D, (T - 1, numel), that belong to it.
+    """Call `measure` on every piece with its columns of D, (T - 1, numel), and yield the results.
 
-    `measure` is called from several threads at once; what it returns comes in the order of the pieces, some at a time.
+    `measure` is called from several threads at once. Its results come as lists, in the order of the pieces.
     """
     limit = max(BLOCK // len(sources), 1)
     pieces = [piece for name in names for piece in _pieces(name, sources[-1].specs[name].shape, limit) if piece.numel]
