@@ -1,8 +1,9 @@
 """What every method's config shares, and the registry that finds a method by its name.
 
-A method is one module in this folder: a dataclass config (its fields carry their help, so that the CLI, the
-recipes and the docs read it from one place) and, for a reparameterisation, its layer. Its class attributes and the
-few hooks below tell `hf_lowrank.methods.prepare` what to do with a model.
+A method is one module in this folder. It holds the config, a dataclass whose fields carry their help for the CLI, the
+recipes and the docs, and beside it the method's layer (see `ReparameterizedLinear`) or its optimizer (see
+`hf_lowrank.methods.projected`). The config's class attributes and hooks tell `hf_lowrank.methods.prepare` what to do
+with a model.
 
 Shapes: a target weight is W: (m, n) = (out_features, in_features); r is the rank.
 """
@@ -39,9 +40,9 @@ METHODS: dict[str, type["LowRankConfig"]] = {}
 C = TypeVar("C", bound=type["LowRankConfig"])
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` when a known name is close to `name`, otherwise an empty string."""
-    close = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, choices: list[str]) -> str:
+    """` (did you mean 'x'?)` when one of the choices is close to `name`, otherwise an empty string."""
+    close = difflib.get_close_matches(name, choices, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
@@ -60,8 +61,8 @@ def get_method(name: str) -> type["LowRankConfig"]:
     if name not in METHODS:
         load_plugins()
     if name not in METHODS:
-        known = sorted(METHODS)
-        raise ValueError(f"unknown method '{name}'{nearest(name, known)}; the methods are {', '.join(known)}")
+        names = sorted(METHODS)
+        raise ValueError(f"unknown method '{name}'{nearest(name, names)}; the methods are {', '.join(names)}")
     return METHODS[name]
 
 
@@ -81,7 +82,7 @@ class Paper:
 
 
 def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
-    """A generator of its own for each layer and purpose, the same whatever was drawn before and on every process."""
+    """A separate generator for each layer and purpose; it does not depend on earlier draws or on the process."""
     digest = hashlib.sha256(":".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
@@ -152,11 +153,11 @@ class LowRankConfig(PushToHubMixin):
     paper: ClassVar[Paper | None] = None
     # whether the method puts its own layers in the targets' place
     replaces_layers: ClassVar[bool] = False
-    # whether those layers go on from the weights of the layers they replace
+    # whether those layers start from the weights of the layers they replace
     keeps_weights: ClassVar[bool] = False
     # whether plain linear layers can compute what the method's layers compute
     has_dense_form: ClassVar[bool] = True
-    # fields that say how a run is computed and not what: another part of the same run may change them
+    # fields that change how a run is computed but not its result: a resumed run may change them
     runtime_fields: ClassVar[tuple[str, ...]] = ()
 
     target_modules: list[str] | str | None = field(
@@ -233,7 +234,7 @@ class LowRankConfig(PushToHubMixin):
         return 2 * m * n
 
     def publish_code(self, model: nn.Module, folder: Path) -> None:
-        """Add the code that plain transformers needs for a folder of weights as trained; where there is no dense form.
+        """Add the code that plain transformers needs to load weights as trained; for methods without a dense form.
 
         Raises:
             ValueError: no such code can be written for the model.
@@ -248,7 +249,7 @@ class LowRankConfig(PushToHubMixin):
     # Saving and loading
 
     def identity(self) -> dict[str, Any]:
-        """What all parts of one run share: `to_dict` without the `runtime_fields`."""
+        """What a resumed run must have in common with the run it resumes: `to_dict` without the `runtime_fields`."""
         return {key: value for key, value in self.to_dict().items() if key not in self.runtime_fields}
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +258,7 @@ class LowRankConfig(PushToHubMixin):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`; called on the base class it returns the config of the method that is named."""
+        """Inverse of `to_dict`; the base class returns the config of whatever method is named."""
         values = dict(values)
         name = values.pop("method", getattr(cls, "method", None))
         if name is None:
@@ -270,11 +271,11 @@ class LowRankConfig(PushToHubMixin):
             raise ValueError(
                 f"the config is for '{name}', not for {cls.__name__}: use LowRankConfig to load any method"
             )
-        known = [f.name for f in dataclasses.fields(chosen)]
+        names = [f.name for f in dataclasses.fields(chosen)]
         for key in values:
-            if key not in known:
+            if key not in names:
                 raise ValueError(
-                    f"{chosen.__name__} has no field '{key}'{nearest(key, known)}; it has {', '.join(known)}"
+                    f"{chosen.__name__} has no field '{key}'{nearest(key, names)}; it has {', '.join(names)}"
                 )
         return chosen(**values)
 
@@ -298,7 +299,7 @@ class LowRankConfig(PushToHubMixin):
 
         Raises:
             FileNotFoundError: the folder or repo holds no such file.
-            ValueError: the file is no config of a method that is known here.
+            ValueError: the file is no config of a registered method.
         """
         source = Path(pretrained_model_name_or_path)
         if source.is_dir():

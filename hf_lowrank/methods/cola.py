@@ -164,10 +164,10 @@ class CoLAConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.activation not in ACT2FN:
-            known = sorted(ACT2FN)
+            names = sorted(ACT2FN)
             raise ValueError(
-                f"activation={self.activation!r} is unknown{nearest(str(self.activation), known)}; transformers has "
-                f"{', '.join(known)}"
+                f"activation={self.activation!r} is unknown{nearest(str(self.activation), names)}; transformers has "
+                f"{', '.join(names)}"
             )
         for name in ("only_lr_act", "recompute"):
             if not isinstance(getattr(self, name), bool):
@@ -181,7 +181,7 @@ class CoLAConfig(LowRankConfig):
             )
 
     def replace_layers(self, model: nn.Module, ranks: dict[str, int], seed: int) -> None:
-        # found before anything is changed: where there is none it is an error
+        # looked up before anything is changed, because it is an error if there is none
         dropped = _own_activations(model, ranks) if self.only_lr_act else []
         super().replace_layers(model, ranks, seed)
         for name in dropped:
@@ -219,7 +219,7 @@ class CoLAConfig(LowRankConfig):
         it refuses the folder, where under the plain model's type it would start from random layers with a warning.
 
         Raises:
-            ValueError: the model's class or its config's is none of transformers', so that the file could not name it.
+            ValueError: transformers does not have the model's class or its config's, so the file cannot name it.
         """
         path = folder / "config.json"
         values = json.loads(path.read_text())
@@ -254,20 +254,20 @@ def _beside(model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, nn.
 
 def _own_activations(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Names of the activations beside the targets; `ValueError` where there is none."""
-    found = [name for name, module in _beside(model, targets) if isinstance(module, ACTIVATIONS)]
-    if not found:
+    activations = [name for name, module in _beside(model, targets) if isinstance(module, ACTIVATIONS)]
+    if not activations:
         raise ValueError(
             f"only_lr_act=True drops the MLP's activation, and {type(model).__name__} has none beside the target "
             "layers: set only_lr_act=False, or take the MLP's layers in with target_modules"
         )
-    return found
+    return activations
 
 
 def _modeling_code(architecture: str, config_class: str) -> str:
     """Source of the file that `trust_remote_code` runs, for a model class of transformers and its config class."""
     for name, base in ((architecture, PreTrainedModel), (config_class, PreTrainedConfig)):
-        found = getattr(transformers, name, None) if name.isidentifier() else None
-        if not (isinstance(found, type) and issubclass(found, base)):
+        cls = getattr(transformers, name, None) if name.isidentifier() else None
+        if not (isinstance(cls, type) and issubclass(cls, base)):
             raise ValueError(f"{name} is no class of transformers, so {MODELING_FILE} cannot build on it")
     loader = PackageLoader("hf_lowrank.methods", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)

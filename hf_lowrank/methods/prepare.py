@@ -68,7 +68,7 @@ def prepare(
 
 
 def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: bool = False) -> None:
-    """Change the model's layers as the method asks, and note the method in the model's config.
+    """Change the model's layers as the method asks, and record the method in the model's config.
 
     A model that carries the same method already (loaded as trained) stays as it is.
 
@@ -79,17 +79,16 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
     ranks = resolve_ranks(model, config, targets)
     present = [t for t in targets if isinstance(t.module, ReparameterizedLinear)]
     if present:
-        noted = method_of(model)
-        same = noted is not None and noted.identity() == config.identity()
+        present_method = method_of(model)
+        same = present_method is not None and present_method.identity() == config.identity()
         if not config.replaces_layers or len(present) < len(targets) or not same:
             raise ValueError(
                 f"the model's layers are {type(present[0].module).__name__} already, so {config.label} with these "
                 "settings cannot be put on it: give the config it was made with, or start from its to_dense form"
             )
-        model_config = getattr(model, "config", None)
-        if model_config is not None:
-            now = {name: getattr(config, name) for name in config.runtime_fields}
-            model_config.lowrank = {**model_config.lowrank, **now}
+        # the layers are the same: only fields that do not change the result may differ
+        model_config: Any = model.config
+        model_config.lowrank = model_config.lowrank | {name: getattr(config, name) for name in config.runtime_fields}
         return
     if ranks:
         _refuse_shared(model, targets, config.label)
@@ -138,27 +137,31 @@ def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]
 
 
 def method_of(model: nn.Module) -> LowRankConfig | None:
-    """The method noted in a model's config, None where there is none."""
-    noted = getattr(getattr(model, "config", None), "lowrank", None)
-    if not noted:
+    """The method that a model's config records, None where it records none."""
+    recorded = getattr(getattr(model, "config", None), "lowrank", None)
+    if not recorded:
         return None
-    return LowRankConfig.from_dict({k: v for k, v in noted.items() if k not in ("form", "structure")})
+    return LowRankConfig.from_dict({k: v for k, v in recorded.items() if k not in ("form", "structure")})
 
 
 def structure_hash(model: nn.Module) -> str | None:
     """Hash of everything that a method drew once and never trains (sparse supports); None where there is nothing."""
-    digest, found = hashlib.sha256(), False
-    for name, module in model.named_modules():
-        if isinstance(module, ReparameterizedLinear):
-            for key, tensor in sorted(module.fixed_structure().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-                found = True
-    return digest.hexdigest() if found else None
+    structure = _fixed_structure(model)
+    digest = hashlib.sha256()
+    for name, tensor in structure.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest() if structure else None
+
+
+def _fixed_structure(model: nn.Module) -> dict[str, Tensor]:
+    """What the layers drew once and never train, by name."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, ReparameterizedLinear)]
+    return {f"{name}.{key}": value for name, layer in layers for key, value in sorted(layer.fixed_structure().items())}
 
 
 def identity(model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
-    """What two runs must share for one to go on from the other's checkpoint."""
+    """What two runs must have in common for one to resume from the other's checkpoint."""
     values = {**config.identity(), "structure": structure_hash(model)}
     if hasattr(config, "r"):
         targets = find_targets(model, config.target_modules)
@@ -173,7 +176,7 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
 
 
 def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
-    """`ValueError` for a target whose weight another module uses as well."""
+    """Raise `ValueError` for a target whose weight another module uses as well."""
     users: dict[int, set[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(p), set()).add(name.rpartition(".")[0])
@@ -215,20 +218,19 @@ def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
     def refuse_other_forms(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
         for name, keys in expected.items():
             start = f"{prefix}{name}."
-            found = {key[len(start) :] for key in state_dict if key.startswith(start)}
-            if found and found != keys:
+            saved_keys = {key[len(start) :] for key in state_dict if key.startswith(start)}
+            if saved_keys and saved_keys != keys:
                 raise ValueError(
-                    f"the checkpoint holds {', '.join(sorted(found))} for layer {name}, which here has "
+                    f"the checkpoint holds {', '.join(sorted(saved_keys))} for layer {name}, which here has "
                     f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
                     "it with hf_lowrank.from_pretrained"
                 )
-        for name, layer in module.named_modules():
-            for key, tensor in layer.fixed_structure().items() if isinstance(layer, ReparameterizedLinear) else ():
-                saved = state_dict.get(f"{prefix}{name}.{key}", tensor)
-                if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
-                    raise ValueError(
-                        f"{key} of layer {name} differs from the checkpoint's, which was drawn with another seed or "
-                        "sparsity: resume with the seed and settings of the run that saved it"
-                    )
+        for name, tensor in _fixed_structure(module).items():
+            saved = state_dict.get(f"{prefix}{name}", tensor)
+            if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
+                raise ValueError(
+                    f"{name} differs from the checkpoint's, which was drawn with another seed or sparsity: resume "
+                    "with the seed and settings of the run that saved it"
+                )
 
     model.register_load_state_dict_pre_hook(refuse_other_forms)

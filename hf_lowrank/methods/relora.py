@@ -1,4 +1,4 @@
-"""ReLoRA (arXiv 2307.05695): LoRA whose adapters are folded into W every so often and start anew.
+"""ReLoRA (arXiv 2307.05695): LoRA whose adapters are merged into W at regular steps and restarted.
 
 Shapes: W: (m, n), A: (r, n), B: (m, r).
 """

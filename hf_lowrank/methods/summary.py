@@ -14,7 +14,7 @@ from hf_lowrank.report.tables import format_bytes
 
 __all__ = ["Summary", "optimizer_state_bytes", "summarize"]
 
-# torch.optim and the optimizers here count steps in one float32 a parameter
+# torch.optim's optimizers and ours keep one float32 step counter for each parameter
 STEP_BYTES = 4
 
 
@@ -62,7 +62,7 @@ class Summary:
 
 
 def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ranks: dict[str, int]) -> Summary:
-    """Sizes for a model that `prepare` is done with.
+    """Sizes of a prepared model.
 
     Args:
         model: the model as it will be trained.
@@ -83,11 +83,11 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         size = own[0].element_size()
         bias = getattr(target.module, "bias", None)
         extra = bias.numel() if isinstance(bias, torch.Tensor) else 0
-        # what is frozen has no state: a frozen weight beside adapters that train is still a weight that trains
+        # a frozen parameter has no state, but a frozen weight whose adapters train counts as one that trains
         weight_trains = any(p.requires_grad for p in own if p is not bias)
         bias_trains = isinstance(bias, torch.Tensor) and bias.requires_grad
         bias_state = 2 * extra * bias_trains
-        # Conv1D stores the weight transposed, and optimizers see it as it is stored
+        # Conv1D stores the weight transposed, and the optimizer sees it as stored
         stored = (target.cols, target.rows) if isinstance(target.module, Conv1D) else (target.rows, target.cols)
         state_bytes += size * (config.state_elements(*stored, rank or 0) * weight_trains + bias_state)
         dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)
@@ -108,10 +108,6 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state; what is sharded counts as a whole, over all processes."""
-    total = 0
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                total += value.numel() * value.element_size()
-    return total
+    """Bytes of all tensors in an optimizer's state; a sharded tensor counts as a whole, over all processes."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))

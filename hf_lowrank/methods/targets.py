@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
-from hf_lowrank.sharding import reshard
+from hf_lowrank.sharding import reshard, whole
 
 __all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights", "whole_layer"]
 
@@ -64,12 +64,12 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _blocks(model: nn.Module) -> list[str]:
     """Paths of the outermost module lists that hold linear layers: the repeated blocks."""
-    found: list[str] = []
+    blocks: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in blocks)
         if isinstance(module, nn.ModuleList) and not inside and any(_shape(m) for m in module.modules()):
-            found.append(name)
-    return found
+            blocks.append(name)
+    return blocks
 
 
 def linear_layers(model: nn.Module) -> list[Target]:
@@ -158,13 +158,12 @@ def native_weights(model: nn.Module, target_modules: list[str] | str | None = No
 
 
 def whole_layer(module: nn.Module) -> nn.Module:
-    """The layer with whole parameters where they are sharded, for which every process must call this; else itself."""
+    """The layer, with whole parameters where they are sharded; then every process must call this."""
     if not any(isinstance(p, DTensor) for p in module.parameters()):
         return module
     gathered = copy.copy(module)
     parameters = {
-        name: p if p is None else nn.Parameter(p.full_tensor() if isinstance(p, DTensor) else p, requires_grad=False)
-        for name, p in module._parameters.items()
+        name: p if p is None else nn.Parameter(whole(p), requires_grad=False) for name, p in module._parameters.items()
     }
     children = {name: c if c is None else whole_layer(c) for name, c in module._modules.items()}
     gathered.__dict__.update(_parameters=parameters, _modules=children)
@@ -172,7 +171,7 @@ def whole_layer(module: nn.Module) -> nn.Module:
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """The model's hidden size as its config tells it, None when it does not."""
+    """The hidden size in the model's config, None where it has none."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()

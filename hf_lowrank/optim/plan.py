@@ -1,8 +1,8 @@
-"""How an optimizer that Trainer makes gets its groups, and refuses the state of another run.
+"""A plan gives the optimizer that Trainer makes its parameter groups, and refuses the state of another run.
 
-Trainer makes the groups (by weight decay) and hands them to the optimizer class without names; it makes the optimizer
-before the model is wrapped or sharded. A `Plan` therefore refers to the model, finds each parameter's name when the
-optimizer is made, and splits the groups that it is given.
+Trainer groups the parameters by weight decay, hands them to the optimizer class without names, and does so before the
+model is wrapped or sharded. A `Plan` therefore refers to the model: when the optimizer is made, it looks up each
+parameter's name and splits the groups it is given.
 """
 
 import json
@@ -23,7 +23,7 @@ class Plan:
     Args:
         model: the prepared model; only a weak reference is kept, since a plan lives as long as its Trainer.
         options: parameter name -> group options; parameters that are not named keep their group as it is.
-        identity: what a state must have been made by to be loaded, JSON-ready.
+        identity: method and settings, ready for JSON; a state is loaded only if it was made with the same.
     """
 
     def __init__(self, model: nn.Module, options: dict[str, dict[str, Any]], identity: dict[str, Any]) -> None:
@@ -42,17 +42,17 @@ class Plan:
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         regrouped: list[dict[str, Any]] = []
-        found: set[str] = set()
+        planned: set[str] = set()
         for group in groups:
             split: dict[str, dict[str, Any]] = {}
             for p in group["params"]:
                 options = self.options.get(names.get(id(p), ""), {})
                 if options:
-                    found.add(names[id(p)])
+                    planned.add(names[id(p)])
                 key = json.dumps(options, sort_keys=True)
                 split.setdefault(key, {**group, **options, "params": []})["params"].append(p)
             regrouped += split.values()
-        missing = self.options.keys() - found
+        missing = self.options.keys() - planned
         if missing and any("_fsdp_wrapped_module" in name for name in names.values()):
             raise ValueError("FSDP 1 flattens the weights that are projected: use FSDP 2 (fsdp_version 2) or DDP")
         if missing:
@@ -79,9 +79,9 @@ class Plan:
         }
 
     def check_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """`ValueError` when a state to be loaded was made by another method or with other settings."""
+        """Raise `ValueError` for a state that was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
-        # a plain Trainer's checkpoint carries no mark, and is full-rank by nature
+        # a plain Trainer's checkpoint carries no mark, and is full-rank
         saved = json.loads(marks.pop() or '{"method": "fullrank"}') if marks else {}
         mine = self.identity
         if saved.get("method") == mine["method"] == "fullrank":
@@ -99,13 +99,13 @@ class Plan:
 def with_plan(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Subclass of an optimizer that takes one more argument, `plan`, and follows it.
 
-    A subclass because Trainer calls anything else with the model in the parameters' place.
+    It must be a class: to a factory function Trainer would pass the model instead of the parameters.
     """
 
     class Planned(optimizer_cls):  # type: ignore[misc, valid-type]
         def __init__(self, params: Any, *args: Any, plan: Plan, **kwargs: Any) -> None:
             super().__init__(plan.regroup(params), *args, **kwargs)
-            # an optimizer of ours says in its messages which parameter it means
+            # a projected optimizer names parameters in its messages
             self.names = plan.names_of(self.param_groups)
             self.register_load_state_dict_pre_hook(plan.check_state)
 

@@ -1,9 +1,9 @@
 """What the projected optimizers share: groups, state, projector refreshes, sharded matrices, skipped gradients.
 
-A step takes each projected matrix through the same stations: refresh the projector when it is due, project the
-gradient, update Adam's moments in the projection, and hand N = M / (sqrt(V) + eps) to the method, which makes the
-weight's update of it. On a CPU matrices go one by one; on a GPU, and where rows are sharded, as many as fit into
-`CHUNK_ELEMENTS` go together, so that element-wise operations are fused over matrices and collectives overlap.
+A step treats every projected matrix alike: it refreshes the projector when that is due, projects the gradient, updates
+Adam's moments in the projection, and hands N = M / (sqrt(V) + eps) to the method, which turns it into the weight's
+update. On a CPU matrices go one by one; on a GPU, and where rows are sharded, as many as fit into `CHUNK_ELEMENTS` go
+together, so that element-wise operations are fused over matrices and collectives overlap.
 
 Shapes: W, G: (m, n), by rows where they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1.
 """
@@ -11,7 +11,6 @@ Shapes: W, G: (m, n), by rows where they are sharded; R, M, V, N: the projection
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -50,35 +49,36 @@ def apply_back_projection(
         W.addmm_(torch.mm(projector[0], N), projector[1], beta=beta, alpha=alpha)
 
 
-@dataclass
 class Matrix:
     """One projected weight in one step; tensors are this process's rows where it is sharded.
 
-    Attributes:
+    Args:
+        p: the parameter, with a gradient.
+        state: the optimizer's state of it.
+        proj_type: which side is projected.
         name: for messages.
+
+    Attributes:
         shape: (m, n) of the whole matrix.
         W, G: weight and gradient.
         M, V: moments in the projection; V's root is not taken.
         projector: its one or two matrices, `left` ones by rows.
-        state: the optimizer's state of the parameter.
         where: `left`, `right` or `full`.
         t: the step that is being taken, from 1.
         shards: how rows are spread.
         R: the projected gradient; whole on every process unless it has W's rows.
     """
 
-    name: str
-    shape: tuple[int, int]
-    W: Tensor
-    G: Tensor
-    M: Tensor
-    V: Tensor
-    projector: list[Tensor]
-    state: dict[str, Any]
-    where: str
-    t: int
-    shards: RowShards
-    R: Tensor = field(init=False)
+    R: Tensor
+
+    def __init__(self, p: Tensor, state: dict[str, Any], proj_type: str, name: str) -> None:
+        assert p.grad is not None
+        self.name, self.state, self.shape = name, state, (p.shape[0], p.shape[1])
+        self.W, self.G = local(p), local(p.grad)
+        self.M, self.V = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        self.projector = [local(state[key]) for key in PROJECTORS if key in state]
+        self.where, self.t = side(p.shape, proj_type), int(state["step"]) + 1
+        self.shards = RowShards.of(p, name)
 
     @property
     def by_rows(self) -> bool:
@@ -96,7 +96,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     `projector_right`, beside what a method adds: tensors and numbers of fixed shapes, made at the first step or by
     `init_state`. Where a weight is a DTensor with sharded rows, whatever has its rows is one too.
 
-    A gradient that is not finite changes nothing: its parameter is left out of that step, and this is logged.
+    A gradient that is not finite changes nothing: its parameter is left out of that step, and a warning is logged.
 
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
@@ -214,14 +214,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
         return loss
 
     def _chunks(self, index: int, group: dict[str, Any]) -> Iterator[list[Matrix]]:
-        """The group's matrices that have gradients, in portions that are stepped together."""
+        """The group's matrices that have gradients, in chunks that are stepped together."""
         chunk: list[Matrix] = []
         elements = 0
         for place, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             self._check_dense(p.grad, index, place)
-            matrix = self._matrix(p, index, place)
+            state, name = self._state_of(p, index, place), self._name(index, place)
+            matrix = Matrix(p, state, group["proj_type"], name)
             alone = matrix.shards.mesh is None and not matrix.W.is_cuda
             apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
             if chunk and (alone or apart or elements + p.numel() > CHUNK_ELEMENTS):
@@ -231,23 +232,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
             elements += p.numel()
         if chunk:
             yield chunk
-
-    def _matrix(self, p: Tensor, index: int, place: int) -> Matrix:
-        state, name = self._state_of(p, index, place), self._name(index, place)
-        assert p.grad is not None
-        return Matrix(
-            name=name,
-            shape=(p.shape[0], p.shape[1]),
-            W=local(p),
-            G=local(p.grad),
-            M=local(state["exp_avg"]),
-            V=local(state["exp_avg_sq"]),
-            projector=[local(state[key]) for key in PROJECTORS if key in state],
-            state=state,
-            where=side(p.shape, self.param_groups[index]["proj_type"]),
-            t=int(state["step"]) + 1,
-            shards=RowShards.of(p, name),
-        )
 
     def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
@@ -284,7 +268,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _step_plain(self, index: int, group: dict[str, Any]) -> None:
-        """The official packages' AdamW by torch's fused one, whose eps stands behind the bias correction."""
+        """The official packages' AdamW, computed by torch's fused one, which adds eps after the bias correction."""
         places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
         if not places:
             return
@@ -323,13 +307,13 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _skip(self, name: str) -> None:
         if not self._warned:
             logger.warning(
-                "the gradient of %s is not finite: such parameters are left out of their step (said once)", name
+                "the gradient of %s is not finite: such parameters are left out of their step (logged once)", name
             )
             self._warned = True
 
 
 def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
-    """Trainer loads a state to the GPU, where reading a step counter would wait for the device."""
+    """Keep step counters on the CPU: Trainer loads a state to the GPU, where reading one would wait for the device."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].cpu()

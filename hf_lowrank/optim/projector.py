@@ -1,4 +1,4 @@
-"""The subspace a gradient is projected to, and how it is found without a full SVD.
+"""The subspace that a gradient is projected onto, computed without a full SVD.
 
 Shapes: G: (m, n) gradient, r rank. A projector is one or two matrices with orthonormal rows or columns:
 
@@ -79,10 +79,10 @@ def refresh_projector(G: Tensor, r: int, where: str, method: str, previous: list
         left, right = _subspace_iterations(scaled, where, previous)
     else:
         left, right = _gram(scaled, r)
-    found = {"left": [left], "right": [right.T], "full": [left, right.T]}[where]
+    projector = {"left": [left], "right": [right.T], "full": [left, right.T]}[where]
     if method == "gram" and previous is not None:
-        found = _keep_signs(found, previous, where)
-    return [matrix.to(G.dtype).contiguous() for matrix in found]
+        projector = _keep_signs(projector, previous, where)
+    return [matrix.to(G.dtype).contiguous() for matrix in projector]
 
 
 def _svd(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _subspace_iterations(G: Tensor, where: str, previous: list[Tensor]) -> tuple
 
 
 def _sketch(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Subspace from Gaussian vectors and QR alone: nothing here iterates to convergence, so nothing can hang."""
+    """Subspace from Gaussian vectors and QR alone; it does not iterate to convergence, so it cannot fail to."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(r, G.shape[1], generator=generator).to(G)
     return _subspace_iterations(G, "right", [_orthonormal(start.T).T])
@@ -138,11 +138,11 @@ def _orthonormal(Y: Tensor) -> Tensor:
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
-def _keep_signs(found: list[Tensor], previous: list[Tensor], where: str) -> list[Tensor]:
+def _keep_signs(projector: list[Tensor], previous: list[Tensor], where: str) -> list[Tensor]:
     """Turn each basis vector to the side of the one it replaces."""
     columns = {"left": [True], "right": [False], "full": [True, False]}[where]
     kept = []
-    for new, old, in_columns in zip(found, previous, columns, strict=True):
+    for new, old, in_columns in zip(projector, previous, columns, strict=True):
         agreement = (new * old).sum(0 if in_columns else 1, keepdim=True)
         kept.append(torch.where(agreement < 0, -new, new))
     return kept

@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 import hf_lowrank as lr
-from hf_lowrank.methods.cola import CoLALinear
+from hf_lowrank.methods import METHODS, ProjectedConfig
 from hf_lowrank.methods.prepare import summary_of
-from hf_lowrank.methods.sltrain import SLTrainLinear
 from hf_lowrank.methods.summary import optimizer_state_bytes
 from hf_lowrank.models import SIZES, build_model, model_config
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
 from hf_lowrank.optim.projector import refresh_projector, side
 
 RANKS = {"tiny": 32, "60m": 128, "130m": 192, "350m": 256, "1b": 512}
@@ -92,12 +91,11 @@ def optimizers(size: str, params: Callable[[], list[nn.Parameter]]) -> dict[str,
     """Ours and the official ones, each on parameters of its own; no refresh falls into the steps that are timed."""
     r, gap = RANKS[size], 10**6
     common = {"update_proj_gap": gap, "proj_type": "std"}
-    made: dict[str, torch.optim.Optimizer] = {
-        "GaLore": GaLoreAdamW([{"params": params(), "r": r, "scale": 0.25, **common}], lr=1e-3),
-        "Fira": FiraAdamW([{"params": params(), "r": r, "alpha": 0.25, **common}], lr=1e-3),
-        "APOLLO": ApolloAdamW([{"params": params(), "r": r, "update_proj_gap": gap}], lr=1e-3),
-        "AdamW": torch.optim.AdamW(params(), lr=1e-3),
-    }
+    made: dict[str, torch.optim.Optimizer] = {"AdamW": torch.optim.AdamW(params(), lr=1e-3)}
+    for cls in METHODS.values():
+        if issubclass(cls, ProjectedConfig):
+            options = cls(r=r, update_proj_gap=gap).group_options(r)
+            made[cls.label] = cls.optimizer_cls([{"params": params(), **options}], lr=1e-3)
     if (cls := official("galore_torch", "GaLoreAdamW")) is not None:
         made["galore-torch"] = cls(
             [{"params": params(), "rank": r, "scale": 0.25, **common}], lr=1e-3, no_deprecation_warning=True
@@ -207,12 +205,12 @@ def benchmark_layers(size: str, options: argparse.Namespace) -> dict[str, Any]:
     for m, n in dict.fromkeys(shapes_of(size, 1)):
         x = torch.randn(TOKENS, n, device=options.device, requires_grad=True)
         dy = torch.randn(TOKENS, m, device=options.device)
-        layers = {
-            "dense": nn.Linear(n, m, bias=False),
-            "SLTrain": SLTrainLinear(n, m, r, alpha=32, sparsity=0.03),
-            "CoLA": lr.CoLAConfig().replace_layer(nn.Linear(n, m, bias=False), r, torch.Generator().manual_seed(0)),
-        }
-        assert isinstance(layers["CoLA"], CoLALinear)
+        dense = nn.Linear(n, m, bias=False)
+        layers: dict[str, nn.Module] = {"dense": dense}
+        for cls in METHODS.values():
+            # those that keep the weights have the dense layer in them
+            if cls.replaces_layers and not cls.keeps_weights:
+                layers[cls.label] = cls().replace_layer(dense, r, torch.Generator().manual_seed(0))
         contenders = {}
         for name, layer in layers.items():
             layer.to(options.device)
@@ -221,7 +219,7 @@ def benchmark_layers(size: str, options: argparse.Namespace) -> dict[str, Any]:
             )
         seconds = medians(in_turns(contenders, options.rounds))
         found.update({f"{name} {m} x {n}": value for name, value in seconds.items()})
-        pairs = {f"{name} / dense, {m} x {n}": (name, "dense") for name in ("SLTrain", "CoLA")}
+        pairs = {f"{name} / dense, {m} x {n}": (name, "dense") for name in layers if name != "dense"}
         quotients.update(ratios(seconds, pairs))
     return {"seconds": found, "ratios": quotients, "tokens": TOKENS, "r": r}
 
@@ -234,14 +232,8 @@ def configs(size: str) -> dict[str, lr.LowRankConfig]:
     r = SIZES[size][0] // 4
     return {
         "full-rank": lr.FullRankConfig(),
-        "GaLore": lr.GaLoreConfig(r=r),
-        "Fira": lr.FiraConfig(r=r),
-        "APOLLO": lr.ApolloConfig(r=r),
+        **{cls.label: cls(r=r) for cls in METHODS.values() if "r" in {field.name for field in fields(cls)}},
         "APOLLO-Mini": lr.ApolloConfig(r=1, scale=128, scale_type="tensor"),
-        "CoLA": lr.CoLAConfig(r=r),
-        "SLTrain": lr.SLTrainConfig(r=r),
-        "LoRA": lr.LoRAConfig(r=r),
-        "ReLoRA": lr.ReLoRAConfig(r=r),
     }
 
 
