@@ -5,14 +5,19 @@ the documents. A *row* is the `sequence_length` token ids that the model sees. `
 documents and rows, so that caching, streaming, sharding and resuming a stream work as its users know them.
 """
 
+import bz2
+import gzip
 import hashlib
 import json
+import logging
+import lzma
 import os
 import platform
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,13 +42,22 @@ __all__ = [
     "tokenizer_hash",
 ]
 
+logger = logging.getLogger(__name__)
+
 _END_OF_TEXT = "<|endoftext|>"
 # A few thousand merges need less text than this; more would only cost minutes at every start.
 _TOKENIZER_CHARACTERS = 20_000_000
 # Documents are packed in batches of this size; tokens that do not fill a row at the end of a batch are dropped. That
 # bounds the memory and gives the same rows whether the data set is streamed or not.
 _PACKED_TOGETHER = 10_000
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# By suffix, behind which there may be one of _COMPRESSIONS: the builder of `datasets`, and its options.
+_READERS: dict[str, tuple[str, dict[str, str]]] = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), ("json", {})),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+_COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open}
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 _NOT_STDLIB_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _TEXT = Features({"text": Value("large_string")})  # 64-bit offsets, for more than 2 GB
@@ -161,7 +175,8 @@ def _open_corpus(arguments: DataArguments) -> _Corpus:
     if arguments.dataset_name:
         return _open_hub(arguments.dataset_name, arguments)
     if not arguments.dataset_path:
-        return _read_texts("python-stdlib", platform.python_version(), *embedded_files())
+        root, sources = embedded_files()
+        return _open_files("python-stdlib", platform.python_version(), root, sources, arguments, skip=True)
     path = Path(arguments.dataset_path).expanduser()
     if not path.exists():
         raise DataError(f"dataset_path '{path}' does not exist (from {Path.cwd()}): correct it, or drop it")
@@ -178,33 +193,82 @@ def _open_corpus(arguments: DataArguments) -> _Corpus:
     if not files:
         way_out = "give another, or the folder as dataset_name if laid out like a Hub data set"
         raise DataError(f"dataset_path '{path}' has no file that matches dataset_glob {pattern!r}: {way_out}")
-    return _read_texts(path.resolve().name, None, path, files)
+    return _open_files(path.resolve().name, None, path, files, arguments, skip=arguments.skip_undecodable)
 
 
-def _read_texts(name: str, config: str | None, root: Path, files: list[Path]) -> _Corpus:
+def _open_files(
+    name: str, config: str | None, root: Path, files: list[Path], arguments: DataArguments, skip: bool
+) -> _Corpus:
+    """The documents of a folder's files, each read by what it is: records by their suffix, anything else as text."""
     files.sort(key=lambda file: file.relative_to(root).as_posix())
-    texts = []
+    groups: dict[str, list[Path]] = {}
     for file in files:
-        with suppress(UnicodeDecodeError):
-            texts.append(file.read_text(encoding="utf-8"))
+        groups.setdefault(kind if (kind := _kind_of(file)) in _READERS else "", []).append(file)
+    parts = []
+    for kind, group in groups.items():
+        what = f"data set '{name}' ({len(group)} files of {kind})"
+        parts.append(_read_records(group, kind, what) if kind else _read_texts(group, root, skip))
+        if len(groups) > 1:
+            parts[-1] = _with_text(parts[-1], what, arguments.text_column).cast(
+                Features({arguments.text_column: _TEXT["text"]})
+            )
     source = {"name": name, "config": config, "revision_or_hash": _files_hash(root, files)}
-    return {"train": Dataset.from_dict({"text": texts}, _TEXT)}, source
+    return {"train": parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)}, source
+
+
+def _kind_of(file: Path) -> str:
+    """The suffix that says what a file holds."""
+    return Path(file.stem).suffix if file.suffix in _COMPRESSIONS else file.suffix
+
+
+def _read_records(files: list[Path], kind: str, what: str) -> Dataset:
+    builder, options = _READERS[kind]
+    files = [file for file in files if file.stat().st_size > 0]
+    if not files:
+        raise DataError(f"{what} is empty: give files with documents")
+    with _explained(f"{what} cannot be read as {builder}", "repair or convert it"):
+        return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
+
+
+def _text(file: Path) -> str:
+    """A file's text without its byte order mark; `UnicodeError` where it is none."""
+    with _COMPRESSIONS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig") as stream:
+        text: str = stream.read()
+    if "\0" in text:
+        raise UnicodeError("it has NUL characters, as UTF-16 read as UTF-8 has")
+    return text
+
+
+def _read_texts(files: list[Path], root: Path, skip: bool) -> Dataset:
+    texts, left_out = [], []
+    for file in files:
+        try:
+            texts.append(_text(file))
+        # another encoding, or a compressed file that is cut short
+        except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error):
+            left_out.append(file.relative_to(root).as_posix())
+    if left_out:
+        named = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        trouble = f"{len(left_out)} of {len(files)} files are not UTF-8 text ({named})"
+        if not skip:
+            raise DataError(f"{trouble}: convert them, or set skip_undecodable to train on the others")
+        logger.warning("%s and are left out", trouble)
+    return Dataset.from_dict({"text": texts}, _TEXT)
 
 
 def _open_file(path: Path, validation_fraction: float) -> _Corpus:
-    kind = Path(path.stem).suffix if path.suffix in (".gz", ".bz2", ".xz", ".zst") else path.suffix
-    if path.suffix in _TEXT_SUFFIXES:
+    kind = _kind_of(path)
+    if kind in _TEXT_SUFFIXES:
         with _explained(f"dataset_path '{path}' is not UTF-8 text", "convert it"):
-            pieces = list(_pieces(path.read_text(encoding="utf-8"), validation_fraction))
+            pieces = list(_pieces(_text(path), validation_fraction))
         train = Dataset.from_dict({"text": pieces}, _TEXT)
-    elif reader := _READERS.get(kind):
-        if path.stat().st_size == 0:
-            raise DataError(f"dataset_path '{path}' is empty: give a file with documents")
-        with _explained(f"dataset_path '{path}' cannot be read as {reader}", "repair or convert it"):
-            train = datasets.load_dataset(reader, data_files=str(path), split="train")
+    elif kind in _READERS:
+        train = _read_records([path], kind, f"dataset_path '{path}'")
     else:
         way_out = f"give {', '.join([*_READERS, *_TEXT_SUFFIXES])}, or its folder with dataset_glob '*{path.suffix}'"
-        raise DataError(f"dataset_path '{path}' has the unknown file type '{path.suffix}': {way_out}")
+        raise DataError(
+            f"dataset_path '{path}' has the unknown file type '{path.suffix}': {way_out} to read it as text"
+        )
     return {"train": train}, {"name": path.name, "config": None, "revision_or_hash": _files_hash(path, [path])}
 
 
@@ -233,8 +297,6 @@ def _open_saved(path: Path) -> _Corpus:
         # Read again through a builder, because `map` writes its cache beside the files of a Dataset, and a user's
         # folder may be read-only.
         splits = datasets.load_dataset("arrow", data_files=files)
-    if "validation" not in splits and "test" in splits:
-        splits["validation"] = splits["test"]
     content_hash = _files_hash(path, sorted(Path(file) for file in chain.from_iterable(files.values())))
     return splits, {"name": path.resolve().name, "config": None, "revision_or_hash": content_hash}
 
@@ -264,8 +326,8 @@ def _shares(splits: Mapping[str, _Documents], name: str, arguments: DataArgument
     train = _with_text(splits["train"], name, column)
     # A fixed number, so that the training documents do not depend on how much is evaluated.
     taken = max(1000, arguments.max_eval_sequences or 0)
-    if "validation" in splits:
-        given = _with_text(splits["validation"], name, column)
+    if held := next((split for split in ("validation", "test") if split in splits), None):
+        given = _with_text(splits[held], name, column)
         return train, given if isinstance(given, Dataset) else Dataset.from_list(_take(given, taken, name))
     if isinstance(train, IterableDataset):
         way_out = "set streaming to false to hold out validation_fraction of them"
@@ -291,10 +353,17 @@ def _with_text(documents: _Documents, name: str, column: str) -> _Documents:
         raise DataError(f"{name} is empty: give one with documents")
     if column not in first[0]:
         raise DataError(f"{name} has no column {column!r} but {sorted(first[0])}: set text_column to one of them")
-    if not isinstance(first[0][column], str | None):
-        raise DataError(f"column {column!r} of {name} holds no text: set text_column to one that does")
-    documents = documents.select_columns([column])
-    documents = documents.filter(lambda text: bool(text and text.strip()), input_columns=[column])
+    trouble = f"column {column!r} of {name} holds {{}}: set text_column to one that holds text alone"
+    kind = (documents.features or {}).get(column, _TEXT["text"])
+    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string", "null"):
+        raise DataError(trouble.format(f"no text, or more than that, as {kind}"))
+
+    def has_text(text: Any) -> bool:
+        if not isinstance(text, str | None):
+            raise DataError(trouble.format(f"no text in some rows but {text!r:.40}"))
+        return bool(text and text.strip())
+
+    documents = documents.select_columns([column]).filter(has_text, input_columns=[column])
     if not _take(documents, 1, name):
         raise DataError(f"{name} is empty, all its documents are blank: give one with text")
     return documents
@@ -385,6 +454,8 @@ def _explained(trouble: str, way_out: str) -> Iterator[None]:
     """Turn any error of a library into one line; datasets, httpx and pyarrow share no class but `Exception`."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # `datasets` wraps the cause in errors without information

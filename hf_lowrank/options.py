@@ -118,6 +118,7 @@ class MeasureOptions(_Checked):
     dataset_config_name: str | None = option(None, "Its configuration.")
     dataset_path: str | None = option(None, "Validation data instead of the run's own: file or folder.")
     dataset_glob: str | None = option(None, "Files to take from the folder.")
+    skip_undecodable: bool | None = option(None, "Leave out its files that are not UTF-8 text.")
     tokenizer_name: str | None = option(None, "Tokenizer; default: the run's.")
     sequence_length: int | None = option(None, "Tokens in a row of the validation data.")
     token: str | None = None
@@ -236,15 +237,22 @@ class DataArguments:
 
     dataset_name: str | None = option(None, "Hub data set, or a local folder laid out like one.")
     dataset_config_name: str | None = option(None, "Configuration of dataset_name.")
-    dataset_path: str | None = option(None, "Text, JSON(L) or parquet file, save_to_disk or text-file folder.")
+    dataset_path: str | None = option(
+        None, "Text, JSON(L), CSV or parquet file, save_to_disk folder, or folder of files."
+    )
     dataset_glob: str | None = option(None, "Files to take from the folder, at any depth (default: *.txt).")
+    skip_undecodable: bool = option(
+        False, "Leave out files that are not UTF-8 text and say how many, not refuse them."
+    )
     text_column: str = option("text", "Column that holds the text.")
     streaming: bool = option(True, "Stream dataset_name instead of downloading it.")
     tokenizer_name: str | None = option(None, "Hub name or folder (default: trained on the training share).")
     vocab_size: int = option(4096, "Vocabulary of the tokenizer that is trained here.")
     sequence_length: int = option(256, "Tokens in a row.")
     packing: bool = option(True, "Join documents and cut rows without gaps; false: one document a row, cut or padded.")
-    validation_fraction: float = option(0.02, "Share of the documents held out if there is no validation split.")
+    validation_fraction: float = option(
+        0.02, "Share of the documents held out if there is no validation or test split."
+    )
     max_eval_sequences: int | None = option(None, "Keep only this many validation rows, evenly spread (default: all).")
     split_seed: int = option(0, "Seed of the split into training and validation.")
 

@@ -1,9 +1,11 @@
 """Every source gives the rows that its texts dictate, the same ones each time; every mistake is named."""
 
+import bz2
 import dataclasses
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import platform
 import random
@@ -62,6 +64,31 @@ def write_jsonl(path, documents, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in documents))
     return path
+
+
+def write_file(path, texts):
+    """Texts in a file of what its suffixes say."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = path.name.split(".")[1:]
+    plain = path.with_name(f"plain.{kinds[0]}")
+    if kinds[0] == "parquet":
+        datasets.Dataset.from_dict({"text": texts, "n": [0] * len(texts)}).to_parquet(str(plain))
+    elif kinds[0] in ("csv", "tsv"):
+        lines = [["n", "text"], *[["1", text] for text in texts]]
+        plain.write_text("".join({"csv": ",", "tsv": "\t"}[kinds[0]].join(line) + "\n" for line in lines))
+    elif kinds[0] in ("jsonl", "ndjson"):
+        write_jsonl(plain, texts)
+    elif kinds[0] == "json":
+        plain.write_text(json.dumps([{"text": text} for text in texts]))
+    else:
+        plain.write_text("\n\n".join(texts))
+    content = plain.read_bytes()
+    plain.unlink()
+    path.write_bytes({"gz": gzip, "bz2": bz2, "xz": lzma}[kinds[1]].compress(content) if kinds[1:] else content)
+
+
+def only(corpus):
+    return {"tokenizer_name": corpus["tokenizer_name"]}
 
 
 def load(**arguments):
@@ -210,6 +237,110 @@ def test_every_kind_of_path_gives_the_same_rows(kind, tmp_path, corpus):
     assert fingerprint(data.validation) == fingerprint(expected.validation)
     assert data.description["name"] == path.name
     assert data.description["source"] == "local"
+
+
+FOLDERS = [
+    ["a.jsonl"], ["a.parquet"], ["a.json.gz"], ["a.csv"], ["a.tsv.gz"], ["a.ndjson.bz2"], ["a.txt.gz", "b.txt"],
+    ["a.md.xz", "b.md.xz"], ["a.jsonl", "b.parquet", "c/d.jsonl.gz", "e.txt"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", FOLDERS)
+def test_a_folders_files_are_read_by_what_they_are(names, tmp_path, corpus):
+    shares = [DOCUMENTS[i :: len(names)] for i in range(len(names))]
+    for name, texts in zip(names, shares, strict=True):
+        write_file(tmp_path / name, texts)
+    pattern = "*" if len(names) > 2 else f"*.{names[0].split('.')[1]}*"
+    data = load(dataset_path=str(tmp_path), dataset_glob=pattern, **only(corpus))
+    in_train, in_validation = seeds_in(decoded(data, data.train)), seeds_in(decoded(data, data.validation))
+    assert in_train | in_validation == set(range(60))
+    assert not in_train & in_validation
+    # the text alone, and none of what is around it in the file
+    assert not re.search(r'[{"\t,]|\bn\b', decoded(data, data.train))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.csv", "a.tsv", "a.ndjson", "a.parquet", "a.jsonl.xz"])
+def test_a_file_is_read_by_what_it_is(name, tmp_path, corpus):
+    write_file(tmp_path / name, DOCUMENTS)
+    data = load(dataset_path=str(tmp_path / name), **only(corpus))
+    assert seeds_in(decoded(data, data.train)) | seeds_in(decoded(data, data.validation)) == set(range(60))
+
+
+UNDECODABLE = {
+    "latin-1": lambda text: (text + " caf\xe9").encode("latin-1"),
+    "utf-16": lambda text: text.encode("utf-16"),
+    "utf-16 without BOM": lambda text: text.encode("utf-16-le"),
+    "utf-32 without BOM": lambda text: text.encode("utf-32-be"),
+    "a binary file": lambda text: text.encode() + bytes(8),
+}
+
+
+@pytest.mark.parametrize("kind", UNDECODABLE)
+def test_files_that_are_no_utf8_text_are_counted_and_named(kind, tmp_path, corpus, caplog):
+    for seed, text in enumerate(DOCUMENTS[:20]):
+        (tmp_path / f"{seed:02}.txt").write_bytes((UNDECODABLE[kind] if seed % 4 else str.encode)(text))
+    where = {"dataset_path": str(tmp_path), **only(corpus)}
+    said = r"15 of 20 files are not UTF-8 text \(01.txt, 02.txt, 03.txt, ...\)"
+    with pytest.raises(DataError, match=said + ": convert them, or set skip_undecodable"):
+        load(**where)
+    data = load(**where, skip_undecodable=True)
+    assert seeds_in(decoded(data, data.train)) | seeds_in(decoded(data, data.validation)) == {0, 4, 8, 12, 16}
+    assert re.search(said + " and are left out", caplog.text)
+    with pytest.raises(DataError, match="02.txt' is not UTF-8 text"):
+        load(**{**where, "dataset_path": str(tmp_path / "02.txt")})
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "jsonl", "csv"])
+def test_a_byte_order_mark_is_no_text(kind, tmp_path, corpus):
+    name = f"a.{kind}" if kind in ("jsonl", "csv") else "a.txt"
+    for seed in range(0, 60, 20):
+        write_file(tmp_path / f"{seed}{name}", DOCUMENTS[seed : seed + 20])
+        content = (tmp_path / f"{seed}{name}").read_bytes()
+        (tmp_path / f"{seed}{name}").write_bytes(b"\xef\xbb\xbf" + content)
+    where = tmp_path if kind == "folder" else tmp_path / f"20{name}"
+    data = load(dataset_path=str(where), **only(corpus))
+    text = decoded(data, data.train) + decoded(data, data.validation)
+    assert len(seeds_in(text)) == (60 if kind == "folder" else 20)
+    assert "\ufeff" not in text
+
+
+@pytest.mark.parametrize(
+    "values", [[None, 3], [None, "low", 3], ["low", 3], ["low", ["rank"]], [None, 2.5, None], [True]]
+)
+@pytest.mark.parametrize("how", ["file", "folder", "streamed", "downloaded"])
+def test_a_column_of_other_things_than_text_is_named(values, how, tmp_path, corpus):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values * 3))
+    where = {
+        "dataset_path": str(path if how == "file" else folder),
+        "dataset_glob": None if how == "file" else "*.jsonl",
+    }
+    if how in ("streamed", "downloaded"):
+        where = {"dataset_name": str(folder), "streaming": how == "streamed"}
+    with pytest.raises(DataError, match="column 'text' of data set '.*' holds no text|cannot be read"):
+        load(**where, **only(corpus))
+
+
+@pytest.mark.parametrize("splits", [("test",), ("validation", "test")])
+@pytest.mark.parametrize("how", ["saved", "streamed", "downloaded"])
+def test_every_source_is_validated_on_the_same_split(how, splits, tmp_path, corpus):
+    parts = {
+        "train": DOCUMENTS[:30],
+        **{split: DOCUMENTS[30 + 10 * i : 40 + 10 * i] for i, split in enumerate(splits)},
+    }
+    folder = tmp_path / "data"
+    if how == "saved":
+        saved = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+        datasets.DatasetDict(saved).save_to_disk(str(folder))
+        data = load(dataset_path=str(folder), **only(corpus))
+    else:
+        for name, texts in parts.items():
+            write_jsonl(folder / f"{name}.jsonl", texts)
+        data = load(dataset_name=str(folder), streaming=how == "streamed", **only(corpus))
+    assert seeds_in(decoded(data, data.train)) == set(range(30))
+    assert seeds_in(decoded(data, data.validation)) == set(range(30, 40))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
