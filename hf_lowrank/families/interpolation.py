@@ -132,15 +132,16 @@ class Interpolation(Family):
         subject = "cross_seed" if peer.run.settings() == at.run.settings() else "cross_method"
         mine, other = in_space(at.model, "dense")[0], in_space(theirs, "dense")[0]
         a, b = mine.state_dict(), other.state_dict()
-        settings = {"other": peer.name, "other_method": peer.run.method, "other_seed": peer.run.seed}
-        reference = {"other_step": peer.step}
-        measured = loss_path_records(at, mine, (a, b), subject, "dense", settings, reference)
+        settings, reference = {"other": peer.name}, {"other_step": peer.step}
+        about = {"other_method": peer.run.method, "other_seed": peer.run.seed}
+        measured = loss_path_records(at, mine, (a, b), subject, "dense", settings, reference, about)
         try:
             aligned = align(mine, a, b).state
         # a layout whose symmetries are not known here
         except ValueError as error:
             return measured + _not_measured(at, f"{subject}_aligned", str(error))
-        return measured + loss_path_records(at, mine, (a, aligned), f"{subject}_aligned", "dense", settings, reference)
+        ends = (a, aligned)
+        return measured + loss_path_records(at, mine, ends, f"{subject}_aligned", "dense", settings, reference, about)
 
 
 def _not_measured(at: Context, subject: str, note: str) -> Measurement:

@@ -83,7 +83,7 @@ def test_what_could_not_be_measured_stands_in_the_others_column_and_is_no_confli
 def test_barriers_to_each_other_are_no_conflict() -> None:
     pair = [report("a"), report("b")]
     for made, other in zip(pair, ("b", "a"), strict=True):
-        barrier = {"other": other, "other_step": 300, **ON}
+        barrier = {"other": other, "other_step": 300, "other_method": other, "other_seed": 1, **ON}
         name = "interpolation/cross_method/barrier"
         made["metrics"].append(metric_entry(name, 0.5, stderr=0.1, step=300, settings=barrier, space="dense"))
     assert said(compare(runs(*pair))) == ""
