@@ -276,8 +276,9 @@ class ReportCallback(TrainerCallback):
             "data": self.info.data,
             "metrics": read_records(folder),
             "evaluations": evaluation_entries(read_evaluations(folder) or []),
-            "baseline": self._baseline(),
         }
+        if (baseline := self._baseline()) is not None:
+            report["baseline"] = baseline
         write_report(report, self.publish / "report.json")
         self._foreign = False
 
