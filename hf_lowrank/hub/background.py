@@ -1,4 +1,4 @@
-"""Pushing while training goes on: copies of `publish/` wait in line and a thread pushes them, one at a time."""
+"""Pushing while training goes on: a thread pushes copies of `publish/`, one at a time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 
 COPIES = ".pushing-"
 LONGEST = 3
-"""Copies that may wait at once: each is as large as `publish/`. The oldest gives way."""
+"""Copies that may wait at once, each as large as `publish/`; the oldest is dropped for a new one."""
 
 
 class PushQueue:
-    """States of one run's `publish/` that are to be pushed, in the order in which they were saved.
+    """The saved states of a run's `publish/` that wait to be pushed, oldest first.
 
-    Each is a copy, so that what is written meanwhile does not mix into it. A training process must not wait for the
-    network, because the other processes of a distributed run would time out. When a push fails, its copy stays in
-    line until `add` or `finish` is called. A thread that is cut off with its process leaves nothing half-written: a
-    commit is on the Hub as a whole or not at all.
+    Each is a copy, so later writes do not mix into it. A training process must not wait for the network, because the
+    other processes of a distributed run would time out. A copy whose push failed waits until `add` or `finish` is
+    called. A thread that dies with its process leaves nothing half-written: a commit is on the Hub as a whole or not
+    at all.
 
     Args:
-        push: Pushes a folder under a commit message; says whether it could, and does not raise.
+        push: Pushes a folder under a commit message and returns whether that worked; it never raises.
     """
 
     def __init__(self, push: Callable[[Path, str], bool]) -> None:
@@ -37,12 +37,12 @@ class PushQueue:
         self._added = 0
 
     def add(self, publish: Path, message: str) -> None:
-        """Put a copy of `publish` into the line and return while it is pushed.
+        """Queue a copy of `publish` and return while it is pushed.
 
         Raises:
             OSError: There is no room for the copy.
         """
-        # beside it, where a relative link leads to the same place
+        # beside it, so that relative links still lead to the same place
         copy = publish.parent / f"{COPIES}{self._added}"
         self._added += 1
         try:
@@ -53,7 +53,7 @@ class PushQueue:
         with self._lock:
             self._waiting.append((copy, message))
             if len(self._waiting) > LONGEST:
-                # the first is under way
+                # the first may be on its way to the Hub
                 dropped, late = self._waiting.pop(0 if self._thread is None else 1)
                 shutil.rmtree(dropped, ignore_errors=True)
                 logger.warning(
@@ -66,13 +66,13 @@ class PushQueue:
                 self._thread.start()
 
     def wait(self) -> None:
-        """Return when no push is under way."""
+        """Wait until no push is under way."""
         thread = self._thread
         if thread is not None:
             thread.join()
 
     def finish(self, publish: Path, message: str) -> None:
-        """Push what waits and then `publish` itself, and return when that is done or has failed."""
+        """Push the waiting copies and then `publish` itself; return when that is done or has failed."""
         self.wait()
         with self._lock:
             self._waiting.append((publish, message))
@@ -80,7 +80,7 @@ class PushQueue:
         self.clear(publish.parent)
 
     def clear(self, run: Path) -> None:
-        """Forget what waits, and remove the copies in a run's folder, those of a process that was killed too."""
+        """Drop the queue and remove the copies in a run's folder, also those of a process that was killed."""
         with self._lock:
             self._waiting = []
         for copy in run.glob(f"{COPIES}*"):

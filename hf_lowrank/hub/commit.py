@@ -1,7 +1,7 @@
-"""A folder becomes one commit of a model repository on the Hugging Face Hub.
+"""Pushing a folder as one commit of a model repository on the Hugging Face Hub.
 
-What a push does to the repository is decided by comparing it with the folder, so a push that failed half-way is
-repeated by calling it again, and one that changes nothing makes no commit. `HfApi.upload_folder` is not used: with
+A push compares the repository with the folder. One that failed half-way can therefore be repeated by calling it again,
+and one that changes nothing makes no commit. `HfApi.upload_folder` is not used: with
 `hf_xet` it splits a folder over several commits, and its `delete_patterns` cannot tell our files from other people's.
 """
 
@@ -53,12 +53,12 @@ def push_folder(
     tag: str | None = None,
     overwrite: bool = False,
 ) -> CommitInfo:
-    """Put `publish/` on the Hub in one commit, as it lies there.
+    """Put `publish/` on the Hub in one commit, as it is.
 
     The repository and the branch are made if missing. Files that an earlier push wrote and that `publish/` no longer
     has are deleted in the same commit, unless it holds no weights at all; files of others stay. Where nothing differs
-    there is no new commit. A commit that somebody else makes meanwhile stays: the push looks again at what is there,
-    and goes on from it. What fails for a moment is tried again; a Hub that is silent for a minute has failed.
+    there is no new commit. A commit that somebody else makes meanwhile stays: the push reads the repository again and
+    builds on it. Short failures are tried again; a Hub that is silent for a minute has failed.
 
     Args:
         run: A run's folder, or its `publish/` folder itself. Nothing outside `publish/` is sent.
@@ -82,7 +82,7 @@ def push_folder(
         OverwriteError: The repository was not written by this package, somebody changed a file that would be
             replaced, or it holds another run (see `hf_lowrank.hub.ownership`).
         PushError: The Hub refuses or fails, or cannot be reached; the client's error is its cause. Nothing is
-            half-written, and calling again goes on where it stopped.
+            half-written, and another call continues where this one stopped.
     """
     folder = publish_folder(Path(run).expanduser())
     check_names(repo_id, revision, tag)
@@ -93,7 +93,7 @@ def commit_folder(
     folder: Path, hub: Hub, revision: str | None, private: bool | None, message: str | None, tag: str | None,
     default_tag: str | None, overwrite: bool,
 ) -> CommitInfo:  # fmt: skip
-    """What `push_folder` does, with names that were checked; `default_tag` gives way to another branch's."""
+    """Do what `push_folder` does, with names that were checked; `default_tag` yields to another branch's tag."""
     files = files_to_publish(folder, hub.token)
     home = folder.resolve()
     name = tag or default_tag
@@ -116,14 +116,14 @@ def commit_folder(
 
 
 class Hub:
-    """Asks the Hub about one repository, and names it when that fails."""
+    """Asks the Hub about one repository; errors name it."""
 
     def __init__(self, repo_id: str, token: str | bool | None) -> None:
         self.repo_id, self.token = repo_id, token
         self.api = HfApi(token=token, library_name="hf_lowrank", library_version=version("hf_lowrank"))
 
     def asked(self, failing: str, call: Callable[..., T], *arguments: Any) -> T:
-        """`call(*arguments)`; raises PushError that says what is `failing`."""
+        """Return `call(*arguments)`; a PushError says what is `failing`."""
         try:
             return with_retries(partial(call, *arguments))
         except FAILURES as error:
@@ -158,7 +158,7 @@ def _make_branch(api: HfApi, repo_id: str, branch: str) -> None:
 def _commit(
     hub: Hub, repo_id: str, branch: str, files: dict[str, Path], message: str, overwrite: bool
 ) -> tuple[CommitInfo, State]:
-    """Make `branch` hold `files` and no others of ours, whatever is committed there meanwhile."""
+    """Make `branch` hold `files` and no other files of ours, whatever somebody commits there meanwhile."""
     for _ in range(TRIES):
         there = hub.asked("the repository cannot be read", read_state, hub.api, repo_id, branch)
         problem = None if overwrite else hub.asked("the repository cannot be read", objections, hub.api, there, files)
@@ -201,7 +201,7 @@ def _send(api: HfApi, there: State, files: dict[str, Path], message: str) -> Com
 
 
 def _put_tag(api: HfApi, there: State, tag: str, oid: str, moves: bool) -> None:
-    """Have `tag` point at the commit `oid`; one that another branch put elsewhere is left alone unless it `moves`."""
+    """Point `tag` at the commit `oid`; a tag of another branch stays where it is unless it `moves`."""
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(there.repo_id).tags}
     if tag in tags and not moves and not _is_on_branch_alone(api, there, tags[tag], oid):
         logger.info("%s is another branch's: the tag is %s-%s", tag, there.branch, tag)
@@ -214,14 +214,14 @@ def _put_tag(api: HfApi, there: State, tag: str, oid: str, moves: bool) -> None:
 
 
 def _is_on_branch_alone(api: HfApi, there: State, tagged: str, oid: str) -> bool:
-    """Whether a commit that has a tag is the new one, or an older one of this branch that `main` does not have."""
+    """Tell whether a tagged commit is the new one, or an older one of this branch that `main` does not have."""
     history = {commit.commit_id for commit in there.history}
     main = {commit.commit_id for commit in api.list_repo_commits(there.repo_id)}
     return tagged == oid or tagged in history - main
 
 
 def publish_folder(run: Path) -> Path:
-    """The folder to publish, for a run's folder or the publish folder itself."""
+    """Return the folder to publish, given a run's folder or the publish folder itself."""
     if not run.is_dir():
         raise FileNotFoundError(f"no run at {run}: give the folder of a run (`output_dir`), or its publish/ folder")
     if (run / "publish").is_dir():
@@ -235,7 +235,7 @@ def publish_folder(run: Path) -> Path:
 
 
 def files_to_publish(folder: Path, token: str | bool | None) -> dict[str, Path]:
-    """Path in the repository -> file, for everything in a publish folder that may be published.
+    """Return path in the repository -> file for everything in a publish folder that may be published.
 
     Raises:
         FileNotFoundError: Nothing is in it.

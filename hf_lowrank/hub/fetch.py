@@ -1,4 +1,4 @@
-"""Where a published run lies on this machine: a local folder as it is, a Hub repository after its download."""
+"""Finding a published run on this machine: a local folder as it is, a Hub repository after its download."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REFUSED = "the Hub refuses the token: log in again with `hf auth login`"
 
 
 class FetchError(OSError):
-    """A repository could not be had; the message names it, the revision and the way out."""
+    """A repository could not be downloaded; the message names it, its revision and the way out."""
 
 
 def fetch(
@@ -47,7 +47,7 @@ def fetch(
     token: str | bool | None = None,
     allow_patterns: list[str] | None = None,
 ) -> Path:
-    """The folder that holds a published run.
+    """Return the folder that holds a published run.
 
     Args:
         source: A run's folder (its `publish/` is returned if it has one), a publish or checkpoint folder, or a Hub
@@ -63,9 +63,9 @@ def fetch(
         FileNotFoundError: `source` looks like a path and is missing.
         NotADirectoryError: `source` is a file.
         ValueError: `source` is neither a folder nor a repository id, or a revision is given twice or for a folder.
-        FetchError: No such repository or revision, no right to it, not reachable and not in the cache, a file that
-            keeps arriving damaged, or one whose name points out of the cache. What failed for a moment was tried
-            again; what has arrived stays, so that calling again goes on from there.
+        FetchError: The repository or revision does not exist, may not be read, or is neither reachable nor in the
+            cache; a file keeps arriving damaged, or its name points out of the cache. Short failures were tried
+            again. The files that arrived stay: another call continues from there.
     """
     local = Path(source).expanduser()
     if local.is_dir():
@@ -89,7 +89,7 @@ def fetch(
 
 
 def download(repo_id: str, revision: str, token: str | bool | None, allow_patterns: list[str]) -> Path:
-    """The snapshot of a repository in the cache, downloaded where it is not there yet; raises `FetchError`."""
+    """Return a repository's snapshot in the cache, after downloading what is missing; raises `FetchError`."""
     wanted = f"{repo_id} at revision {revision!r}"
 
     def snapshot() -> Path:
@@ -139,21 +139,21 @@ def _secret(token: str | bool | None) -> str | None:
 
 
 def _drop_damaged(snapshot: Path, since: float) -> None:
-    """Take files that have just arrived with other bytes than the Hub's out of the cache.
+    """Remove new files from the cache whose bytes differ from the Hub's.
 
-    The client checks sizes alone. The cache names every file by its content, SHA-256 for LFS and git's SHA-1
-    otherwise. What lay in the cache already was checked when it arrived.
+    The client checks only sizes. The cache names every file by its content, with SHA-256 for LFS and git's SHA-1
+    otherwise. Older files were checked when they arrived.
 
     Args:
         snapshot: The snapshot's folder.
         since: Time (seconds since 1970) after which a file counts as new.
 
     Raises:
-        DamagedError: There were some; they are gone, so that the next download brings them again.
+        DamagedError: There were some. They are gone, so the next download fetches them again.
     """
     damaged = []
     for path in snapshot.rglob("*"):
-        # where there are no symbolic links the name of the content is not known
+        # without symbolic links the name of the content is not known
         if not path.is_symlink():
             continue
         content = path.parent / path.readlink()
@@ -167,7 +167,7 @@ def _drop_damaged(snapshot: Path, since: float) -> None:
 
 
 def _is_content(path: Path, etag: str) -> bool:
-    """Whether a file's content is the one that the Hub names `etag`; a name of another kind says nothing."""
+    """Tell whether a file's content is the one that the Hub names `etag`; yes for a name of another kind."""
     with path.open("rb") as file:
         if re.fullmatch(r"[0-9a-f]{64}", etag):
             return hashlib.file_digest(file, "sha256").hexdigest() == etag

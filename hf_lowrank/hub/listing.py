@@ -1,4 +1,4 @@
-"""Published runs that the Hub lists under a tag, and their small files: anybody may have put anything there."""
+"""Published runs that the Hub lists under a tag, and their small files. Anybody may have put anything there."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,7 +49,7 @@ def fetch_listed(listed: Listed, token: str | None = None) -> tuple[Path, list[s
 
     Raises:
         ValueError: there is no report, or one larger than any real one.
-        FetchError: the repository cannot be had.
+        FetchError: the repository cannot be read.
     """
     api = HfApi(token=token, library_name="hf_lowrank")
     try:
@@ -66,5 +66,5 @@ def fetch_listed(listed: Listed, token: str | None = None) -> tuple[Path, list[s
     if sum(curves.values()) > _LARGEST_CURVES:
         wanted.pop()
         problems.append(f"its curves are left out: {sum(curves.values()):,} bytes")
-    # not `fetch`, which would take a local folder of the repository's name
+    # `fetch` would take a local folder of the repository's name
     return download(listed.repo_id, listed.commit or "main", token, wanted), problems

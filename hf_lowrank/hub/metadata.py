@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.markdown import one_line, slug
-from hf_lowrank.report.model import Data, EvaluationEntry, Report, Run, details
+from hf_lowrank.report.model import Data, EvaluationEntry, MetricEntry, Report, Run, details
 from hf_lowrank.report.tables import HeadlineRow, describe, evaluation_rows, measured_with
 
 __all__ = ["card_metadata", "evaluation_results", "headline_results", "write_benchmarks"]
@@ -65,15 +65,11 @@ def _is_on_hub(data: Data) -> bool:
 
 
 def headline_results(headline: Sequence[HeadlineRow], data: Data | None) -> list[EvalResult]:
-    """Return one result a row that has a number, each under a data-set configuration of its own.
-
-    huggingface_hub joins results that differ in nothing but `dataset_args`, their source or their metric
-    (huggingface_hub issue 4975, still in 2.4.0); the configuration is what keeps them apart.
-    """
+    """Return one result a row that has a number, each under a data-set configuration of its own."""
     on_hub = data is not None and _is_on_hub(data)
     name = "not recorded" if data is None else one_line(data.name)
     results = []
-    for metric, entry in ((row.metric, row.entry) for row in headline if row.entry.value is not None):
+    for metric, entry in ((row.metric, row.entry) for row in headline):
         setting = [
             None if data is None else data.config,
             metric.name,
@@ -81,50 +77,54 @@ def headline_results(headline: Sequence[HeadlineRow], data: Data | None) -> list
             None if entry.step is None else f"step {entry.step}",
             describe(details(entry)),
         ]
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=name if on_hub else slug(name),
-                dataset_name=name,
-                dataset_config=one_line("; ".join(part for part in setting if part)),
-                dataset_revision=data.revision_or_hash if on_hub and data is not None else None,
-                metric_type=metric.name,
-                metric_name=metric.label if metric.id is None else f"{metric.id}: {metric.label}",
-                metric_value=entry.value,
-                metric_args=None if entry.stderr is None else {"stderr": entry.stderr},
-            )
+        result = _result(
+            entry,
+            setting,
+            dataset_type=name if on_hub else slug(name),
+            dataset_name=name,
+            dataset_revision=data.revision_or_hash if on_hub and data is not None else None,
+            metric_type=metric.name,
+            metric_name=metric.label if metric.id is None else f"{metric.id}: {metric.label}",
         )
-    return results
+        results.append(result)
+    return [result for result in results if result.metric_value is not None]
 
 
 def evaluation_results(evaluations: Sequence[EvaluationEntry]) -> list[EvalResult]:
     """Return one result a downstream number; each setting of a task is a data-set configuration of its own."""
-    results: dict[tuple[str, str, str], EvalResult] = {}
+    results: dict[tuple[str, str], EvalResult] = {}
     for entry in evaluations:
-        if entry.value is None:
-            continue
+        task, metric = one_line(entry.task), one_line(entry.metric)
         setting = [
+            task,
             None if entry.num_fewshot is None else f"{entry.num_fewshot}-shot",
             None if entry.limit is None else f"limit {entry.limit:g}",
             None if entry.step is None else f"step {entry.step}",
             None if entry.task_version is None else f"version {entry.task_version}",
             measured_with(entry),
         ]
-        task, metric = one_line(entry.task), one_line(entry.metric)
-        config = one_line("; ".join([task, *(part for part in setting if part)]))
-        results[task, metric, config] = EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
-            dataset_type=slug(task),
-            dataset_name=task,
-            dataset_config=config,
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=entry.value,
-            metric_args=None if entry.stderr is None else {"stderr": entry.stderr},
+        result = _result(
+            entry, setting, dataset_type=slug(task), dataset_name=task, metric_type=metric, metric_name=metric
         )
+        if entry.value is not None:
+            results[metric, str(result.dataset_config)] = result
     return list(results.values())
+
+
+def _result(entry: MetricEntry | EvaluationEntry, setting: Sequence[str | None], **named: Any) -> EvalResult:
+    """Return a number as a result whose data-set configuration holds its setting.
+
+    huggingface_hub joins results that differ in nothing but `dataset_args`, their source or their metric
+    (huggingface_hub issue 4975, still in 2.4.0); the configuration is what keeps them apart.
+    """
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_config=one_line("; ".join(part for part in setting if part)),
+        metric_value=entry.value,
+        metric_args=None if entry.stderr is None else {"stderr": entry.stderr},
+        **named,
+    )
 
 
 def write_benchmarks(publish: Path, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""When the Hub or the way to it fails: how long to wait, what to try again, and how to say it in one line."""
+"""Failures of the Hub or the network: what to try again and after how long, and how to describe them in one line."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ HTTP: Any = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.parti
 FAILURES: tuple[type[Exception], ...] = (HTTP.HTTPError, OSError, RuntimeError, json.JSONDecodeError, KeyError)
 """What the client raises when a request fails.
 
-RuntimeError is around a file that could not be uploaded; the last two are about answers that are none of the Hub's.
+A RuntimeError wraps the failed upload of a file; the last two come from answers that are not the Hub's.
 """
 
 TIMEOUT: type[Exception] = HTTP.TimeoutException
 
 SILENCE = 60.0
-"""Seconds without a byte after which a request has failed: the client itself waits for ever."""
+"""Seconds without a byte after which a request has failed; the client itself would wait forever."""
 
 TRIES = 3
 FIRST_WAIT = 1.0
 """Seconds before the second try, doubled for each one after it."""
 
 LONGEST_WAIT = 300.0
-"""Seconds. A Hub that asks for more (Retry-After) is not waited for; its rate limits count in five minutes."""
+"""Seconds. We do not wait for a Hub that asks for more (Retry-After); its rate limits count in five minutes."""
 
 PASSING = (429, 500, 502, 503, 504)
-"""Answers that may be others a moment later."""
+"""Status codes of failures that may pass."""
 
 T = TypeVar("T")
 
@@ -56,17 +56,17 @@ _limited = 0
 
 
 class DamagedError(OSError):
-    """Bytes arrived that are not those the Hub has."""
+    """The bytes that arrived differ from the Hub's."""
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """`call()`, tried again after a failure that may pass: a busy Hub, or a connection that broke off.
+    """Return `call()`; try again after a failure that may pass: a busy Hub, or a connection that broke off.
 
-    A Hub that is silent or out of reach is not asked again here: the client has its own retries for transfers, and
-    waiting longer holds up whoever calls. What is called must be safe to repeat.
+    A Hub that is silent or cannot be reached is not asked again: the client retries transfers itself, and waiting
+    longer would hold up the caller. `call` must be safe to repeat.
 
     Raises:
-        Whatever `call` raises, at its last try.
+        What `call` raises at the last try.
     """
     for tried in range(TRIES):
         try:
@@ -83,9 +83,9 @@ def with_retries(call: Callable[[], T]) -> T:
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """End silence and long waits on the client's shared session.
+    """Give the requests of the client's shared session time limits.
 
-    `set_client_factory` would do it for good, but it closes the session, on which a data set may be streaming.
+    `set_client_factory` would do so permanently, but it closes the session, on which a data set may be streaming.
     """
     global _limited
     with _lock:
@@ -113,7 +113,7 @@ def _hooks() -> dict[str, Callable[[Any], None]]:
 
 
 def _end_silence(request: Any) -> None:
-    """Most of the client's requests have no time limit, some of them explicitly."""
+    """Give a request a time limit: most of the client's requests have none, some of them explicitly."""
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
         kind: SILENCE if limits.get(kind) is None else min(SILENCE, limits[kind])
@@ -122,14 +122,14 @@ def _end_silence(request: Any) -> None:
 
 
 def _refuse_long_wait(response: Any) -> None:
-    """The client sleeps for as long as the Hub asks; past LONGEST_WAIT the answer is an error instead."""
+    """Turn an answer that asks for more than LONGEST_WAIT into an error: the client would sleep that long."""
     if response.status_code in PASSING and (_asked_wait(response) or 0) > LONGEST_WAIT:
         response.read()
         hf_raise_for_status(response)
 
 
 def _asked_wait(response: Any) -> float | None:
-    """Seconds that the Hub asks to wait: Retry-After, a number or a time, or its rate limit's next window."""
+    """Return the seconds that the Hub asks us to wait: Retry-After, or the time to its rate limit's next window."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
@@ -141,8 +141,8 @@ def _asked_wait(response: Any) -> float | None:
 
 
 def _seconds_to_wait(error: BaseException, tried: int) -> float | None:
-    """Seconds after which another try makes sense, None where it does not."""
-    # the second is the client's word for a file that arrived too short; what has arrived is gone on from
+    """Return after how many seconds another try makes sense; None where it does not."""
+    # the second is how the client reports a file that arrived too short; a download continues from the bytes it has
     if isinstance(error, DamagedError) or str(error).startswith("Consistency check failed"):
         return 0.0
     usual = FIRST_WAIT * 2**tried
@@ -157,7 +157,7 @@ def _seconds_to_wait(error: BaseException, tried: int) -> float | None:
 
 
 def _lost_its_session(error: BaseException) -> bool:
-    """Whether a transfer failed because another could not connect: the client then closes the session they share."""
+    """Tell whether a transfer failed because another could not connect: the client then closes their session."""
     causes = list(_causes(error))[1:]
     return (
         isinstance(error, RuntimeError)
@@ -173,18 +173,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException) -> Any:
-    """The Hub's answer behind an error, None if there was none."""
+    """Return the Hub's answer behind an error, None if there was none."""
     return next((e.response for e in _causes(error) if isinstance(e, HfHubHTTPError) and e.response is not None), None)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status code of the Hub's answer behind an error, None if there was no answer."""
+    """Return the status code of the Hub's answer behind an error, None if there was no answer."""
     answer = _answer(error)
     return None if answer is None else int(answer.status_code)
 
 
 def describe_error(error: BaseException, *secrets: str | None) -> str:
-    """Why a request failed and what to do about it, in one line without tokens."""
+    """Return in one line, without tokens, why a request failed and what to do about it."""
     # which file could not be uploaded, and why, are two errors
     what = f"{error} " if isinstance(error, RuntimeError) and error.__cause__ is not None else ""
     return redact(what + _reason(error), get_token(), *secrets)

@@ -1,4 +1,4 @@
-"""Whose a repository on the Hub is: what of it a push may replace or delete, and what it must ask about."""
+"""Who owns a repository on the Hub: what a push may replace or delete in it, and when it must ask first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class State:
         repo_id, branch, head: Where; `head` is the newest commit's hash.
         paths: Every file in it but `.gitattributes`, which the Hub itself writes.
         history: Its commits, newest first.
-        untouched: It is a branch that holds nothing but what it has from `main`.
+        untouched: It is a branch that holds nothing but what it got from `main`.
     """
 
     repo_id: str
@@ -60,11 +60,11 @@ def read_state(api: HfApi, repo_id: str, branch: str) -> State:
 
 
 def objections(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
-    """What a push of `files` would overwrite that is not this run's, in words; None where it is free to.
+    """Say what a push of `files` would overwrite that is not this run's; None where nothing stands against it.
 
     A repository that no push of this package has written to belongs to somebody else. In one of ours, a file that
-    somebody changed since (a card edited on the Hub) is theirs, and one that holds another run is that run's. On a
-    branch that was made for this push nothing can be lost.
+    somebody has changed since (a card edited on the Hub) is theirs, and a report of another run makes it that run's.
+    On a branch that was made for this push nothing can be lost.
     """
     if not there.paths:
         return None
@@ -83,7 +83,7 @@ def objections(api: HfApi, there: State, files: Mapping[str, Path]) -> str | Non
 
 
 def deletable(api: HfApi, there: State, paths: Iterable[str]) -> list[str]:
-    """Those of `paths` that a push of this package was the last to write."""
+    """Return those of `paths` that were last written by a push of this package."""
     return [info.path for info in _infos(api, there, paths) if _is_ours(info, there)]
 
 
@@ -100,7 +100,7 @@ def _is_ours(info: RepoFile, there: State) -> bool:
 
 
 def _same(info: RepoFile, file: Path) -> bool:
-    """Whether a file on the Hub has the content of a local one."""
+    """Tell whether a file on the Hub has the content of a local one."""
     if info.size != file.stat().st_size:
         return False
     with file.open("rb") as content:
@@ -111,7 +111,7 @@ def _same(info: RepoFile, file: Path) -> bool:
 
 
 def _another_run(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
-    """Say so where the report on the Hub is of a run with another name, method, model, seed or learning rate."""
+    """Describe the run on the Hub where it has another name, method, model, seed or learning rate; else None."""
     if "report.json" not in files or "report.json" not in there.paths:
         return None
     mine = run_of(files["report.json"])
@@ -128,11 +128,11 @@ def _another_run(api: HfApi, there: State, files: Mapping[str, Path]) -> str | N
 
 
 def run_of(report: Path) -> tuple[str, str, str] | None:
-    """Name, method and settings of the run that a report is of, None if it does not say."""
+    """Return name, method and settings of a report's run; None where the report does not say."""
     try:
         run = json.loads(report.read_bytes())["run"]
-        told = {key: run.get(key) for key in ("method_config", "model", "seeds", "learning_rate")}
-        return str(run["name"]), str(run["method"]), json.dumps(told, sort_keys=True)
+        settings = {key: run.get(key) for key in ("method_config", "model", "seeds", "learning_rate")}
+        return str(run["name"]), str(run["method"]), json.dumps(settings, sort_keys=True)
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -80,11 +80,11 @@ def push(
 
 
 def _add_model(publish: Path, steps: int) -> None:
-    """Put the model of the report's step beside the report of a run that `measure` alone has written."""
+    """Put the model of the report's step beside a report that `measure` has written without one."""
     if (publish / "config.json").is_file():
         return
     checkpoint = publish.parent / f"checkpoint-{steps}"
-    # one of a model that is none of transformers' has weights and no config.json
+    # the checkpoint of a model outside transformers has weights and no config.json
     if (checkpoint / "config.json").is_file():
         _write_model(checkpoint, publish)
     else:
@@ -96,7 +96,7 @@ def _add_model(publish: Path, steps: int) -> None:
 
 
 def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> None:
-    """Tag every kept checkpoint, each on a branch of its own that is gone afterwards: the tag keeps the commit."""
+    """Tag every kept checkpoint; each is pushed to a branch that is removed afterwards, the tag keeps its commit."""
     repo_id = hub.asked("the repository cannot be read", hub.api.model_info, hub.repo_id).id
     refs = hub.asked("the tags cannot be read", hub.api.list_repo_refs, repo_id)
     there = {ref.name for ref in refs.tags}
@@ -107,7 +107,7 @@ def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> 
         if tag in there and branch != "main" and not _is_of(hub, repo_id, tag, mine):
             tag = f"{branch}-{tag}"
         if tag in there and _is_of(hub, repo_id, tag, mine):
-            # left by a push that was interrupted
+            # an interrupted push left it
             if aside in {ref.name for ref in refs.branches}:
                 hub.asked(f"the branch {aside} cannot be removed", _remove_branch, hub, repo_id, aside)
             continue
@@ -126,7 +126,7 @@ def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> 
 
 
 def _is_of(hub: Hub, repo_id: str, tag: str, mine: tuple[str, str, str] | None) -> bool:
-    """Whether what a tag points at was published of this run."""
+    """Tell whether a tag points at something that this run has published."""
     folder = download(repo_id, tag, hub.token, ["report.json"])
     return mine is not None and run_of(folder / "report.json") == mine if (folder / "report.json").is_file() else False
 
@@ -160,7 +160,7 @@ def _write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
         "checkpoint_of": {"steps": report.run.steps} if step < report.run.steps else report.run.checkpoint_of,
         "tokens_seen": state.get("num_input_tokens_seen") or None,
         "flops": state.get("total_flos") or None,
-        # the clock was not read at the checkpoint
+        # nobody read the clock at the checkpoint
         "wall_time_seconds": None,
     }
     kept = {
@@ -183,18 +183,18 @@ def _write_model(checkpoint: Path, folder: Path) -> None:
     model = load_model(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint) if list(checkpoint.glob("tokenizer*")) else None
-    # whatever transformers and tokenizers make of damaged files
+    # transformers and tokenizers raise whatever they like for damaged files
     except Exception as error:
         raise CheckpointError(f"{checkpoint} is damaged: its tokenizer cannot be read ({error})") from error
     export(model, folder, tokenizer)
 
 
 def _cut(metrics: Path, step: int) -> None:
-    """Drop what was measured after `step` from the files of a metrics folder, and files in which nothing is left."""
+    """Drop what was measured after `step` from a metrics folder, and files in which nothing is left."""
     for path in sorted(metrics.iterdir()):
         try:
             left = _cut_rows(path, step) if path.suffix == ".parquet" else _cut_entries(path, step)
-        # damaged: the numbers of the report are there all the same
+        # damaged; the report still has its numbers
         except Exception as error:
             logger.warning("%s cannot be read and is left out of step %d: %s", path.name, step, error)
             left = 0

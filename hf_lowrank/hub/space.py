@@ -34,9 +34,9 @@ def space_card(title: str, body: str, repos: Sequence[str]) -> str:
 def push_space(
     files: Mapping[str, str], repo_id: str, *, overwrite: bool = False, token: str | bool | None = None
 ) -> str:
-    """Put files into a static Space in one commit; where nothing differs there is none. Return the Space's address.
+    """Put files into a static Space in one commit, or none where nothing differs; return the Space's address.
 
-    The Space is made if missing. One that is there is ours if its files were last written by a push of this package.
+    The Space is made if missing. An existing one is ours if a push of this package was the last to write its files.
 
     Args:
         files: path -> text.
@@ -72,7 +72,7 @@ def _push(repo_id: str, files: Mapping[str, str], overwrite: bool, token: str | 
         commit_message="Publish a comparison of runs",
         commit_description=f"{MARK} {version('hf_lowrank')}",
         repo_type="space",
-        # whose the files are was asked of this state: the Hub refuses (412) if somebody pushed since
+        # we checked whose the files are at this commit: the Hub refuses (412) if somebody pushed since
         parent_commit=history[0].commit_id,
     )
     return f"{api.endpoint}/spaces/{repo_id}"
@@ -82,15 +82,15 @@ def _make(api: HfApi, repo_id: str) -> tuple[str, bool]:
     """Make the Space if it is missing; return its full name and whether it was made."""
     try:
         return api.create_repo(repo_id, repo_type="space", space_sdk="static").repo_id, True
-    # it is there, or this token may write to it but make none: the client tells the two from a real refusal
+    # it exists, or this token may write to it but not make one: the client tells both from a real refusal
     except HfHubHTTPError:
         return api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True).repo_id, False
 
 
 def _theirs(api: HfApi, repo_id: str, paths: list[str], history: Sequence[GitCommitInfo]) -> list[str]:
-    """Those of `paths`, or of a Space that has none of them anything, that somebody else wrote."""
+    """Return those of `paths` that somebody else wrote; a Space without any commit of ours is theirs as a whole."""
     if len(history) == 1 and history[0].title == "initial commit":
-        return []  # made by a push that got no further: what is in it is the Hub's own template
+        return []  # an earlier push only made the Space: its files are the Hub's own template
     ours = {commit.commit_id for commit in history if MARK in commit.message}
     if not ours:
         return ["its commits"]

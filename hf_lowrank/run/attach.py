@@ -36,7 +36,7 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         run: what Trainer does not know about the run.
 
     Raises:
-        ValueError: the Trainer has a report already, something else than a callback was given, or a callback cannot
+        ValueError: the Trainer has a report already, something other than a callback was given, or a callback cannot
             measure what this Trainer trains.
     """
     if any(isinstance(callback, ReportCallback) for callback in trainer.callback_handler.callbacks):

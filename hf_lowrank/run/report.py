@@ -94,7 +94,7 @@ class ReportCallback(TrainerCallback):
         self.pushes = PushQueue(self.try_push)
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
-        # facts that stand still once training has ended, however often the report is written after it
+        # facts that stay as they were when training ended, however often the report is written afterwards
         self._ended: dict[str, Any] = {}
         self._training = False
         # whether the report in the folder may be of an earlier run
