@@ -34,63 +34,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationCallback",
-    "ApolloConfig",
-    "CheckpointError",
-    "CoLAConfig",
-    "CurvatureCallback",
-    "EvaluationCallback",
-    "FiraConfig",
-    "FullRankConfig",
-    "GaLoreConfig",
-    "InterpolationCallback",
-    "LandscapeCallback",
-    "LoRAConfig",
-    "LowRankConfig",
-    "ReLoRAConfig",
-    "RunInfo",
-    "SLTrainConfig",
-    "SpectralCallback",
-    "attach",
-    "check_checkpoint",
-    "check_resume",
-    "from_pretrained",
-    "last_checkpoint",
-    "load_report",
-    "prepare",
-    "push",
-    "to_dense",
-]
+    "ActivationCallback", "ApolloConfig", "CheckpointError", "CoLAConfig", "CurvatureCallback", "EvaluationCallback",
+    "FiraConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback", "LoRAConfig",
+    "LowRankConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig", "SpectralCallback", "attach", "check_checkpoint",
+    "check_resume", "from_pretrained", "last_checkpoint", "load_report", "prepare", "push", "to_dense",
+]  # fmt: skip
 
-# the module of each name: it is imported when the name is first used, so that importing the package costs nothing
-_MODULES = {
-    "ActivationCallback": "hf_lowrank.families",
-    "ApolloConfig": "hf_lowrank.methods",
-    "CheckpointError": "hf_lowrank.checkpoints",
-    "CoLAConfig": "hf_lowrank.methods",
-    "CurvatureCallback": "hf_lowrank.families",
-    "EvaluationCallback": "hf_lowrank.downstream.callback",
-    "FiraConfig": "hf_lowrank.methods",
-    "FullRankConfig": "hf_lowrank.methods",
-    "GaLoreConfig": "hf_lowrank.methods",
-    "InterpolationCallback": "hf_lowrank.families",
-    "LandscapeCallback": "hf_lowrank.families",
-    "LoRAConfig": "hf_lowrank.methods",
-    "LowRankConfig": "hf_lowrank.methods",
-    "ReLoRAConfig": "hf_lowrank.methods",
-    "RunInfo": "hf_lowrank.run.facts",
-    "SLTrainConfig": "hf_lowrank.methods",
-    "SpectralCallback": "hf_lowrank.families",
-    "attach": "hf_lowrank.run.attach",
-    "check_checkpoint": "hf_lowrank.checkpoints",
-    "check_resume": "hf_lowrank.checkpoints",
-    "from_pretrained": "hf_lowrank.hub.load",
-    "last_checkpoint": "hf_lowrank.checkpoints",
-    "load_report": "hf_lowrank.hub.load",
-    "prepare": "hf_lowrank.methods.prepare",
-    "push": "hf_lowrank.hub.push",
-    "to_dense": "hf_lowrank.checkpoints",
+# a module is imported when one of its names is first used, so that importing the package costs nothing
+_NAMES = {
+    "checkpoints": "CheckpointError check_checkpoint check_resume last_checkpoint to_dense",
+    "downstream.callback": "EvaluationCallback",
+    "families": "ActivationCallback CurvatureCallback InterpolationCallback LandscapeCallback SpectralCallback",
+    "hub.load": "from_pretrained load_report",
+    "hub.push": "push",
+    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LowRankConfig ReLoRAConfig "
+    "SLTrainConfig",
+    "methods.prepare": "prepare",
+    "run.attach": "attach",
+    "run.facts": "RunInfo",
 }
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
