@@ -260,6 +260,12 @@ class Family:
         """The names of the headline metrics that a unit with this subject gives."""
         return tuple(n for n in self.entry.metric_names() if self.unit_subject(f"{n}/".split("/")[1]) == subject)
 
+    def across_runs(
+        self, runs: Sequence[Run], measured_of: Callable[[Run], Measurement]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Tables of several runs that were measured together, rows by the table's name: here none."""
+        return {}
+
     def unit_subject(self, subject: str) -> str | None:
         """The subject of the unit whose records have this subject in their names."""
         return next((known for known in self.subjects if subject.startswith(known)), None)

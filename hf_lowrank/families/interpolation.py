@@ -1,8 +1,9 @@
 """Barriers on the line between two models (H6, H7, and the seed-to-seed null beside them)."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,27 @@ class Interpolation(Family):
             return measured + _not_measured(at, f"{subject}_aligned", str(error))
         ends = (a, aligned)
         return measured + loss_path_records(at, mine, ends, f"{subject}_aligned", "dense", settings, reference, about)
+
+    def across_runs(
+        self, runs: Sequence[Run], measured_of: Callable[[Run], Measurement]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """`barrier_map`: the barrier of every two runs at the last step that both have, measured by either."""
+        pairs: dict[tuple[str, str, bool], dict[str, Any]] = {}
+        for run in runs:
+            for number in measured_of(run).records:
+                _, subject, metric = number.name.split("/")
+                if metric == "barrier" and subject.startswith("cross_") and number.value is not None:
+                    key = (run.name, str(number.settings.get("other")), subject.endswith("_aligned"))
+                    if key not in pairs or pairs[key]["step"] <= number.step:
+                        pairs[key] = {"step": number.step, "barrier": number.value, "stderr": number.stderr}
+        rows = []
+        for a, b in permutations(runs, 2):
+            for aligned in (False, True):
+                pair = pairs.get((a.name, b.name, aligned)) or pairs.get((b.name, a.name, aligned))
+                if pair is not None:
+                    ends = {"run_a": a.name, "method_a": a.method, "run_b": b.name, "method_b": b.method}
+                    rows.append(ends | {"aligned": aligned} | pair)
+        return {"barrier_map": rows} if rows else {}
 
 
 def _not_measured(at: Context, subject: str, note: str) -> Measurement:

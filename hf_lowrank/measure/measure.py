@@ -22,7 +22,7 @@ from hf_lowrank.measure.progress import Failure, Progress
 from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
 from hf_lowrank.measure.source import RunSource, open_run, rows_of
 from hf_lowrank.measure.units import RunUnits
-from hf_lowrank.measure.write import write_map, write_run
+from hf_lowrank.measure.write import write_run, write_tables_across_runs
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.options import MeasureOptions
 from hf_lowrank.report.files import atomic_path
@@ -83,7 +83,7 @@ def measure(
         jobs.append(Job(work, partial(write_run, run_units.run, baseline=reference), run_units.release))
     failures = run_jobs(jobs, runs[0].output / LOCK, progress or Progress())
     if len(every_run) > 1 and launched()[0] == 0:
-        write_map(every_run, runs)
+        write_tables_across_runs(every_run, runs)
     return runs, len(failures)
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from itertools import permutations
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.downstream.results import evaluation_entries, read_evaluations
+from hf_lowrank.families import Measurement, families
 from hf_lowrank.families.records import metrics_folder, read_measurement, read_records
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import write_card
@@ -23,7 +24,7 @@ from hf_lowrank.model_config import base_architecture
 from hf_lowrank.report import SCHEMA_VERSION, Report, baseline_of, read_report, write_report
 from hf_lowrank.report.files import atomic_path
 
-__all__ = ["write_map", "write_run"]
+__all__ = ["write_run", "write_tables_across_runs"]
 
 logger = logging.getLogger(__name__)
 
@@ -164,35 +165,18 @@ def _numbers(path: Path) -> int:
         return sum(prod(s.get_shape()) for s in slices if s.get_dtype().startswith(("F", "BF")))
 
 
-def write_map(among: list[RunSource], into: list[RunSource]) -> None:
-    """Write `barrier_map.parquet`, the barriers between all of `among`, to each of `into`, and draw it.
+def write_tables_across_runs(among: list[RunSource], into: list[RunSource]) -> None:
+    """Write the tables that families make of the runs `among` to each of `into`, and draw them."""
 
-    Every pair was measured at the last step that both have; where one of the two has measured it, it stands for both.
-    """
-    known = {run.name: run for run in among}
-    pairs: dict[tuple[str, str, bool], dict[str, Any]] = {}
-    for run in among:
-        found = read_measurement(metrics_folder(run.output), "interpolation")
-        for record in found.records if found is not None else []:
-            _, subject, metric = record.name.split("/")
-            other = record.settings.get("other")
-            if metric == "barrier" and subject.startswith("cross_") and other in known and record.value is not None:
-                key = (run.name, str(other), subject.endswith("_aligned"))
-                if key not in pairs or pairs[key]["step"] <= record.step:
-                    pairs[key] = {"step": record.step, "barrier": record.value, "stderr": record.stderr}
-    rows = []
-    for a, b in permutations(among, 2):
-        for aligned in (False, True):
-            at = pairs.get((a.name, b.name, aligned)) or pairs.get((b.name, a.name, aligned))
-            if at is not None:
-                rows.append(
-                    {
-                        "run_a": a.name, "method_a": a.method, "run_b": b.name, "method_b": b.method,
-                        "aligned": aligned, **at,
-                    }
-                )  # fmt: skip
-    for run in into if rows else []:
-        with atomic_path(metrics_folder(run.output) / "barrier_map.parquet") as path:
-            pd.DataFrame(rows).to_parquet(path, index=False)
+    def measured_of(run: Any, name: str) -> Measurement:
+        return read_measurement(metrics_folder(run.output), name) or Measurement()
+
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for family in families().values():
+        tables |= family.across_runs(among, partial(measured_of, name=family.entry.file))
+    for run in into if tables else []:
+        for name, rows in tables.items():
+            with atomic_path(metrics_folder(run.output) / f"{name}.parquet") as path:
+                pd.DataFrame(rows).to_parquet(path, index=False)
         draw_figures(run.output / "publish")
         write_card(run.output / "publish")
