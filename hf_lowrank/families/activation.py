@@ -46,11 +46,7 @@ class Activation(Family):
         name, step, baseline = at.baseline.name, at.baseline.step, at.baseline.load()
         with evaluating(at.model), evaluating(baseline):
             mean, layers = compare_activations(at.model, baseline, at.sequences, progress=at.progress)
-        settings = {
-            "baseline": name,
-            "average": "mean over layers, embeddings included",
-            **at.sequences.settings(),
-        }
+        settings = {"baseline": name, "average": "mean over layers, embeddings included", **at.sequences.settings()}
         about: dict[str, Any] = {"layers": len(layers), "stderr": "jackknife over groups of sequences"}
         measured = Measurement()
         for metric in SIMILARITIES:

@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 class Snapshot:
     """Tensors of one step under a name, read one at a time.
 
-    Where several processes write (a part each, or one a machine), each has a file of its own; whatever files can be
-    seen from here are read, so that another number of processes finds them too where the folder is shared.
+    Every process that writes has a file of its own. All files that can be seen from here are read, so that a run in a
+    shared folder can be resumed with another number of processes.
 
     Args:
-        folder: made when something is saved.
+        folder: is created when something is saved.
         name: of the snapshot.
     """
 
@@ -57,11 +57,11 @@ class Snapshot:
         return index
 
     def holds(self, step: int | None) -> bool:
-        """Whether there is something of this step."""
+        """Whether tensors of this step are there."""
         return step is not None and step in self._index
 
     def get(self, step: int, name: str) -> Tensor | None:
-        """A tensor of a step; None where it is not at hand."""
+        """A tensor of a step; None where it is not there."""
         path = self._index.get(step, {}).get(name)
         if path is None:
             return None
@@ -69,7 +69,7 @@ class Snapshot:
             return file.get_tensor(name)
 
     def names(self, step: int) -> list[str]:
-        """What there is of a step."""
+        """The names of a step's tensors."""
         return list(self._index.get(step, {}))
 
     def remove(self) -> None:

@@ -85,6 +85,10 @@ class Entry:
         return tuple(metric.name for metric in self.metrics)
 
 
+# axes that several metrics share
+_RISE, _VARIANCE = "loss increase (nats)", "variance (nats²)"
+_RANK, _CURVATURE = "effective rank / min(m, n)", "nats per squared weight"
+
 LOSS = Entry(
     "loss",
     "Loss",
@@ -101,19 +105,11 @@ LANDSCAPE = Entry(
     "landscape",
     "Loss landscape",
     (
-        HeadlineMetric(
-            "H1", "landscape/random/sharpness", "Expected sharpness, random directions", "loss increase (nats)"
-        ),
-        HeadlineMetric("H2", "landscape/random/variance", "Loss variance over random directions", "variance (nats²)"),
-        HeadlineMetric(
-            "H3", "landscape/svd_1/sharpness", "Expected sharpness, top SVD direction", "loss increase (nats)"
-        ),
-        HeadlineMetric(
-            "H4", "landscape/svd_k/sharpness", "Expected sharpness, top K SVD directions", "loss increase (nats)"
-        ),
-        HeadlineMetric(
-            "H5", "landscape/svd_k/variance", "Loss variance over top K SVD directions", "variance (nats²)"
-        ),
+        HeadlineMetric("H1", "landscape/random/sharpness", "Expected sharpness, random directions", _RISE),
+        HeadlineMetric("H2", "landscape/random/variance", "Loss variance over random directions", _VARIANCE),
+        HeadlineMetric("H3", "landscape/svd_1/sharpness", "Expected sharpness, top SVD direction", _RISE),
+        HeadlineMetric("H4", "landscape/svd_k/sharpness", "Expected sharpness, top K SVD directions", _RISE),
+        HeadlineMetric("H5", "landscape/svd_k/variance", "Loss variance over top K SVD directions", _VARIANCE),
     ),
     (
         Picture(
@@ -158,15 +154,11 @@ INTERPOLATION = Entry(
 
 # W: a weight matrix (m, n); dW: its change since the measurement before
 _SPECTRAL_METRICS = (
-    HeadlineMetric(
-        "H8", "spectral/weight/effective_rank_score", "Effective rank score of W", "effective rank / min(m, n)"
-    ),
+    HeadlineMetric("H8", "spectral/weight/effective_rank_score", "Effective rank score of W", _RANK),
     HeadlineMetric("H9", "spectral/weight/stable_rank", "Stable rank of W", "stable rank"),
     HeadlineMetric("H10", "spectral/weight/spectral_gap", "Spectral gap of W", "(s₁ − s₂) / s₁"),
     HeadlineMetric("H11", "spectral/update/relative_norm", "Relative norm of dW", "‖dW‖ / ‖W‖ (Frobenius)"),
-    HeadlineMetric(
-        "H12", "spectral/update/effective_rank_score", "Effective rank score of dW", "effective rank / min(m, n)"
-    ),
+    HeadlineMetric("H12", "spectral/update/effective_rank_score", "Effective rank score of dW", _RANK),
     HeadlineMetric("H13", "spectral/update/stable_rank", "Stable rank of dW", "stable rank"),
 )
 SPECTRAL = Entry(
@@ -220,8 +212,8 @@ CURVATURE = Entry(
     "curvature",
     "Curvature",
     (
-        HeadlineMetric(None, "curvature/top_eigenvalue", "Top eigenvalue of the Hessian", "nats per squared weight"),
-        HeadlineMetric(None, "curvature/trace", "Trace of the Hessian", "nats per squared weight"),
+        HeadlineMetric(None, "curvature/top_eigenvalue", "Top eigenvalue of the Hessian", _CURVATURE),
+        HeadlineMetric(None, "curvature/trace", "Trace of the Hessian", _CURVATURE),
     ),
     (Picture("curvature_over_steps.png", "Top eigenvalue and trace of the Hessian over training", "curvature.json"),),
 )
