@@ -82,6 +82,9 @@ def test_a_process_that_never_imported_it_measures_compares_and_loads_its_run(ru
         assert (facts["method"], facts["method_label"], facts["dense_form"]) == ("toy", ToyConfig.label, True)
         assert facts["method_paper"] == dataclasses.asdict(ToyConfig.paper)
         assert {"loss", "spectral"} <= {entry["name"].partition("/")[0].split("_")[-1] for entry in report["metrics"]}
+        card = (folder / "publish" / "README.md").read_text()
+        assert f"[{ToyConfig.label}](https://arxiv.org/abs/{ToyConfig.paper.arxiv})" in card
+        assert ToyConfig.paper.title in card
     assert "toy" in (page / "index.html").read_text()
 
 
