@@ -201,6 +201,11 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
         raise CheckpointError(f"{folder} holds no config.json: give a checkpoint or a published folder")
     _check_weights(folder)
     config = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{folder} holds quantised weights, which are not read here: load it with transformers and save it "
+            "dequantised"
+        )
     lowrank = getattr(config, "lowrank", None) or {}
     model = _model_of(config, folder)
     method = method_of(model)

@@ -5,7 +5,9 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import gather_model, to_dense
 from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.methods.foreign import is_foreign
 from hf_lowrank.methods.prepare import method_of
+from hf_lowrank.methods.targets import dense_copy
 from hf_lowrank.sharding import is_sharded
 
 __all__ = ["SPACES", "in_space", "is_reparameterized", "no_dense_form", "spaces_of", "unsharded"]
@@ -14,8 +16,8 @@ SPACES = ("native", "dense", "both")
 
 
 def is_reparameterized(model: torch.nn.Module) -> bool:
-    """Whether a method has put its layers into the model."""
-    return any(isinstance(module, ReparameterizedLinear) for module in model.modules())
+    """Whether a method, PEFT or a quantisation has put its layers into the model."""
+    return any(isinstance(module, ReparameterizedLinear) or is_foreign(module) for module in model.modules())
 
 
 def no_dense_form(model: torch.nn.Module) -> str | None:
@@ -54,7 +56,11 @@ def in_space(model: torch.nn.Module, space: str) -> tuple[torch.nn.Module, str]:
     """
     if not is_reparameterized(model):
         return model, "dense"
-    if space == "native" or not isinstance(model, PreTrainedModel):
+    if space == "native":
+        return model, "native"
+    if any(map(is_foreign, model.modules())):
+        return dense_copy(unsharded(model)), "dense"
+    if not isinstance(model, PreTrainedModel):
         return model, "native"
     device = next(model.parameters()).device
     whole = unsharded(model)

@@ -69,7 +69,7 @@ class Checkpoint:
             CheckpointError: files are missing, cut short, or not what config.json says.
         """
         model = load_model(self.folder)
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        if any(p.dtype.itemsize < torch.float32.itemsize for p in model.parameters()):
             model = model.float()
         moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         return moved

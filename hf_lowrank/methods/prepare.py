@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.conversion import convert_when_loading
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
+from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.summary import Summary, summarize
 from hf_lowrank.methods.targets import Target, find_targets, hidden_size
 from hf_lowrank.optim.plan import Plan, with_plan
@@ -78,6 +79,12 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)
     present = [t for t in targets if isinstance(t.module, ReparameterizedLinear)]
+    adapted = [target.name for target in targets if is_adapted(target.module)]
+    if adapted and ranks:
+        raise ValueError(
+            f"{adapted[0]} has adapters of PEFT's ({len(adapted)} such layers in all), under which {config.label} "
+            "cannot train: merge them first (merge_and_unload), or train the model without a method"
+        )
     if present:
         present_method = method_of(model)
         same = present_method is not None and present_method.identity() == config.identity()

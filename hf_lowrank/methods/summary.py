@@ -1,5 +1,6 @@
 """What a method does to a model, in numbers: modules matched, parameters, optimizer-state bytes."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ class Summary:
 
     Attributes:
         method: the method's label.
-        modules: target kind -> (count, rows, cols, rank); rank is None where the method has none.
+        modules: target kind -> (count, rows, cols, rank); rank is None where the method has none. A kind of several
+            shapes or ranks has an entry for each, named after it.
         parameters, parameters_trained: of the model as trained.
         parameters_dense: of the dense model it stands for.
         state_bytes: predicted bytes of the optimizer's state.
@@ -76,7 +78,8 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
     # one weight of AdamW keeps two moments in the parameter's dtype
     other_bytes = sum(2 * p.numel() * p.element_size() for p in trained if id(p) not in inside)
     state_bytes, dense_bytes, dense_count, dense_tensors = other_bytes, other_bytes, 0, len(trained)
-    modules: dict[str, tuple[int, int, int, int | None]] = {}
+    # a kind may have several shapes, as in the layers of an encoder and a decoder
+    alike: Counter[tuple[str, int, int, int | None]] = Counter()
     for target in targets:
         rank = ranks.get(target.name)
         own = list(target.module.parameters())
@@ -93,8 +96,12 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)
         dense_count += target.rows * target.cols + extra
         dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
-        count = modules.get(target.kind, (0, 0, 0, None))[0]
-        modules[target.kind] = (count + 1, target.rows, target.cols, rank)
+        alike[target.kind, target.rows, target.cols, rank] += 1
+    shapes = Counter(kind for kind, *_ in alike)
+    modules = {}
+    for (kind, rows, cols, rank), count in alike.items():
+        name = kind if shapes[kind] == 1 else f"{kind} ({rows} x {cols})"
+        modules[name] = (count, rows, cols, rank)
     dense_parameters = sum(p.numel() for key, p in parameters.items() if key not in inside) + dense_count
     return Summary(
         method=config.label,

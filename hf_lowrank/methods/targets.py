@@ -14,9 +14,19 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.methods.foreign import base_layer, foreign_weight, is_adapted, is_foreign, is_quantized
 from hf_lowrank.sharding import reshard, whole
 
-__all__ = ["Target", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights", "whole_layer"]
+__all__ = [
+    "Target",
+    "dense_copy",
+    "dense_weights",
+    "find_targets",
+    "hidden_size",
+    "linear_layers",
+    "native_weights",
+    "whole_layer",
+]
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,13 @@ class Target:
         """W: (m, n), detached; transposed where the layer stores it so."""
         if isinstance(self.module, ReparameterizedLinear):
             return self.module.dense_weight()
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+        weight = foreign_weight(self.module, self.name)
+        return weight.T if isinstance(base_layer(self.module), Conv1D) else weight
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(m, n) of a linear layer; None for any other module."""
+    module = base_layer(module)
     if isinstance(module, nn.Linear | ReparameterizedLinear):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
@@ -78,11 +88,14 @@ def linear_layers(model: nn.Module) -> list[Target]:
     layers: list[Target] = []
     replaced: str | None = None
     for name, module in model.named_modules():
-        shape = _shape(module)
-        # a method's layer may hold linear layers of its own
-        if shape is None or (replaced is not None and name.startswith(replaced)):
+        # a method's layer may hold linear layers of its own, and so may PEFT's
+        if replaced is not None and name.startswith(replaced):
             continue
-        replaced = f"{name}." if isinstance(module, ReparameterizedLinear) else None
+        replaced = f"{name}." if isinstance(module, ReparameterizedLinear) or is_adapted(module) else None
+        shape = _shape(module)
+        # what PEFT trains a copy of is not used any more
+        if shape is None or name.endswith(".original_module"):
+            continue
         layer, kind = None, name
         for block in blocks:
             if name.startswith(block + "."):
@@ -135,9 +148,34 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
 
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
     """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
-    reshard(model)
-    for target in find_targets(model, target_modules):
+    for target in _readable_targets(model, target_modules):
         yield target, replace(target, module=whole_layer(target.module)).dense_weight()
+
+
+def _readable_targets(model: nn.Module, target_modules: list[str] | str | None) -> list[Target]:
+    """The targets; `ValueError` where layers beside them are quantised so that they do not look like linear ones."""
+    reshard(model)
+    for name, module in model.named_modules():
+        if is_quantized(module) and _shape(module) is None:
+            foreign_weight(module, name)
+    return find_targets(model, target_modules)
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with adapters of PEFT's or quantised weights, in which these are plain linear layers.
+
+    Raises:
+        ValueError: as for `foreign_weight`.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
+    plain = copy.deepcopy(model)
+    for target in linear_layers(plain):
+        if is_foreign(target.module):
+            layer = nn.Linear(target.cols, target.rows, bias=False, device="meta")
+            layer.weight = nn.Parameter(target.dense_weight().to(dtype).contiguous())
+            layer.bias = base_layer(target.module).bias  # type: ignore[assignment]
+            plain.set_submodule(target.name, layer)
+    return plain
 
 
 def native_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
@@ -145,14 +183,13 @@ def native_weights(model: nn.Module, target_modules: list[str] | str | None = No
 
     A factor's target has the factor's name and shape.
     """
-    reshard(model)
-    for target in find_targets(model, target_modules):
+    for target in _readable_targets(model, target_modules):
         layer = whole_layer(target.module)
-        if not isinstance(layer, ReparameterizedLinear):
+        if not isinstance(layer, ReparameterizedLinear) and not is_adapted(layer):
             yield target, replace(target, module=layer).dense_weight()
             continue
         for name, p in layer.named_parameters():
-            if p.ndim == 2:
+            if p.ndim == 2 and not (is_adapted(layer) and name.startswith("base_layer.")):
                 names = f"{target.name}.{name}", f"{target.kind}.{name}"
                 yield replace(target, name=names[0], kind=names[1], rows=p.shape[0], cols=p.shape[1]), p.detach()
 

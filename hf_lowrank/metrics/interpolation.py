@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.perturb import apart, check_names, kept
+from hf_lowrank.metrics.perturb import apart, check_names, kept, parameters_of
 from hf_lowrank.sharding import local, reshard
 
 __all__ = ["Barrier", "barrier", "barrier_weights", "chord_weights", "each_between", "loss_path"]
@@ -72,6 +72,8 @@ def each_between(
     If FSDP2 shards the model, the state dicts hold this process's parts, or DTensors, and every process calls this.
     """
     reshard(model)
+    # quantised numbers are refused
+    parameters_of(model)
     own = model.state_dict(keep_vars=True)
     mine = {name: local(tensor.detach()) for name, tensor in own.items()}
     for what, state in (("state_a", state_a), ("state_b", state_b)):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_lowrank.sharding import local, reshard
+from hf_lowrank.sharding import is_dtensor, local, reshard
 
 __all__ = ["apart", "check_names", "each_point", "evaluating", "kept", "parameters_of"]
 
@@ -111,5 +112,13 @@ def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """All named parameters, tied ones once."""
-    return dict(model.named_parameters())
+    """All named parameters, tied ones once; `ValueError` where one holds codes of quantised numbers."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for name, p in parameters.items():
+        wrapped = is_traceable_wrapper_subclass(p) and not is_dtensor(p)
+        if wrapped or p.dtype.itemsize == 1 or not p.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} holds quantised numbers ({type(p).__name__} of {p.dtype}), whose codes cannot be moved along "
+                "a line: measure space='dense', or load the model dequantised"
+            )
+    return parameters

@@ -45,6 +45,10 @@ def _matrix(weight: Tensor) -> Tensor:
     """The weight in its own dtype, on the device that decomposes it."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)}: singular values are of non-empty matrices")
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"a weight of {weight.dtype}, the codes of quantised numbers perhaps: give floating numbers")
+    # what has 8 bits has no arithmetic, and float32 holds it exactly
+    weight = weight.float() if weight.dtype.itemsize == 1 else weight
     # NaN and infinity show in minimum and maximum, which take a fraction of the time of a look at every entry
     if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: nothing to decompose")
@@ -188,7 +192,7 @@ def spectral_metrics(weight: Tensor) -> SpectralMetrics:
     if len(kept) == 0:
         nan = math.nan
         return SpectralMetrics(0, 0.0, 0, nan, nan, nan, nan, nan, 0, 0.0, nan, top, 0.0)
-    eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    eps = torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).eps
     second = values[1].item() if q > 1 else 0.0
     p = kept / kept.sum()
     effective_rank = math.exp(-(p * p.log()).sum().item())

@@ -287,8 +287,10 @@ def _common_names(sources: Sequence[_Reader], names: Sequence[str] | None) -> li
     taken = [name for name in sources[-1].specs if name in chosen[-1] and (names is not None or name not in whole)]
     for source in sources:
         for name in taken:
-            if not source.specs[name].is_floating_point():
-                raise ValueError(f"{name} is {source.specs[name].dtype} in {source.label}: name floating tensors only")
+            dtype = source.specs[name].dtype
+            # fp8 without its scales is codes
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise ValueError(f"{name} is {dtype} in {source.label}: name floating tensors of 16 bits or more only")
     if not taken:
         raise ValueError(f"{sources[-1].label} holds no floating tensor to take: give a model's weights")
     return taken
