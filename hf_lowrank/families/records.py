@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import metric_entry
+from hf_lowrank.report.version1 import upgrade_entry
 
 __all__ = [
     "EVALUATION", "EVALUATIONS", "Measurement", "PartialError", "Record", "finite", "forget", "jackknife",
@@ -123,7 +124,7 @@ def read_measurement(folder: Path, name: str) -> Measurement | None:
         return None
     rows = pd.read_parquet(table).to_dict("records") if table.is_file() else []
     return Measurement(
-        [Record(**entry) for entry in json.loads(records.read_text())],
+        [Record(**upgrade_entry(entry)) for entry in json.loads(records.read_text())],
         [{str(key): value for key, value in row.items()} for row in rows],
     )
 

@@ -46,11 +46,11 @@ def upgrade(report: Any) -> None:
                     upgrade_entry(entry)
 
 
-def upgrade_entry(entry: dict[str, Any]) -> None:
-    """Move what does not define a number out of its settings, in place, where an entry is of version 1."""
+def upgrade_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry after moving, in place, what does not define its number out of the settings of version 1."""
     settings = entry.get("settings")
-    if not isinstance(settings, dict) or entry.get("reference") or entry.get("about"):
-        return
+    if not isinstance(settings, dict) or "reference" in entry or "about" in entry:
+        return entry
     # the neighbouring checkpoint has another name at every step
     consecutive = str(entry.get("name")).startswith(_CONSECUTIVE)
     reference = _REFERENCE | {"other"} if consecutive else _REFERENCE
@@ -61,3 +61,4 @@ def upgrade_entry(entry: dict[str, Any]) -> None:
         entry["settings"].setdefault("evaluation_hash", None)
     if "task" not in entry:
         entry["reference"] = {key: value for key, value in settings.items() if key in reference}
+    return entry

@@ -85,8 +85,10 @@ def test_version_1_is_brought_up_to_date_on_reading(report: dict[str, Any], tmp_
         "metrics": [metric_entry("interpolation/consecutive/barrier", 1.0, step=1, settings={"other": "a", "K": 2})],
     }
     old["run"]["method"] = "of_somebody_else"
+    old["metrics"].append(metric_entry("toy/total", 1.0, step=1, settings={"total": 3}, about={}))
     read = validate_report(old)
     assert (read.run.method_label, read.run.method_paper, read.run.dense_form) == (None, None, None)
+    assert read.metrics[-1].settings == {"total": 3}, "an entry of version 2 stays as it is"
     assert read.baseline is not None
     assert read.baseline.method_label == "CoLA"
     assert (read.baseline.metrics[0].settings, read.baseline.metrics[0].reference) == ({"K": 2}, {"other": "a"})
