@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_lowrank.methods.base import nearest
+from hf_lowrank.options import nearest
 
 __all__ = ["MODULES", "path"]
 
