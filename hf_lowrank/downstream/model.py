@@ -16,6 +16,7 @@ from hf_lowrank.checkpoints import load_model
 from hf_lowrank.families.spaces import is_reparameterized
 from hf_lowrank.measure.source import Checkpoint, open_run
 from hf_lowrank.methods.base import nearest
+from hf_lowrank.metrics.sequences import check_next_token
 
 __all__ = ["DTYPES", "FORMS", "LowRankLM", "load_checkpoint", "load_tokenizer", "model_facts"]
 
@@ -92,7 +93,8 @@ class LowRankLM(HFLM):
         **kwargs: HFLM's arguments for a model that is made already: batch_size, max_length, ...
 
     Raises:
-        ValueError: an argument that is not known, or means nothing here.
+        ValueError: an argument that is not known, or means nothing here; a model that predicts no next token, or sees
+            the tokens that it is to predict.
     """
 
     def __init__(
@@ -125,6 +127,9 @@ class LowRankLM(HFLM):
         if kwargs.get("add_bos_token") is None and _appends_end(tokenizer):
             kwargs["add_bos_token"] = False
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
+        # an answer's likelihood is read off the logits of the next token
+        if self.backend == "causal":
+            check_next_token(self.model, {"input_ids": torch.arange(12)[None] % self.vocab_size})
 
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._progress is not None:

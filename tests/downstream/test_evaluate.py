@@ -432,3 +432,18 @@ def test_a_tokenizer_that_appends_its_end_does_not_cost_the_answers_their_first_
     pairs = [LowRankLM(model, t, batch_size=2)._encode_pair("abc", "de") for t in (plain, ending)]
     assert pairs[0] == pairs[1]
     assert len(pairs[0][1]) == 2
+
+
+def test_a_model_that_sees_its_answers_is_refused():
+    pytest.importorskip("lm_eval")
+    from transformers import BertConfig, BertLMHeadModel
+
+    from hf_lowrank.downstream.model import LowRankLM
+
+    words = tokenizer()
+    sizes = dict(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    with pytest.raises(ValueError, match="BertLMHeadModel sees later tokens"):
+        LowRankLM(BertLMHeadModel(BertConfig(**sizes)), words)
+    LowRankLM(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), words)
