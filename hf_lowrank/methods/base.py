@@ -91,9 +91,11 @@ class MethodCallback(TrainerCallback):
     """What a method does at certain steps of a Trainer.
 
     Attributes:
+        config: the method's settings.
         trainer: set by `hf_lowrank.attach`: what is logged through it reaches TensorBoard, W&B and the like.
     """
 
+    config: Any = None
     trainer: Trainer | None = None
 
 

@@ -207,6 +207,9 @@ class CoLAConfig(LowRankConfig):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         assert callable(enable)
         enable({"use_reentrant": False, "context_fn": context_fn})
+        # only reentrant checkpointing needs this hook, and the model could not be pickled with it
+        if callable(disable := getattr(model, "disable_input_require_grads", None)):
+            disable()
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         # PReLU and xIELU have parameters of their own

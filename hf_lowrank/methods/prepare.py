@@ -1,22 +1,35 @@
 """`prepare`: put a method on a model, and give Trainer what it needs to train it."""
 
+import functools
 import hashlib
+import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowrank.conversion import convert_when_loading
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
 from hf_lowrank.methods.foreign import is_adapted
+from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.summary import Summary, summarize
 from hf_lowrank.methods.targets import Target, find_targets, hidden_size
-from hf_lowrank.optim.plan import Plan, with_plan
+from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 
-__all__ = ["apply_method", "identity", "method_of", "prepare", "resolve_ranks", "summary_of"]
+__all__ = [
+    "apply_method",
+    "check_handed_on",
+    "check_method",
+    "identity",
+    "method_of",
+    "prepare",
+    "resolve_ranks",
+    "summary_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +44,8 @@ def prepare(
     Args:
         model: a model with repeated blocks, usually a `PreTrainedModel` made from a config.
         config: the method and its settings.
-        args: the Trainer's arguments; learning rate, betas, optimizer and seed come from here.
+        args: the Trainer's arguments; optimizer and seed come from here. Learning rate, betas and the like are read
+            when Trainer makes the optimizer.
         reinit: allow a method that cannot keep weights to replace the layers of a pretrained model.
 
     Returns:
@@ -40,8 +54,8 @@ def prepare(
 
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
-            weights, `args.optim` names an optimizer that takes no parameter groups, or DeepSpeed would shard what a
-            method projects.
+            weights, `args.optim` names an optimizer that takes no parameter groups, all layers that a method
+            projects are frozen, or DeepSpeed would shard them.
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
@@ -52,7 +66,11 @@ def prepare(
         )
     # before the model is changed: these may refuse the arguments
     config.check_arguments(args)
-    optimizer_cls, kwargs = _optimizer(config, args)
+    _optimizer(config, args)
+    if config.optimizer(args) is not None and args.optim not in PLAIN_ADAMW:
+        logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
+    if config.group_options(1):
+        _refuse_frozen(model, config)
     apply_method(model, config, seed=args.seed, reinit=reinit)
     config.before_training(model, args)
     targets = find_targets(model, config.target_modules)
@@ -61,9 +79,15 @@ def prepare(
     _guard_loading(model, targets)
     if args.should_log:
         Console().print(summarize(model, config, targets, ranks).table())
-    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks and _trains(t)}
-    plan = Plan(model, {name: group for name, group in options.items() if group}, identity(model, config))
-    trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": (with_plan(optimizer_cls), {**kwargs, "plan": plan})}
+    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
+    plan = Plan(
+        model,
+        {name: group for name, group in options.items() if group},
+        identity(model, config),
+        functools.partial(_optimizer, config),
+        any_model=not (config.replaces_layers or config.group_options(1)),
+    )
+    trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}
     callbacks = config.callbacks(args)
     return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
 
@@ -182,6 +206,87 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
     return summarize(model, config, targets, resolve_ranks(model, config, targets))
 
 
+def check_handed_on(
+    model: nn.Module, optimizer_cls: type | None, callbacks: Iterable[TrainerCallback], args: TrainingArguments
+) -> None:
+    """Compare the optimizer's class (None: not known yet) and the callbacks with the method in a model's config.
+
+    Raises:
+        ValueError: they are others than the method's. The message names the method, what would run, and the way out.
+    """
+    config = _trained_method(model)
+    own = None if config is None else config.optimizer(args)
+    if config is None:
+        return
+    if own is not None and optimizer_cls is not None and not issubclass(optimizer_cls, own[0]):
+        raise ValueError(_method_not_run(config, f"{optimizer_cls.__name__} would train it"))
+    for expected in config.callbacks(args):
+        present = [callback for callback in callbacks if isinstance(callback, type(expected))]
+        if not any(callback.config == expected.config for callback in present):
+            what = "has other settings" if present else "is missing"
+            raise ValueError(_method_not_run(config, f"the Trainer's {type(expected).__name__} {what}"))
+
+
+def check_method(
+    model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[TrainerCallback], args: TrainingArguments
+) -> None:
+    """Compare what trains a model with the method in its config, when training starts.
+
+    The dense form of a finished run is recorded as full-rank from here on.
+
+    Raises:
+        ValueError: something else trains it, as for `check_handed_on`.
+    """
+    config = _trained_method(model)
+    if config is None:
+        if method_of(model) is not None:
+            apply_method(model, FullRankConfig(), args.seed)
+        return
+    check_handed_on(model, type(optimizer), callbacks, args)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        if IDENTITY_KEY in group and (marked := json.loads(group[IDENTITY_KEY])["method"]) != config.method:
+            raise ValueError(_method_not_run(config, f"the optimizer is that of '{marked}'"))
+    targets = find_targets(model, config.target_modules)
+    for name, r in resolve_ranks(model, config, targets).items():
+        module: Any = model.get_submodule(name)
+        if config.replaces_layers and not isinstance(module, ReparameterizedLinear):
+            raise ValueError(_method_not_run(config, f"{name} is a plain {type(module).__name__}"))
+        options = config.group_options(r)
+        if not options or not module.weight.requires_grad:
+            continue
+        group = groups.get(id(module.weight), {})
+        for key, value in options.items():
+            if group.get(key) != value:
+                raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
+
+
+def _trained_method(model: nn.Module) -> LowRankConfig | None:
+    """The method that trains a model from now on; None where its config has only that of a finished run, or none."""
+    config = method_of(model)
+    record: Any = getattr(model, "config", None)
+    finished = config is not None and config.replaces_layers and record.lowrank.get("form") == "dense"
+    return None if finished else config
+
+
+def _method_not_run(config: LowRankConfig, reason: str) -> str:
+    """The message for a model that something else than its method would train."""
+    return (
+        f"the model's config says {config.label}, but {reason}: hand on what prepare returned, "
+        "Trainer(..., **trainer_kwargs), and leave create_optimizer as it is; for a Trainer that takes no "
+        "optimizer_cls_and_kwargs lr.attach does it; to train the model full-rank, prepare it with FullRankConfig()"
+    )
+
+
+def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:
+    targets = find_targets(model, config.target_modules)
+    if not any(_trains(target) for target in targets):
+        raise ValueError(
+            f"all {len(targets)} target layers are frozen, {targets[0].name} for one, so that {config.label} would "
+            "train nothing: unfreeze them, or name others with target_modules"
+        )
+
+
 def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
     """Raise `ValueError` for a target whose weight another module uses as well."""
     users: dict[int, set[str]] = {}
@@ -205,8 +310,6 @@ def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[tor
     """The method's own optimizer, or the one that `args.optim` names."""
     own = config.optimizer(args)
     if own is not None:
-        if args.optim not in PLAIN_ADAMW:
-            logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
         return own
     way_out = f"optim='{args.optim}' makes its own parameter groups: use an optimizer such as adamw_torch"
     try:
@@ -221,23 +324,26 @@ def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[tor
 def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
     """Refuse a state dict of another form where `load_state_dict(strict=False)`, Trainer's way, would half-load it."""
     expected = {t.name: set(t.module.state_dict()) for t in targets}
+    # a local function could not be pickled with the model
+    model.register_load_state_dict_pre_hook(functools.partial(_refuse_other_forms, expected))
 
-    def refuse_other_forms(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        for name, keys in expected.items():
-            start = f"{prefix}{name}."
-            saved_keys = {key[len(start) :] for key in state_dict if key.startswith(start)}
-            if saved_keys and saved_keys != keys:
-                raise ValueError(
-                    f"the checkpoint holds {', '.join(sorted(saved_keys))} for layer {name}, which here has "
-                    f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
-                    "it with hf_lowrank.from_pretrained"
-                )
-        for name, tensor in _fixed_structure(module).items():
-            saved = state_dict.get(f"{prefix}{name}", tensor)
-            if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
-                raise ValueError(
-                    f"{name} differs from the checkpoint's, which was drawn with another seed or sparsity: resume "
-                    "with the seed and settings of the run that saved it"
-                )
 
-    model.register_load_state_dict_pre_hook(refuse_other_forms)
+def _refuse_other_forms(
+    expected: dict[str, set[str]], module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    for name, keys in expected.items():
+        start = f"{prefix}{name}."
+        saved_keys = {key[len(start) :] for key in state_dict if key.startswith(start)}
+        if saved_keys and saved_keys != keys:
+            raise ValueError(
+                f"the checkpoint holds {', '.join(sorted(saved_keys))} for layer {name}, which here has "
+                f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
+                "it with hf_lowrank.from_pretrained"
+            )
+    for name, tensor in _fixed_structure(module).items():
+        saved = state_dict.get(f"{prefix}{name}", tensor)
+        if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
+            raise ValueError(
+                f"{name} differs from the checkpoint's, which was drawn with another seed or sparsity: resume "
+                "with the seed and settings of the run that saved it"
+            )

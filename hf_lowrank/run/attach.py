@@ -1,14 +1,17 @@
 """`attach`: metrics, report and publishing for any Trainer, from outside."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.conversion import check_names, convert_when_loading
 from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
+from hf_lowrank.methods.prepare import check_handed_on, check_method, method_of
+from hf_lowrank.optim.plan import Plan, plan_of
 from hf_lowrank.run.facts import RunInfo
 from hf_lowrank.run.report import ReportCallback
 
@@ -30,6 +33,9 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     fails is logged with the command that repeats it, and tried again at the next save and at the end. A repository
     that holds somebody else's files, or another run, is left alone and the log says so.
 
+    A Trainer that takes no `optimizer_cls_and_kwargs` (`Seq2SeqTrainer`, some of TRL's) gets from here what `prepare`
+    returned for its model. Before the first step, what trains the model is compared with the method in its config.
+
     Args:
         trainer: any `transformers.Trainer`, before `train` is called.
         *callbacks: metric callbacks, or any other.
@@ -42,10 +48,13 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     if any(isinstance(callback, ReportCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this Trainer is attached already: give all callbacks to one call of attach")
     _check(callbacks)
+    _hand_on_method(trainer)
     _load_exactly(trainer)
     for callback in callbacks:
         if isinstance(callback, MetricCallback):
             callback.bind(trainer)
+    # before metrics look at the model
+    trainer.callback_handler.callbacks.insert(0, _MethodCheck(trainer))
     for callback in callbacks:
         trainer.add_callback(callback)
     # a method's own callback, which prepare has handed to the Trainer
@@ -76,6 +85,65 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         return report.push(commit_message, revision, private, token)
 
     trainer.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]
+
+
+class _MethodCheck(TrainerCallback):
+    """Refuses to train with something else than the method in the model's config."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        check_method(model, optimizer, self.trainer.callback_handler.callbacks, args)
+
+
+def _hand_on_method(trainer: Trainer) -> None:
+    """Give the Trainer the optimizer and callbacks of its model's method where its constructor could not take them.
+
+    Raises:
+        ValueError: it could, and they were not handed on.
+    """
+    model: Any = trainer.model
+    config, plan = method_of(model), plan_of(model)
+    handed = (trainer.optimizer_cls_and_kwargs or (None, {}))[1].get("plan")
+    if isinstance(handed, Plan):
+        # these arguments may be others than those that prepare had
+        trainer.optimizer_cls_and_kwargs = handed.for_trainer(trainer.args)
+    elif plan is not None and trainer.optimizer is None and not _takes_optimizer(type(trainer)):
+        trainer.optimizer_cls_and_kwargs = plan.for_trainer(trainer.args)
+        assert config is not None
+        present = {type(callback) for callback in trainer.callback_handler.callbacks}
+        for callback in config.callbacks(trainer.args):
+            if type(callback) not in present:
+                trainer.add_callback(callback)
+    given = trainer.optimizer_cls_and_kwargs
+    optimizer_cls: Any = None
+    if trainer.optimizer is not None:
+        optimizer_cls = type(trainer.optimizer)
+    elif given is not None:
+        optimizer_cls = given[0]
+    elif type(trainer).create_optimizer is Trainer.create_optimizer:
+        optimizer_cls = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[0]
+    # Trainer has optimizers that are made by a function
+    if isinstance(optimizer_cls, type) or optimizer_cls is None:
+        check_handed_on(model, optimizer_cls, trainer.callback_handler.callbacks, trainer.args)
+
+
+def _takes_optimizer(trainer_cls: type) -> bool:
+    """Whether a Trainer class's constructor takes `optimizer_cls_and_kwargs`, itself or by `**kwargs`."""
+    for cls in trainer_cls.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters
+        if "optimizer_cls_and_kwargs" in parameters:
+            return True
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False
 
 
 def _load_exactly(trainer: Trainer) -> None:

@@ -1,0 +1,212 @@
+"""What trains a model is what its config, report and card say, or training does not start."""
+
+import io
+import pickle
+
+import pytest
+import torch
+from tiny_runs import METHODS, arguments, dataset, llama, make_trainer, projected, restarted
+from toy_method import ToyConfig
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+
+import hf_lowrank as lr
+from hf_lowrank.methods.prepare import method_of
+
+CONFIGS = {**METHODS, "toy": ToyConfig(r=4, update_proj_gap=3)}
+OWN = [name for name, config in CONFIGS.items() if projected(config)]
+CHANGED = [name for name, config in CONFIGS.items() if projected(config) or config.replaces_layers]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr("hf_lowrank.run.report.draw_figures", lambda *args, **kwargs: None)
+
+
+class OwnOptimizer(Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
+        return self.optimizer
+
+
+class TakesWhatever(Seq2SeqTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_projected_method_that_was_not_handed_on_is_refused_by_attach(method, tmp_path):
+    args = arguments(tmp_path)
+    model, _ = lr.prepare(llama(), CONFIGS[method], args)
+    trainer = Trainer(model=model, args=args, train_dataset=dataset())
+    label = CONFIGS[method].label
+    with pytest.raises(ValueError, match=rf"config says {label}, but AdamW would train it: .*\*\*trainer_kwargs"):
+        lr.attach(trainer)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_trainer_that_makes_an_optimizer_of_its_own_does_not_start(method, tmp_path):
+    args = arguments(tmp_path)
+    model, trainer_kwargs = lr.prepare(llama(), CONFIGS[method], args)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = OwnOptimizer(model=model, args=args, train_dataset=dataset(), **trainer_kwargs)
+    lr.attach(trainer)
+    with pytest.raises(ValueError, match=f"config says {CONFIGS[method].label}, but AdamW .*leave create_optimizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_method_without_its_callback_is_refused_by_attach(tmp_path):
+    args = arguments(tmp_path)
+    config = next(config for config in CONFIGS.values() if restarted(config))
+    model, trainer_kwargs = lr.prepare(llama(), config, args)
+    (callback,) = trainer_kwargs.pop("callbacks")
+    with pytest.raises(ValueError, match=f"config says {config.label}, .*{type(callback).__name__} is missing"):
+        lr.attach(Trainer(model=model, args=args, train_dataset=dataset(), **trainer_kwargs))
+    callback.config = type(config)(r=4, reset_every=5, restart_warmup_steps=1)
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(), **trainer_kwargs, callbacks=[callback])
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} has other settings"):
+        lr.attach(trainer)
+
+
+def test_an_optimizer_of_the_method_with_other_settings_does_not_start(tmp_path):
+    args = arguments(tmp_path)
+    model, _ = lr.prepare(llama(), lr.GaLoreConfig(r=4), args)
+    optimizer = lr.optim.GaLoreAdamW(model.parameters(), lr=1e-2)
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(), optimizers=(optimizer, None))
+    lr.attach(trainer)
+    with pytest.raises(ValueError, match="q_proj would be trained with .*=None"):
+        trainer.train()
+
+
+def test_a_config_that_names_layers_which_the_model_lacks_does_not_start(tmp_path):
+    args = arguments(tmp_path)
+    prepared, _ = lr.prepare(llama(), METHODS["lora"], args)
+    model = type(prepared)(prepared.config)
+    trainer = Trainer(model=model, args=args, train_dataset=dataset())
+    lr.attach(trainer)
+    with pytest.raises(ValueError, match="config says LoRA, but .*q_proj is a plain Linear"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["lora", "sltrain", "galore"])
+def test_a_published_model_that_is_trained_on_plainly_is_full_rank_or_refused(method, tmp_path):
+    model, _ = lr.prepare(llama(), METHODS[method], arguments(tmp_path))
+    dense = lr.to_dense(model)
+    trainer = Trainer(model=dense, args=arguments(tmp_path, max_steps=1), train_dataset=dataset())
+    if method == "galore":
+        with pytest.raises(ValueError, match="to train the model full-rank, prepare it with FullRankConfig"):
+            lr.attach(trainer)
+        return
+    lr.attach(trainer)
+    trainer.train()
+    assert lr.load_report(tmp_path).run.method == method_of(dense).method == "fullrank"
+
+
+@pytest.mark.parametrize("initialised", [False, True], ids=["model", "model_init"])
+@pytest.mark.parametrize("method", CHANGED)
+def test_what_prepare_returned_is_refused_with_another_model(method, initialised, tmp_path):
+    args = arguments(tmp_path)
+    _prepared, trainer_kwargs = lr.prepare(llama(), CONFIGS[method], args)
+    given = {"model_init": lambda: llama()} if initialised else {"model": llama()}
+    trainer = Trainer(**given, args=args, train_dataset=dataset(), **trainer_kwargs)
+    with pytest.raises(
+        ValueError, match=rf"not prepared.*'{CONFIGS[method].method}'.*the model that prepare returned"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_what_prepare_returned_for_another_method_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    _galore, trainer_kwargs = lr.prepare(llama(), METHODS["galore"], args)
+    model, _ = lr.prepare(llama(), METHODS["lora"], args)
+    with pytest.raises(ValueError, match="prepared for 'lora', .* returned for 'galore'"):
+        Trainer(model=model, args=args, train_dataset=dataset(), **trainer_kwargs).create_optimizer()
+
+
+# What Trainer's arguments say when it makes its optimizer
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_model_init_that_prepares_is_trained_with_the_arguments_of_that_time(method, tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+
+    def model_init():
+        return lr.prepare(llama(), CONFIGS[method], args)[0]
+
+    _, trainer_kwargs = lr.prepare(llama(), CONFIGS[method], args)
+    trainer = Trainer(model_init=model_init, args=args, train_dataset=dataset(), **trainer_kwargs)
+    lr.attach(trainer)
+    for rate, beta in ((1e-3, 0.5), (1e-4, 0.6)):
+        # as a search does between its trials
+        args.learning_rate, args.adam_beta1, args.weight_decay = rate, beta, rate
+        trainer.train()
+        groups = trainer.optimizer.optimizer.param_groups
+        assert {group["initial_lr"] for group in groups} == {rate}
+        assert {group["betas"][0] for group in groups} == {beta}
+        assert {group["weight_decay"] for group in groups} == {rate, 0.0}
+        assert any("r" in group for group in groups) == projected(CONFIGS[method])
+
+
+def test_an_optimizer_that_is_named_after_prepare_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    trainer = make_trainer(METHODS["lora"], args)
+    args.optim = "sgd"
+    with pytest.raises(ValueError, match="makes a SGD and no AdamW: set it before prepare"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("trainer_cls", [Seq2SeqTrainer, TakesWhatever])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_attach_hands_the_method_on_where_a_trainer_cannot_take_it(method, trainer_cls, tmp_path):
+    values = arguments(tmp_path, max_steps=2).to_dict()
+    args = Seq2SeqTrainingArguments(
+        **{key: values[key] for key in ("output_dir", "max_steps", "report_to", "use_cpu")}
+    )
+    config = CONFIGS[method]
+    model, trainer_kwargs = lr.prepare(llama(), config, args)
+    with pytest.raises(TypeError, match="optimizer_cls_and_kwargs"):
+        trainer_cls(model=model, args=args, train_dataset=dataset(), **trainer_kwargs)
+    trainer = trainer_cls(model=model, args=args, train_dataset=dataset())
+    lr.attach(trainer)
+    args.learning_rate = 2e-3
+    assert any("r" in group for group in trainer.create_optimizer().param_groups) == projected(config)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {2e-3}
+    if trainer_cls is Seq2SeqTrainer and method in ("galore", "relora"):
+        trainer.train()
+        assert lr.load_report(tmp_path).run.optimizer.name == type(trainer.optimizer.optimizer).__name__
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_prepared_model_can_be_pickled(method, tmp_path):
+    args = arguments(tmp_path)
+    model, _ = lr.prepare(llama(), CONFIGS[method], args)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for copied in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(copied.state_dict()[name], t) for name, t in model.state_dict().items())
+        # it is prepared again where it is trained, which changes nothing
+        again, trainer_kwargs = lr.prepare(copied, CONFIGS[method], args)
+        assert again is copied
+        Trainer(model=copied, args=args, train_dataset=dataset(), **trainer_kwargs).create_optimizer()
+
+
+# Frozen layers
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_projected_method_whose_targets_are_all_frozen_is_refused(method, tmp_path):
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"all 14 target layers are frozen, .*{CONFIGS[method].label} would train"):
+        lr.prepare(model, CONFIGS[method], arguments(tmp_path))
+    assert method_of(model) is None
+
+
+def test_what_is_frozen_after_prepare_is_named(tmp_path):
+    trainer = make_trainer(METHODS["galore"], arguments(tmp_path))
+    trainer.model.model.layers[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+ was frozen after prepare \(7 target weights in all\)"):
+        trainer.create_optimizer()
