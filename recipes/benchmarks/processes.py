@@ -27,7 +27,7 @@ PRETRAIN = Path(__file__).parents[1] / "pretrain.py"
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 PARTS = {
     "measure": ["measure", "run", "--only", "loss,spectral,interpolation,curvature,landscape", "--sequences", "4"],
-    "evaluate": ["evaluate", "run", "--tasks", "quick", "--checkpoints", "all", "--limit", "200"],
+    "evaluate": ["evaluate", "run", "--tasks", "quick", "--checkpoints", "all", "--limit", "100"],
 }
 
 
