@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import hf_lowrank as lr
 from hf_lowrank.families import Family, Measurement, MetricCallback, Unit, family, record
-from hf_lowrank.figures.axes import metrics_over_steps
+from hf_lowrank.figures.drawing import metrics_over_steps
 from hf_lowrank.report.catalogue import Entry, HeadlineMetric, Picture
 
 ENTRY = Entry(

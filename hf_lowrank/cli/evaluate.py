@@ -14,7 +14,7 @@ from hf_lowrank.downstream.evaluate import evaluate
 from hf_lowrank.machine import launched, own_device
 from hf_lowrank.measure.progress import Failure, ProgressBar
 from hf_lowrank.options import EvaluateOptions
-from hf_lowrank.report.tables import format_value
+from hf_lowrank.report.values import format_value
 
 __all__ = ["run_evaluate"]
 

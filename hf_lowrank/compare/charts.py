@@ -14,11 +14,11 @@ import pandas as pd
 
 from hf_lowrank.compare.frame import defining_settings, metric_words, telling_apart
 from hf_lowrank.compare.table import Comparison
-from hf_lowrank.figures.axes import evenly
+from hf_lowrank.figures.drawing import evenly
 from hf_lowrank.report.catalogue import SPECTRAL
 from hf_lowrank.report.comparability import PEER, Difference, Number, data_identity, differences
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.tables import UNKNOWN
+from hf_lowrank.report.values import UNKNOWN
 
 __all__ = ["Chart", "Group", "Line", "charts"]
 
@@ -183,10 +183,7 @@ def _over_steps(comparison: Comparison) -> Iterator[Chart]:
 
 
 def _at_last_steps(
-    comparison: Comparison,
-    name: str,
-    curve: Callable[[Comparison, Number, int], pd.DataFrame | None],
-    chart: Chart,
+    comparison: Comparison, name: str, curve: Callable[[Comparison, Number, int], pd.DataFrame | None], chart: Chart
 ) -> Iterator[Chart]:
     """Yield a chart a series of a metric, like `chart` but for detail and lines; `curve` gives a run's line of it."""
     for number, detail, points in _series(comparison, name):

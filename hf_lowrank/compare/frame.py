@@ -13,29 +13,14 @@ from typing import Any
 import pandas as pd
 
 from hf_lowrank.report.catalogue import entry_of, headline_metric, headline_metrics
-from hf_lowrank.report.comparability import (
-    EVALUATION_HASH,
-    Kind,
-    Number,
-    latest,
-    numbers,
-)
+from hf_lowrank.report.comparability import EVALUATION_HASH, Kind, Number, latest, numbers
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.model import Report
-from hf_lowrank.report.tables import (
-    describe,
-)
+from hf_lowrank.report.values import describe
 
 __all__ = [
-    "COSTS",
-    "Column",
-    "ComparedRun",
-    "collect",
-    "columns_of",
-    "defining_settings",
-    "metric_words",
-    "telling_apart",
-]
+    "COSTS", "Column", "ComparedRun", "collect", "columns_of", "defining_settings", "metric_words", "telling_apart",
+]  # fmt: skip
 
 _SPACES = {None: 0, "dense": 1, "linearised": 2, "native": 3}
 # name -> (label, unit)

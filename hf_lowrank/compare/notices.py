@@ -12,7 +12,7 @@ import pandas as pd
 
 from hf_lowrank.report.catalogue import headline_metric
 from hf_lowrank.report.comparability import PEER, REMARKS, Difference, Level, Number
-from hf_lowrank.report.tables import UNKNOWN, describe
+from hf_lowrank.report.values import UNKNOWN, describe
 
 __all__ = ["Notice", "metric_notices", "run_notices"]
 
@@ -48,10 +48,19 @@ class Notice:
         return shown
 
     @property
+    def values(self) -> str:
+        """The parts on one line, as plain text."""
+        return "; ".join(f"{value} ({labels})" for value, labels in self.shown)
+
+    @property
+    def details(self) -> str:
+        """All but the title on one line, as plain text."""
+        return ". ".join(part for part in (self.text, self.values) if part)
+
+    @property
     def line(self) -> str:
         """The notice on one line, as plain text."""
-        values = "; ".join(f"{value} ({labels})" for value, labels in self.shown)
-        return ": ".join(part for part in (self.title, self.text, values) if part)
+        return ": ".join(part for part in (self.title, self.text, self.values) if part)
 
 
 def run_notices(differing: Sequence[Difference], labels: Sequence[str]) -> list[Notice]:

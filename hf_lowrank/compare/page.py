@@ -9,18 +9,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_lowrank.compare.charts import Chart
 from hf_lowrank.compare.table import Comparison, Row
-from hf_lowrank.compare.text import heading, significance_text
+from hf_lowrank.compare.text import ENVIRONMENT, heading, significance_text
 from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.tables import Fact
 
 __all__ = ["render_page"]
 
@@ -36,27 +36,24 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
     style = _file("compare.css")
     labels = [row.label for row in comparison.rows]
     names = ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
-    environment = Environment(
-        loader=PackageLoader("hf_lowrank.compare", "templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html.jinja").render(
-        title=f"{heading(comparison)}: {names[:100]}",
-        heading=heading(comparison),
-        names=names,
-        shared=_shared_facts(comparison.rows),
-        conflicts=comparison.conflicts,
-        notes=[notice for notice in comparison.notices if notice.level == "note"],
-        rows=[_shown_row(row) for row in comparison.rows],
-        reading=significance_text(comparison),
-        style=Markup(style),
-        style_hash=_hash(style),
-        script=Markup(script),
-        script_hash=_hash(script),
-        data=Markup(_json(_page_data(comparison, charts))),
+    return (
+        ENVIRONMENT.overlay(autoescape=True)
+        .get_template("compare.html.jinja")
+        .render(
+            title=f"{heading(comparison)}: {names[:100]}",
+            heading=heading(comparison),
+            names=names,
+            shared=_shared_facts(comparison.rows),
+            conflicts=comparison.conflicts,
+            notes=comparison.notes,
+            rows=[_shown_row(row) for row in comparison.rows],
+            reading=significance_text(comparison),
+            style=Markup(style),
+            style_hash=_hash(style),
+            script=Markup(script),
+            script_hash=_hash(script),
+            data=Markup(_json(_page_data(comparison, charts))),
+        )
     )
 
 
@@ -74,14 +71,10 @@ def _json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _shared_facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _shared_facts(rows: Sequence[Row]) -> list[Fact]:
     """Return the facts that all rows have in common, for the page's head."""
-    shared = []
-    for key in _SHARED:
-        found = [next(((f.label, f.text) for f in row.facts if f.key == key), None) for row in rows]
-        if found[0] is not None and all(fact == found[0] for fact in found):
-            shared.append(found[0])
-    return shared
+    facts = {fact.key: fact for fact in rows[0].facts}
+    return [facts[key] for key in _SHARED if key in facts and all(facts[key] in row.facts for row in rows)]
 
 
 def _shown_row(row: Row) -> dict[str, Any]:
@@ -129,18 +122,18 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
 
 def _cell(cell: Any) -> dict[str, Any]:
     """Return a cell for the page's script: value, text, difference, note, marks."""
-    noted = "; ".join(
-        one_line(note) for note in (cell.note, None if cell.why == "no standard error" else cell.why) if note
-    )
+    notes = [cell.note, "" if cell.why == "no standard error" else cell.why]
     value = None if math.isnan(cell.value) else cell.value
-    return {"v": value, "t": cell.text, "d": cell.delta_text, "n": noted, "s": cell.marks}
+    note = "; ".join(one_line(each) for each in notes if each)
+    return {"v": value, "t": cell.text, "d": cell.delta_text, "n": note, "s": cell.marks}
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    lines = []
-    for line in chart.lines:
-        lines.append({"row": line.row, "x": _short(line.x), "y": _short(line.y), "error": _short(line.error)})
-    return {**asdict(replace(chart, lines=[])), "lines": lines}
+    """Return a chart for the page's script, its numbers with six digits."""
+    data = asdict(chart)
+    for line in data["lines"]:
+        line |= {key: _short(line[key]) for key in ("x", "y", "error")}
+    return data
 
 
 def _short(values: Sequence[float | None]) -> list[float | None]:

@@ -14,21 +14,11 @@ import pandas as pd
 
 from hf_lowrank.compare.frame import Column, ComparedRun, collect, columns_of
 from hf_lowrank.compare.notices import Notice, metric_notices, run_notices
-from hf_lowrank.report.comparability import (
-    Difference,
-    differences,
-    settings_key,
-)
+from hf_lowrank.report.comparability import Difference, differences, settings_key
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.significance import Delta, Sample, difference, stars
-from hf_lowrank.report.tables import (
-    Fact,
-    fact_rows,
-    format_bytes,
-    format_count,
-    format_duration,
-    format_value,
-)
+from hf_lowrank.report.tables import Fact, fact_rows
+from hf_lowrank.report.values import format_bytes, format_count, format_duration, format_value
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -108,6 +98,11 @@ class Comparison:
     def conflicts(self) -> list[Notice]:
         """What makes runs or metrics not comparable."""
         return [notice for notice in self.notices if notice.level == "conflict"]
+
+    @property
+    def notes(self) -> list[Notice]:
+        """What else readers must know."""
+        return [notice for notice in self.notices if notice.level == "note"]
 
     def pivot(self, show: Callable[[Any], Any]) -> pd.DataFrame:
         """Return the table with a line a row and a column a metric, None where nothing was measured.

@@ -1,69 +1,66 @@
 """A comparison as text: CSV, Markdown and the terminal's tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hf_lowrank.compare.notices import Notice
 from hf_lowrank.compare.table import Comparison
-from hf_lowrank.report.markdown import escape, one_line
+from hf_lowrank.report.markdown import Markdown, escape, one_line
+from hf_lowrank.report.values import UNKNOWN
 
-__all__ = ["heading", "metrics_csv", "print_comparison", "render_markdown", "runs_csv", "significance_text"]
+__all__ = [
+    "ENVIRONMENT",
+    "heading",
+    "metrics_csv",
+    "print_comparison",
+    "render_markdown",
+    "runs_csv",
+    "significance_text",
+]
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
 _METRIC_FIELDS = [
     "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "step", "value", "stderr", "n_seeds",
     "delta", "delta_stderr", "p", "test", "not_comparable_in", "note", "differs_in",
 ]  # fmt: skip
+ENVIRONMENT = Environment(
+    loader=PackageLoader("hf_lowrank.compare", "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 _METRIC_WIDTH, _RUN_WIDTH = 44, 31  # characters of the terminal
 _SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds")
 
 
 def heading(comparison: Comparison) -> str:
-    """Return the comparison in a few words."""
+    """Return a short title of the comparison."""
     count = len(comparison.runs)
     return f"{count} pre-training run{'s' if count > 1 else ''} compared"
 
 
 def significance_text(comparison: Comparison) -> list[str]:
-    """Return what must be said of the differences and their p-values, a sentence or two each."""
-    said = []
-    if comparison.baseline is not None:
-        said.append(
-            f"Differences are to {comparison.rows[comparison.baseline].label}, with both standard errors combined "
-            "(root of the sum of squares); for costs in percent. Marks: * p < 0.05, ** p < 0.01, *** p < 0.001."
-        )
-        if comparison.grouped:
-            said.append(
-                "Between rows of two or more seeds p is that of Welch's t-test over the seeds, two-sided; a row of "
-                "one seed is tested against another of one seed alone, as follows."
-            )
-        said.append(
-            "Between single runs p is two-sided from z = Δ / √(se² + se²). These errors are those of the measurement "
-            "(validation sequences, random directions): a small p says that the two trained models differ, not that "
-            "their methods do. Where both runs were measured on the same sequences their errors go together and p is "
-            "rather too large. A number without a standard error is not tested."
-        )
-        if comparison.tests:
-            said.append(
-                f"{comparison.tests} differences were tested and p is not corrected for that: about "
-                f"{max(1, round(0.05 * comparison.tests))} would fall below 0.05 by chance."
-            )
-    over = " Of several seeds a value is their mean, with the standard error over seeds." if comparison.grouped else ""
-    said.append(f"Values are those of each run's last measured step, ± one standard error.{over}")
-    return said
+    """Return what readers must know of the differences and their p-values, a paragraph each."""
+    text = ENVIRONMENT.get_template("reading.txt.jinja").render(
+        baseline=None if comparison.baseline is None else comparison.rows[comparison.baseline],
+        grouped=comparison.grouped,
+        tests=comparison.tests,
+        by_chance=max(1, round(0.05 * comparison.tests)),
+    )
+    return text.split("\n\n")
 
 
 # ---- CSV ----
 
 
 def metrics_csv(comparison: Comparison) -> str:
-    """Return all numbers, a line a row and metric, with full precision."""
+    """Return all numbers with full precision, one line for each row and metric."""
     rows = pd.DataFrame(
         {
             "run": [row.label for row in comparison.rows],
@@ -83,12 +80,12 @@ def metrics_csv(comparison: Comparison) -> str:
 
 
 def _exact(value: float, whole: bool) -> float | int:
-    """Counts without a decimal point, as far as they are whole: over seeds they need not be."""
+    """Return a whole count without a decimal point; a mean over seeds need not be whole."""
     return int(value) if whole and value == value // 1 else value
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """Return what the runs were, a line a row."""
+    """Return the facts of the runs, one line for each row."""
     lines = [
         {
             "run": row.label,
@@ -108,7 +105,7 @@ def _csv(table: pd.DataFrame) -> str:
 
 
 def _spreadsheet_safe(field: object) -> object:
-    """Keep a spreadsheet from taking a text for a formula: names and settings are chosen by others."""
+    """Keep a spreadsheet from reading a text as a formula: others choose names and settings."""
     if isinstance(field, str):
         text = one_line(field)
         return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
@@ -126,61 +123,42 @@ def render_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
         note = f" [{cell.note}]" if cell.note else ""
         return f"{cell.text}{delta}{note}{' ≠' if comparison.rows[cell.Index[0]].differs else ''}"
 
-    table = comparison.pivot(show).T.fillna("")
-    table.insert(0, "metric", [column.title for column in comparison.columns])
+    cells = comparison.pivot(show).T.fillna("")
+    cells.insert(0, "metric", [column.title for column in comparison.columns])
     header = ["metric", *(row.label for row in comparison.rows)]
-    parts = [f"# {heading(comparison)}", *_notices(comparison.notices), "## Runs", _runs_table(comparison)]
-    for group in dict.fromkeys(column.group for column in comparison.columns):
-        chosen = [index for index, column in enumerate(comparison.columns) if column.group == group]
-        parts += [f"## {escape(group)}", _table(header, table.iloc[chosen].values.tolist())]
-    parts += ["## How to read this", *significance_text(comparison)]
-    if figures:
-        parts += ["## Figures", *(f"![{escape(name)}]({name})" for name in figures)]
-    return "\n\n".join(parts) + "\n"
+    groups = pd.Series([column.group for column in comparison.columns])
+    tables = [("Runs", *_runs_table(comparison))]
+    for group in groups.unique():
+        tables.append((group, header, cells[groups == group].values.tolist()))
+    environment = ENVIRONMENT.overlay(finalize=escape)
+    environment.filters["raw"] = Markdown
+    return environment.get_template("comparison.md.jinja").render(
+        heading=heading(comparison),
+        conflicts=comparison.conflicts,
+        notes=comparison.notes,
+        tables=tables,
+        reading=significance_text(comparison),
+        figures=figures,
+    )
 
 
-def _notices(notices: Sequence[Notice]) -> list[str]:
-    conflicts = [notice for notice in notices if notice.level == "conflict"]
-    others = [notice for notice in notices if notice.level == "note"]
-    said = []
-    if conflicts:
-        lines = [f"> - **{escape(n.title)}**: {_rest(n)}" for n in conflicts]
-        said.append("\n".join(["> **NOT COMPARABLE** in some respects:", ">", *lines]))
-    if others:
-        said.append("\n".join(["Notes:", "", *(f"- {escape(n.title)}: {_rest(n)}" for n in others)]))
-    return said
-
-
-def _rest(notice: Notice) -> str:
-    values = "; ".join(f"{value} ({labels})" for value, labels in notice.shown)
-    return escape(". ".join(part for part in (notice.text, values) if part))
-
-
-def _runs_table(comparison: Comparison) -> str:
+def _runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     labels = {fact.key: fact.label for row in comparison.rows for fact in row.facts}
     lines = []
     for index, row in enumerate(comparison.rows):
         facts = {fact.key: fact.text for fact in row.facts}
-        seeds = ", ".join("not recorded" if seed is None else str(seed) for seed in row.seeds)
-        marks = " (baseline)" if index == comparison.baseline else ""
+        facts["seeds"] = ", ".join(UNKNOWN if seed is None else str(seed) for seed in row.seeds)
+        mark = " (baseline)" if index == comparison.baseline else ""
         differs = f"≠ {', '.join(row.differs)}" if row.differs else ""
-        shown = [seeds if key == "seeds" else facts.get(key, "") for key in _SHOWN_FACTS]
-        lines.append([row.label + marks, *shown, differs])
-    return _table(["run", *(labels.get(key, key) for key in _SHOWN_FACTS), "not comparable in"], lines)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    texts = [[escape(cell) for cell in line] for line in (header, *lines)]
-    rule = "| --- " * len(header) + "|"
-    shown = ["| " + " | ".join(line) + " |" for line in texts]
-    return "\n".join([shown[0], rule, *shown[1:]])
+        lines.append([row.label + mark, *(facts.get(key, "") for key in _SHOWN_FACTS), differs])
+    return ["run", *(labels.get(key, key) for key in _SHOWN_FACTS), "not comparable in"], lines
 
 
 # ---- the terminal ----
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print notices, runs, headline metrics, tasks and costs; names come out as text, whatever they hold."""
+    """Print notices, runs, headline metrics, tasks and costs; no name is read as markup."""
     if comparison.conflicts:
         lines = "\n".join(f"• {notice.line}" for notice in comparison.conflicts)
         console.print(Panel(Text(lines), title="NOT COMPARABLE", border_style="bold red", title_align="left"))
@@ -190,18 +168,19 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     block = max(1, (console.width - _METRIC_WIDTH) // _RUN_WIDTH)
     for start in range(0, len(comparison.rows), block):
         console.print(_terminal_metrics(comparison, table.iloc[start : start + block]))
-    for notice in comparison.notices:
-        if notice.level == "note":
-            console.print(Text(f"note: {notice.line}", style="dim"))
+    for notice in comparison.notes:
+        console.print(Text(f"note: {notice.line}", style="dim"))
 
 
 def _terminal_runs(comparison: Comparison) -> Table:
     table = Table(title="runs", title_justify="left")
-    sort = None if comparison.sort is None else comparison.columns[comparison.sort]
-    sorted_by = [] if sort is None else [f"{sort.title} {'↓' if comparison.descending else '↑'}"]
+    sorted_by: list[str] = []
+    sorted_texts: Mapping[int, str] = {}
+    if comparison.sort is not None:
+        sorted_by = [f"{comparison.columns[comparison.sort].title} {'↓' if comparison.descending else '↑'}"]
+        sorted_texts = comparison.cells["text"].xs(comparison.sort, level="column").to_dict()
     for column in ("run", "method", "seed", "tokens seen", "learning rate", *sorted_by, "not comparable in"):
         table.add_column(column, overflow="fold")
-    sorted_texts = None if sort is None else comparison.pivot(lambda cell: cell.text)[comparison.sort]
     for index, row in enumerate(comparison.rows):
         facts = {fact.key: fact.text for fact in row.facts}
         table.add_row(
@@ -210,7 +189,7 @@ def _terminal_runs(comparison: Comparison) -> Table:
             Text(", ".join("?" if seed is None else str(seed) for seed in row.seeds)),
             Text(facts["tokens_seen"]),
             Text(facts["learning_rate"]),
-            *([] if sorted_texts is None else [Text(sorted_texts[index] or "")]),
+            *(Text(sorted_texts.get(index, "")) for _ in sorted_by),
             Text(", ".join(row.differs), style="bold red"),
         )
     return table

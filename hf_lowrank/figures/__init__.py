@@ -1,8 +1,8 @@
-"""The pictures of a run, drawn from what is in its `publish/metrics` folder.
+"""The pictures of a run, drawn from the files in its `publish/metrics` folder.
 
-Which pictures there are, and what draws each from which file, stands in the catalogue of metrics. matplotlib's object
-interface with the Agg canvas is used: pyplot's global state, and whatever backend a user has chosen, are left alone.
-The same tables give the same bytes.
+The catalogue of metrics lists the pictures with their files and functions. They are drawn with matplotlib's object
+interface and the Agg canvas, which leave pyplot's state and the user's backend alone. The same tables give the same
+bytes.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hf_lowrank.figures.axes import STYLE
+from hf_lowrank.figures.drawing import STYLE
 from hf_lowrank.figures.tables import read_records, read_table
 from hf_lowrank.report.catalogue import entries, tables
 from hf_lowrank.report.files import atomic_path
@@ -23,10 +23,10 @@ _DPI = 150
 
 
 def draw_figures(publish: Path) -> list[Path]:
-    """Draw every picture whose data are in `publish/metrics` into `publish/figures`; return the paths.
+    """Draw every picture whose data are in `publish/metrics` into `publish/figures` and return the paths.
 
-    A picture that an earlier drawing left and whose data are missing now is removed, so that a card never shows it.
-    Raises `ValueError` for a table that cannot be read or lacks a column that it must have; nothing is drawn then.
+    An earlier picture whose data are missing now is removed, so that no card shows it. Raises `ValueError`, before
+    anything is drawn, if a table cannot be read or lacks a required column.
     """
     pictures = [(entry, picture) for entry in entries() for picture in entry.pictures]
     data = {source: _read(publish / "metrics" / source) for source in {picture.source for _, picture in pictures}}

@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hf_lowrank.figures.axes import metrics_over_steps
+from hf_lowrank.figures.drawing import metrics_over_steps
 from hf_lowrank.report.catalogue import CURVATURE
 
 __all__ = ["curvature_over_steps"]

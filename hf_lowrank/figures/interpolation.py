@@ -1,6 +1,6 @@
 """The loss on straight lines between models and the barriers there: over training (H6, H7) and between runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from hf_lowrank.figures.axes import (
-    figure_title,
-    legend_below,
-    line_style,
-    new_figure,
-    panel_grid,
-    panel_title,
-    sequential,
-    short_names,
-    step_axis,
-    value_scale,
-)
+from hf_lowrank.figures import drawing
 from hf_lowrank.figures.tables import one_space
 
 __all__ = ["barrier_map", "barriers_over_steps", "interpolation_paths"]
@@ -45,15 +34,15 @@ _HEAT = "cividis_r"
 
 
 def interpolation_paths(interpolation: pd.DataFrame) -> Figure | None:
-    """Draw the loss between the ends: neighbouring checkpoints, a line a pair; other runs at the last step."""
+    """Draw the loss between two models: all pairs of neighbouring checkpoints, other runs at the last step."""
     panels = _last_paths(interpolation)
     if not panels:
         return None
-    figure, grid = panel_grid(len(panels), 2 if len(panels) == 4 else 3)
+    figure, grid = drawing.panel_grid(len(panels), 2 if len(panels) == 4 else 3)
     crossed = [rows for subject, rows in panels.items() if subject != _CONSECUTIVE]
     peers = _peers(crossed)
-    spaces = _spaces(panels.values())
-    for axes, (subject, rows) in zip(grid, panels.items(), strict=True):
+    weights, space_notes = drawing.space_notes([rows["space"].iloc[0] for rows in panels.values()])
+    for axes, (subject, rows), space_note in zip(grid, panels.items(), space_notes, strict=True):
         if subject == _CONSECUTIVE:
             notes = _draw_pairs(figure, axes, rows)
             axes.set_xlabel("α from the earlier (0) to the later (1)")
@@ -61,36 +50,22 @@ def interpolation_paths(interpolation: pd.DataFrame) -> Figure | None:
             _draw_peers(axes, rows, list(peers))
             notes = [f"step {int(rows['step'].iloc[0]):,}"]
             axes.set_xlabel("α from this run (0) to the other (1)")
-        panel_title(axes, _SUBJECTS[subject], *notes, *_space_note(rows, spaces))
+        drawing.panel_title(axes, _SUBJECTS[subject], *notes, *space_note)
         axes.set_ylabel("loss (nats)")
         # methods, seeds and alignment are read against each other
         together = rows["loss"] if subject == _CONSECUTIVE else pd.concat(crossed)["loss"]
-        value_scale(axes, together.min(), together.max())
+        drawing.value_scale(axes, together.min(), together.max())
         if subject != _CONSECUTIVE:
             _same_limits(axes, together.min(), together.max())
-    figure_title(figure, "Loss on straight lines between models", *_weights(spaces))
+    drawing.figure_title(figure, "Loss on straight lines between models", *weights)
     points = interpolation["alpha"].nunique()
-    handles = [Line2D([], [], **line_style(index, points)) for index in range(len(peers))]
-    legend_below(figure, handles, list(peers.values()))
+    handles = [Line2D([], [], **drawing.line_style(index, points)) for index in range(len(peers))]
+    drawing.legend_below(figure, handles, list(peers.values()))
     return figure
 
 
-def _spaces(panels: Iterable[pd.DataFrame]) -> list[str]:
-    return list(dict.fromkeys(str(rows["space"].iloc[0]) for rows in panels))
-
-
-def _weights(spaces: Sequence[str]) -> list[str]:
-    """Return what the figure's title says of the only space."""
-    return [f"{spaces[0]} weights"] if len(spaces) == 1 and spaces[0] else []
-
-
-def _space_note(rows: pd.DataFrame, spaces: Sequence[str]) -> list[str]:
-    """Return what a panel's title says where spaces differ between panels."""
-    return [f"{rows['space'].iloc[0]} weights"] if len(spaces) > 1 and rows["space"].iloc[0] else []
-
-
 def _last_paths(interpolation: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return each subject's rows, in one space: all steps of neighbouring checkpoints, else the last step."""
+    """Return each subject's rows in one space: of neighbouring checkpoints all steps, of other runs the last."""
     panels = {}
     for subject in _SUBJECTS if len(interpolation) else ():
         rows = one_space(interpolation[interpolation["subject"] == subject].dropna(subset=["alpha"]))
@@ -102,14 +77,14 @@ def _last_paths(interpolation: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _peers(crossed: Sequence[pd.DataFrame]) -> dict[str, str]:
-    """Return peer -> label; its place is its colour in all panels."""
-    return short_names(str(name) for rows in crossed for name in rows["other"])
+    """Return the label of each peer; its place decides its colour in all panels."""
+    return drawing.short_names(str(name) for rows in crossed for name in rows["other"])
 
 
 def _draw_pairs(figure: Figure, axes: Axes, rows: pd.DataFrame) -> list[str]:
-    """Draw a line a pair of neighbouring checkpoints and a colour bar of their steps; return the title's notes."""
+    """Draw a line for each pair of checkpoints and a colour bar of their steps; return notes for the title."""
     steps = sorted({int(step) for step in rows.dropna(subset=["loss"])["step"]})
-    colours = sequential(len(steps))
+    colours = drawing.sequential(len(steps))
     for step, colour in zip(steps, colours, strict=True):
         path = _path(rows[rows["step"] == step])
         axes.plot(path["alpha"], path["loss"], color=colour, linewidth=1.2 if len(steps) <= 20 else 0.8)
@@ -130,7 +105,7 @@ def _draw_pairs(figure: Figure, axes: Axes, rows: pd.DataFrame) -> list[str]:
 def _draw_peers(axes: Axes, rows: pd.DataFrame, peers: Sequence[str]) -> None:
     for peer, of_peer in rows.groupby("other", sort=False):
         path = _path(of_peer)
-        look = line_style(peers.index(str(peer)), len(path))
+        look = drawing.line_style(peers.index(str(peer)), len(path))
         axes.plot(path["alpha"], path["loss"], **look, markevery=max(len(path) // 8, 1))
 
 
@@ -148,7 +123,7 @@ def _same_limits(axes: Axes, low: float, high: float) -> None:
 
 
 def barriers_over_steps(records: pd.DataFrame) -> Figure | None:
-    """Draw the barrier with its standard error over steps: neighbouring checkpoints; other runs, a line a peer."""
+    """Draw barriers and their standard errors over steps: one line for neighbouring checkpoints and each peer."""
     barriers = _barriers(records)
     if barriers.empty:
         return None
@@ -156,29 +131,29 @@ def barriers_over_steps(records: pd.DataFrame) -> Figure | None:
     panels = {"Between neighbouring checkpoints": barriers[consecutive], "To other runs": barriers[~consecutive]}
     panels = {title: rows for title, rows in panels.items() if len(rows)}
     peers = _peers([barriers[~consecutive]])
-    spaces = _spaces(panels.values())
-    figure, grid = panel_grid(len(panels))
-    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+    weights, space_notes = drawing.space_notes([rows["space"].iloc[0] for rows in panels.values()])
+    figure, grid = drawing.panel_grid(len(panels))
+    for axes, (title, rows), space_note in zip(grid, panels.items(), space_notes, strict=True):
         _draw_barriers(axes, rows, list(peers))
-        panel_title(axes, title, *_space_note(rows, spaces))
+        drawing.panel_title(axes, title, *space_note)
         axes.set_ylabel("barrier (nats)")
-        step_axis(axes, barriers["step"])
-        value_scale(axes, rows["value"].min(), rows["value"].max())
+        drawing.step_axis(axes, barriers["step"])
+        drawing.value_scale(axes, rows["value"].min(), rows["value"].max())
         if axes.get_yscale() == "linear":
             axes.axhline(0, color="0.5", linewidth=0.8, zorder=1)
     bars = ["bars show one standard error"] if barriers["stderr"].notna().any() else []
-    figure_title(figure, "Loss barriers over training", *_weights(spaces), *bars)
+    drawing.figure_title(figure, "Loss barriers over training", *weights, *bars)
     points = barriers["step"].nunique()
     seeds = set(barriers.loc[barriers["subject"].str.startswith("cross_seed"), "other"])
     legend: dict[str, Artist] = {
-        f"{shown} (other seed)" if peer in seeds else shown: Line2D([], [], **line_style(index, points))
+        f"{shown} (other seed)" if peer in seeds else shown: Line2D([], [], **drawing.line_style(index, points))
         for index, (peer, shown) in enumerate(peers.items())
     }
     if barriers["subject"].str.endswith(_ALIGNED).any():
         legend["after aligning units and heads"] = Line2D(
             [], [], color="0.3", marker="o", markersize=3.5, **_ALIGNED_LOOK
         )
-    legend_below(figure, list(legend.values()), list(legend))
+    drawing.legend_below(figure, list(legend.values()), list(legend))
     return figure
 
 
@@ -197,7 +172,7 @@ def _draw_barriers(axes: Axes, rows: pd.DataFrame, peers: Sequence[str]) -> None
     lines = list(rows.groupby(["subject", "other"], sort=False))
     for index, ((subject, other), line) in enumerate(lines):
         line = line.drop_duplicates("step", keep="last").sort_values("step")
-        look = line_style(peers.index(other) if subject != _CONSECUTIVE else 0, len(line))
+        look = drawing.line_style(peers.index(other) if subject != _CONSECUTIVE else 0, len(line))
         if subject.endswith(_ALIGNED):
             look |= _ALIGNED_LOOK
         # at one step the bars would hide each other
@@ -206,22 +181,22 @@ def _draw_barriers(axes: Axes, rows: pd.DataFrame, peers: Sequence[str]) -> None
 
 
 def barrier_map(barriers: pd.DataFrame) -> Figure | None:
-    """Draw the barrier of every pair of runs as a heat map, plain and, where there is, aligned.
+    """Draw the barrier of every pair of runs as a heat map: as trained and, if there are any, aligned.
 
-    Each pair is shown at its own last step: runs of different lengths have no last one in common.
+    Each pair is shown at its own last step, because runs of different lengths end at different steps.
     """
     if barriers.empty or barriers["barrier"].isna().all():
         return None
     barriers = barriers.dropna(subset=["barrier"]).sort_values("step", kind="stable")
     barriers = barriers.drop_duplicates(["run_a", "run_b", "aligned"], keep="last").sort_index()
-    names = short_names(_runs(barriers))
+    names = drawing.short_names(_runs(barriers))
     aligned = barriers["aligned"].eq(True)
     titled = {"as trained": barriers[~aligned], "after aligning units and heads": barriers[aligned]}
     panels = {title: _square(rows, list(names)) for title, rows in titled.items() if len(rows)}
     stacked = len(names) > 8
     side, margin = max(0.5 * len(names), 1.8), 0.075 * max(map(len, names.values()))
     rows, columns = (len(panels), 1) if stacked else (1, len(panels))
-    figure = new_figure(columns * side + margin + 1.3, rows * (side + 0.3) + 0.75 * margin + 0.7)
+    figure = drawing.new_figure(columns * side + margin + 1.3, rows * (side + 0.3) + 0.75 * margin + 0.7)
     figure.set_layout_engine("compressed")  # cells are square: without it the maps drift apart
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     least, most = min(barriers["barrier"].min(), 0.0), barriers["barrier"].max()
@@ -236,9 +211,9 @@ def barrier_map(barriers: pd.DataFrame) -> Figure | None:
     figure.colorbar(ScalarMappable(norm, _HEAT), ax=grid, label="barrier (nats)", aspect=30, pad=0.02)
     first, last = int(barriers["step"].min()), int(barriers["step"].max())
     at = f"at step {last:,}" if first == last else f"at each pair's last step, {first:,} to {last:,}"
-    figure_title(figure, f"Loss barriers between runs {at}")
+    drawing.figure_title(figure, f"Loss barriers between runs {at}")
     if any(np.isnan(square).any() for square in panels.values()):
-        legend_below(figure, [Patch(facecolor="white", edgecolor="0.75", hatch="////")], ["not measured"])
+        drawing.legend_below(figure, [Patch(facecolor="white", edgecolor="0.75", hatch="////")], ["not measured"])
     return figure
 
 
@@ -251,7 +226,7 @@ def _runs(barriers: pd.DataFrame) -> list[str]:
 
 
 def _square(barriers: pd.DataFrame, runs: Sequence[str]) -> NDArray[np.float64]:
-    """Return barriers by run_a and run_b, each order filled from the other where that is missing."""
+    """Return barriers by run_a and run_b; a pair that was measured in one order stands in both."""
     square = np.full((len(runs), len(runs)), np.nan)
     for run_a, run_b, barrier in barriers[["run_a", "run_b", "barrier"]].itertuples(index=False):
         square[runs.index(str(run_a)), runs.index(str(run_b))] = barrier

@@ -13,16 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hf_lowrank.figures.axes import (
-    COLOURS,
-    figure_title,
-    legend_below,
-    line_style,
-    metrics_over_steps,
-    panel_grid,
-    panel_title,
-    value_scale,
-)
+from hf_lowrank.figures import drawing
 from hf_lowrank.report.catalogue import LANDSCAPE
 
 __all__ = ["landscape_curves", "sharpness_over_steps"]
@@ -31,8 +22,8 @@ _SUBJECTS = ("random", "svd_1", "svd_k", "trajectory")
 # sharpness in the first row, what varies between directions in the second
 _SHARPNESS = ("H1", "H3", "H4", "H2", "H5")
 _SINGLE_CURVES = 30  # more of them would be a grey area
-_MEAN = COLOURS[0]
-_FIRST: Any = {"color": COLOURS[4], "linestyle": "--", "linewidth": 1.2}
+_MEAN = drawing.COLOURS[0]
+_FIRST: Any = {"color": drawing.COLOURS[4], "linestyle": "--", "linewidth": 1.2}
 _SINGLE: Any = {"color": "0.45", "alpha": 0.5, "linewidth": 0.5}
 _COMPONENTS = (0, 1, 2, 3, 6, 5)  # of the palette, without the first step's colour
 
@@ -78,8 +69,8 @@ def landscape_curves(landscape: pd.DataFrame) -> Figure | None:
         return None
     spaces = list(dict.fromkeys(panel.space for panel in panels))
     last = max(panel.step for panel in panels)
-    # two spaces side by side: their step lengths mean different things
-    figure, grid = panel_grid(len(panels), 2 if len(panels) == 4 or len(spaces) == 2 else 3)
+    # two spaces stand side by side, because their step lengths mean different things
+    figure, grid = drawing.panel_grid(len(panels), 2 if len(panels) == 4 or len(spaces) == 2 else 3)
     legend: dict[str, Artist] = {}
     for axes, panel in zip(grid, panels, strict=True):
         draw = _draw_components if panel.subject == "trajectory" else _draw_directions
@@ -89,15 +80,15 @@ def landscape_curves(landscape: pd.DataFrame) -> Figure | None:
             notes.append(panel.space)
         if panel.step != last:
             notes.append(f"step {panel.step:,}")
-        panel_title(axes, *notes)
+        drawing.panel_title(axes, *notes)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel("step length x along the direction")
         axes.set_ylabel("loss (nats)")
         drawn = panel.curves if panel.first is None else pd.concat([panel.curves, panel.first], axis=1)
-        value_scale(axes, drawn.min().min(), drawn.max().max())
+        drawing.value_scale(axes, drawn.min().min(), drawn.max().max())
     weights = [f"{spaces[0]} weights"] if len(spaces) == 1 and spaces[0] else []
-    figure_title(figure, f"Loss along directions from the weights at step {last:,}", *weights)
-    legend_below(figure, list(legend.values()), list(legend))
+    drawing.figure_title(figure, f"Loss along directions from the weights at step {last:,}", *weights)
+    drawing.legend_below(figure, list(legend.values()), list(legend))
     return figure
 
 
@@ -152,7 +143,7 @@ def _draw_components(axes: Axes, panel: _Panel) -> dict[str, Artist]:
     for index, direction in enumerate(panel.curves.columns):
         turn, place = divmod(index, len(_COMPONENTS))
         values = panel.curves[direction].dropna()  # each component reaches as far as the trajectory does along it
-        look = line_style(_COMPONENTS[place] + turn * len(COLOURS), len(values))
+        look = drawing.line_style(_COMPONENTS[place] + turn * len(drawing.COLOURS), len(values))
         axes.plot(values.index, values, **look, markevery=max(len(values) // 8, 1))
         legend[f"component {index + 1}"] = Line2D([], [], **look)
     return legend
@@ -161,4 +152,4 @@ def _draw_components(axes: Axes, panel: _Panel) -> dict[str, Artist]:
 def sharpness_over_steps(records: pd.DataFrame) -> Figure | None:
     """Draw H1 to H5 with their standard errors over the measured steps."""
     metrics = sorted(LANDSCAPE.metrics, key=lambda metric: _SHARPNESS.index(str(metric.id)))
-    return metrics_over_steps(records, metrics, "Loss landscape over training")
+    return drawing.metrics_over_steps(records, metrics, "Loss landscape over training")

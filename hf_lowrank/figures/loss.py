@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_lowrank.figures.axes import COLOURS, MARKED_POINTS, marker, new_figure, step_axis
+from hf_lowrank.figures.drawing import COLOURS, MARKED_POINTS, marker, new_figure, step_axis
 
 __all__ = ["loss"]
 
@@ -34,7 +34,7 @@ def loss(training: pd.DataFrame) -> Figure | None:
 
 
 def _perplexity_axis(axes: Axes) -> None:
-    """Mark round perplexities on the right, where at least two of them fall into the axis' range."""
+    """Mark round perplexities on the right if two or more are in the range of the axis."""
     low, high = axes.get_ylim()
     if high > 50:  # a run that diverged: its perplexity has no readable number
         return

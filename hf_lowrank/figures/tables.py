@@ -1,4 +1,4 @@
-"""Reading what pictures are drawn from: parquet tables of curves and JSON lists of records, checked on the way in."""
+"""Reading and checking what pictures are drawn from: parquet tables of curves and JSON lists of records."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hf_lowrank.report.catalogue import Table
-from hf_lowrank.report.tables import describe
+from hf_lowrank.report.values import describe
 
 __all__ = ["lines", "one_space", "read_records", "read_table"]
 
@@ -17,10 +17,10 @@ _RECORD = ("name", "value", "stderr", "step", "settings", "space")
 
 
 def read_table(path: Path, form: Table) -> pd.DataFrame:
-    """Return a parquet table of the given form, infinities as NaN; an empty one where there is no file.
+    """Return a parquet table of the given form, infinities as NaN; an empty one if there is no file.
 
-    Rows without a number in the first column are left out. Raises `ValueError` that names the file, and the column,
-    for a file that is no parquet, a column that is missing, and a column of numbers that holds something else.
+    Rows without a number in the first column are left out. Raises `ValueError` if the file is not parquet, a column is
+    missing, or a column of numbers holds something else.
     """
     if not path.is_file():
         return pd.DataFrame()
@@ -39,9 +39,9 @@ def read_table(path: Path, form: Table) -> pd.DataFrame:
 
 
 def read_records(path: Path) -> pd.DataFrame:
-    """Return the records of a metric that have a value and a step; an empty table where there is no file.
+    """Return the records of a metric that have a value and a step; an empty table if there is no file.
 
-    Raises `ValueError` that names the file for one that is no list of records.
+    Raises `ValueError` if the file is not a list of records.
     """
     if not path.is_file():
         return pd.DataFrame(columns=_RECORD)
@@ -77,17 +77,17 @@ def _texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
 
 
 def one_space(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of one space, the dense one where there is one: factors and their products do not mix."""
+    """Keep the rows of one space, dense if there are any: factors and their products do not mix."""
     present = set(table["space"]) if "space" in table else set()
     chosen = next((space for space in ("dense", "linearised", "native") if space in present), None)
     return table if chosen is None else table[table["space"] == chosen]
 
 
 def lines(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield (label, records over steps) for every line that a metric's records make.
+    """Yield the label and the records over steps of every line of a metric.
 
-    A line has one space, and where records of one space and step differ in a setting, one value of it. Of two records
-    that agree in all of this the later counts.
+    A line has one space. If records of one space and step differ in a setting, it also has one value of that setting.
+    Of two records of one line and step the later counts.
     """
     keys = _differing_settings(records)
     settings = [describe({key: row[key] for key in keys if key in row}) for row in records["settings"]]
@@ -100,6 +100,6 @@ def _differing_settings(records: pd.DataFrame) -> list[str]:
     differing = set()
     for _, together in records.groupby(["space", "step"]):
         for key in {key for settings in together["settings"] for key in settings}:
-            if len({describe({key: settings.get(key)}) for settings in together["settings"]}) > 1:
+            if together["settings"].map(lambda settings, key=key: describe({key: settings.get(key)})).nunique() > 1:
                 differing.add(key)
     return sorted(differing)

@@ -28,18 +28,8 @@ from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report, validate_report, write_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
 from hf_lowrank.report.model import Paper, Report
-from hf_lowrank.report.tables import (
-    UNKNOWN,
-    HeadlineRow,
-    describe,
-    evaluation_rows,
-    fact_rows,
-    format_bytes,
-    format_count,
-    format_value,
-    headline_rows,
-    measured_with,
-)
+from hf_lowrank.report.tables import HeadlineRow, evaluation_rows, fact_rows, headline_rows, measured_with
+from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_value
 
 __all__ = ["STUDY", "CardData", "render_card", "store_card", "write_card"]
 

@@ -17,7 +17,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.markdown import one_line, slug
 from hf_lowrank.report.model import Data, EvaluationEntry, MetricEntry, Report, Run, details
-from hf_lowrank.report.tables import HeadlineRow, describe, evaluation_rows, measured_with
+from hf_lowrank.report.tables import HeadlineRow, evaluation_rows, measured_with
+from hf_lowrank.report.values import describe
 
 __all__ = ["card_metadata", "evaluation_results", "headline_results", "write_benchmarks"]
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.methods.targets import Target
-from hf_lowrank.report.tables import format_bytes
+from hf_lowrank.report.values import format_bytes
 
 __all__ = ["Summary", "optimizer_state_bytes", "summarize"]
 

@@ -1,13 +1,13 @@
 """The families of metrics as plain data: names, labels and units, tables, figures and captions, each written once.
 
-Log, report, card, figures and comparisons read it; how a family is measured stands in `hf_lowrank.families`. Numbers
-and names are those of the project's metric definitions; the study is arXiv 2605.13652. A family of another package
-joins with `register`.
+Log, report, card, figures and comparisons read it; `hf_lowrank.families` measures the families. The numbers H1 to H16
+are those of the study, arXiv 2605.13652. `register` adds a family of another package.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from hf_lowrank.plugins import load_plugins
 
@@ -23,13 +23,18 @@ class HeadlineMetric:
     """One metric of the headline table.
 
     `id` is its number (H1 to H16) or None for a scalar beside the sixteen; `name` is the one used in logs and reports;
-    `label` is for people; `axis` is the quantity with its unit, for an axis of a figure.
+    `label` is for people; `axis` is the quantity with its unit, for an axis of a figure. A metric `between_runs`
+    compares a run with another one, so as a baseline's number it says nothing.
     """
 
     id: str | None
     name: str
     label: str
     axis: str
+    between_runs: bool = False
+
+
+_BetweenRuns = partial(HeadlineMetric, between_runs=True)
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,16 @@ class Table:
 class Picture:
     """A figure of one run.
 
-    `file` is its name in `publish/figures`; `source` in `publish/metrics` is what it is drawn from, a parquet table of
-    `Entry.tables` or a family's records as JSON. `draw` names the function that draws it, `package.module:function`;
-    default: the one with the file's name in `hf_lowrank.figures.<family>`. It takes the source as a data frame and
-    returns a matplotlib figure, or None where there is nothing to draw.
+    `file` is its name in `publish/figures`; `source` in `publish/metrics` is what it is drawn from: a parquet table of
+    `Entry.tables` (by default the one with the family's name) or the family's records as JSON. `draw` names the
+    function that draws it, `package.module:function`; by default it has the file's name and is in
+    `hf_lowrank.figures.<family>`. It takes the source as a data frame and returns a matplotlib figure, or None if
+    there is nothing to draw.
     """
 
     file: str
     caption: str
-    source: str
+    source: str = ""
     draw: str = ""
 
 
@@ -79,10 +85,16 @@ class Entry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", self.file or self.name)
+        pictures = tuple(replace(each, source=each.source or f"{self.name}.parquet") for each in self.pictures)
+        object.__setattr__(self, "pictures", pictures)
 
     def metric_names(self) -> tuple[str, ...]:
         """The names of the headline metrics."""
         return tuple(metric.name for metric in self.metrics)
+
+    def names(self) -> set[str]:
+        """What no other family may be called, measure or draw."""
+        return {self.name, *self.metric_names(), *(picture.file for picture in self.pictures)}
 
 
 # axes that several metrics share
@@ -127,14 +139,10 @@ INTERPOLATION = Entry(
     "Interpolation",
     (
         HeadlineMetric("H6", "interpolation/consecutive/barrier", "Barrier between neighbouring checkpoints", "nats"),
-        HeadlineMetric("H7", "interpolation/cross_method/barrier", "Barrier to another method", "nats"),
+        _BetweenRuns("H7", "interpolation/cross_method/barrier", "Barrier to another method", "nats"),
     ),
     (
-        Picture(
-            "interpolation_paths.png",
-            "Loss on straight lines to the neighbouring checkpoint and to other runs",
-            "interpolation.parquet",
-        ),
+        Picture("interpolation_paths.png", "Loss on straight lines to the neighbouring checkpoint and to other runs"),
         Picture(
             "barriers_over_steps.png",
             "Loss barriers to the neighbouring checkpoint and to other runs over training",
@@ -166,16 +174,8 @@ SPECTRAL = Entry(
     "Spectra",
     _SPECTRAL_METRICS,
     (
-        Picture(
-            "spectra_over_steps.png",
-            "Spectral metrics over training: mean and spread over the weight matrices",
-            "spectral.parquet",
-        ),
-        Picture(
-            "spectra_over_depth.png",
-            "Spectral metrics over depth at the last measured step, by kind of module",
-            "spectral.parquet",
-        ),
+        Picture("spectra_over_steps.png", "Spectral metrics over training: mean and spread over the weight matrices"),
+        Picture("spectra_over_depth.png", "Spectral metrics over depth at the last measured step, by kind of module"),
     ),
     {"spectral": Table(["step", "layer"], ["space", "name", "module"], [metric.name for metric in _SPECTRAL_METRICS])},
 )
@@ -185,9 +185,9 @@ ACTIVATION = Entry(
     "activation",
     "Activations",
     (
-        HeadlineMetric("H14", "activation/relative_l2", "Relative L2 distance to the baseline's activations", "ratio"),
-        HeadlineMetric("H15", "activation/cosine", "Cosine similarity to the baseline's activations", "cosine"),
-        HeadlineMetric("H16", "activation/cka", "Linear CKA with the baseline's activations", "CKA"),
+        _BetweenRuns("H14", "activation/relative_l2", "Relative L2 distance to the baseline's activations", "ratio"),
+        _BetweenRuns("H15", "activation/cosine", "Cosine similarity to the baseline's activations", "cosine"),
+        _BetweenRuns("H16", "activation/cka", "Linear CKA with the baseline's activations", "CKA"),
     ),
     (
         Picture(
@@ -195,9 +195,7 @@ ACTIVATION = Entry(
             "Activations compared with the baseline's over training: mean and range over layers",
             "activation.parquet",
         ),
-        Picture(
-            "similarity_over_depth.png", "Activations compared with the baseline's over depth", "activation.parquet"
-        ),
+        Picture("similarity_over_depth.png", "Activations compared with the baseline's over depth"),
     ),
     {
         "activation": Table(
@@ -224,7 +222,7 @@ _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 
 
 def _in_order(catalogue: Iterable[Entry]) -> tuple[HeadlineMetric, ...]:
-    """The families' metrics as the headline table has them: the loss, H1 to H16, the others."""
+    """Return the families' metrics in the order of the headline table: the loss, H1 to H16, the others."""
     metrics = [metric for entry in catalogue for metric in entry.metrics]
     numbers = {metric: int(metric.id[1:]) for metric in metrics if metric.id} | dict.fromkeys(LOSS.metrics, 0)
     return tuple(sorted(metrics, key=lambda metric: numbers.get(metric, math.inf)))
@@ -235,15 +233,13 @@ HEADLINE_METRICS = _in_order(CATALOGUE)
 
 
 def register(entry: Entry) -> Entry:
-    """Add a family of another package, behind ours; return it.
+    """Add a family of another package after ours; return it.
 
     Raises:
         ValueError: another family has its name or one of its metrics or figures.
     """
     for other in _ENTRIES.values():
-        shared = {entry.name, *entry.metric_names(), *(picture.file for picture in entry.pictures)} & {
-            other.name, *other.metric_names(), *(picture.file for picture in other.pictures)
-        }  # fmt: skip
+        shared = entry.names() & other.names()
         if shared and other != entry:
             raise ValueError(f"family {entry.name!r} cannot be registered: {other.name!r} has {', '.join(shared)}")
     _ENTRIES[entry.name] = entry
@@ -257,7 +253,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def entry_of(metric: str) -> Entry | None:
-    """The family that a metric's name belongs to, None where it is not known here."""
+    """Return the family that a metric belongs to, None if no family is known for it."""
     family = metric.partition("/")[0]
     return next((entry for entry in entries() if family == entry.name or metric in entry.metric_names()), None)
 
@@ -268,7 +264,7 @@ def headline_metrics() -> tuple[HeadlineMetric, ...]:
 
 
 def headline_metric(name: str) -> HeadlineMetric | None:
-    """The headline metric of a name, None where there is none."""
+    """Return the headline metric with this name, None if there is none."""
     return next((metric for metric in headline_metrics() if metric.name == name), None)
 
 

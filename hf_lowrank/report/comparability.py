@@ -1,9 +1,9 @@
 """What makes runs and numbers comparable: the one place that decides it, for card, table, page and study alike.
 
-Two questions are answered here. In which facts do runs differ (`differences`)? A `conflict` means that their numbers
-side by side would mislead, a `note` is for what a reader should know. And which numbers are of the same quantity,
-measured in the same way (`Number`)? Everything is plain data; a run is known by its report, or by what another run's
-report keeps of it as its baseline.
+This module answers two questions. In which facts do runs differ (`differences`)? A `conflict` means that their numbers
+side by side would mislead, a `note` is something that a reader should know. And which numbers are of the same
+quantity, measured in the same way (`Number`)? A run is given by its report, or by what another run's report keeps of
+it as its baseline.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.model import Baseline, Data, EvaluationEntry, MetricEntry, Report, Run
-from hf_lowrank.report.tables import UNKNOWN, describe, format_count
+from hf_lowrank.report.values import UNKNOWN, describe, format_count
 
 __all__ = [
     "EVALUATION_HASH", "FACTS", "PEER", "REMARKS", "Difference", "Kind", "Level", "Number", "SharedFact",
@@ -26,11 +26,11 @@ Kind = Literal["metric", "evaluation", "cost"]
 # a part of a fact -> its value, None where it is not recorded
 Parts = Mapping[str, Any]
 
-# in a number's settings: what identifies the text it was measured on; null where that was not recorded
+# the setting that identifies the text on which a number was measured; null if that was not recorded
 EVALUATION_HASH = "evaluation_hash"
-# in a number's settings: the run at the other end, different for every run as it should be
+# the setting that names the run at the other end; every run has another one, as it should
 PEER = "other"
-# what `about` may say differently of two numbers without anything having been done differently
+# keys of `about` in which two numbers may differ although they were measured alike
 REMARKS = frozenset(
     ("note", "error", "explained", "checkpoints", "form", "chance", "higher_is_better", "requests", "filter")
 )
@@ -40,7 +40,7 @@ REMARKS = frozenset(
 
 
 def _words(parts: Parts) -> str:
-    """Join what is known; hashes are cut to what tells them apart at a glance."""
+    """Join what is recorded; of a long hash the first twelve digits."""
     texts = [one_line(value) for value in parts.values() if value is not None]
     return " ".join(re.sub(r"^((?:\w+:)?[0-9a-f]{12})[0-9a-f]{28,}$", r"\1", text) for text in texts)
 
@@ -59,10 +59,10 @@ class SharedFact:
 
     Attributes:
         key, title: its name for programs and for people.
-        why: what follows where runs do not share it.
-        find: gives its parts, of a run and its data.
-        level: `conflict` where numbers side by side would mislead.
-        show: puts those parts into words in which runs differ.
+        why: what follows if runs do not share it.
+        find: returns its parts for a run and its data.
+        level: `conflict` if numbers side by side would mislead.
+        show: puts the parts in which runs differ into words.
         of_data: whether it says what losses are measured on.
         of_setting: whether two seeds of one experiment must share it.
     """
@@ -78,7 +78,7 @@ class SharedFact:
 
 
 def _of_data(**fields: str) -> Callable[[Run | Baseline, Data | None], Parts]:
-    """Return a finder of fields of the data, each under its name for people."""
+    """Return a function that finds fields of the data, each by its name for people."""
 
     def find(run: Run | Baseline, data: Data | None) -> Parts:
         return {name: None if data is None else getattr(data, field) for name, field in fields.items()}
@@ -87,7 +87,7 @@ def _of_data(**fields: str) -> Callable[[Run | Baseline, Data | None], Parts]:
 
 
 def _tokenizer(run: Run | Baseline, data: Data | None) -> Parts:
-    # a hash says what a tokenizer is; its name, often a path, only where there is no hash
+    # the name is often a path, so it counts only if there is no hash
     return {"tokenizer": None if data is None else data.tokenizer_hash or data.tokenizer_name}
 
 
@@ -97,12 +97,12 @@ def _model(run: Run | Baseline, data: Data | None) -> Parts:
 
 
 def _planned_steps(run: Run | Baseline, data: Data | None) -> Parts:
-    # a run that stopped early was planned like the others: that it stopped is a fact of its own
+    # a run that stopped early was planned like the others; that it stopped is a fact of its own
     return {"steps": max(run.steps, run.max_steps or 0)}
 
 
 def _checkpoint(run: Run | Baseline, data: Data | None) -> Parts:
-    # the checkpoints of two runs at one step are alike, whatever their runs did afterwards
+    # checkpoints of two runs at one step compare, whatever the runs did afterwards
     return {"at": "end of the run" if run.checkpoint_of is None else f"checkpoint of step {run.steps:,}"}
 
 
@@ -112,7 +112,7 @@ def _unfinished(run: Run | Baseline, data: Data | None) -> Parts:
 
 
 def _fields(name: str, *keys: str) -> Callable[[Run | Baseline, Data | None], Parts]:
-    """Return a finder of some fields of a part of the run, by default of all."""
+    """Return a function that describes a part of the run: the given fields, or all."""
 
     def find(run: Run | Baseline, data: Data | None) -> Parts:
         part = getattr(run, name)
@@ -121,7 +121,7 @@ def _fields(name: str, *keys: str) -> Callable[[Run | Baseline, Data | None], Pa
     return find
 
 
-# conflicts in the order in which a reader would ask for them
+# in the order in which a reader would ask for them
 FACTS = (
     SharedFact("data", "Training data", "the runs were not trained on the same text",
                _of_data(name="name", config="config", revision="revision_or_hash"), of_data=True),
@@ -162,8 +162,8 @@ class Difference:
 
     Attributes:
         fact: which one.
-        words: of every run what it is there, `UNKNOWN` where it is not recorded.
-        odd: of every run whether it is not as in the reference run, or as in most runs where there is none.
+        words: its value in every run, `UNKNOWN` if it is not recorded.
+        odd: of every run, whether its value differs from the reference run's, or from the most common one.
     """
 
     fact: SharedFact
@@ -184,9 +184,9 @@ def differences(sources: Sequence[Report | Baseline], reference: int | None = No
     """Return the facts in which runs differ, conflicts first.
 
     Args:
-        sources: two or more runs, each its report or what a report keeps of it as its baseline.
-        reference: index of the run that the others are held against. Without one it is the most common value of each
-            fact, of equally common ones the first run's. A value that is not recorded cannot be told to be the same.
+        sources: two or more runs, each as its report or as the baseline in another run's report.
+        reference: index of the run with which the others are compared. By default they are compared with the most
+            common recorded value of each fact; of equally common ones the first counts.
     """
     differing = []
     for fact, values in zip(FACTS, zip(*map(_values, sources), strict=True), strict=True):
@@ -201,12 +201,12 @@ def differences(sources: Sequence[Report | Baseline], reference: int | None = No
 
 
 def data_identity(report: Report) -> str:
-    """Return what losses were measured on, as text; losses in training compare only where it is equal."""
+    """Return what losses were measured on, as text: training losses compare only if it is equal."""
     return repr([value for fact, value in zip(FACTS, _values(report), strict=True) if fact.of_data])
 
 
 def settings_key(report: Report) -> str:
-    """Return what runs that differ in nothing but their seed share, as text."""
+    """Return as text what runs share if they differ only in their seed."""
     run = report.run
     shared = [value for fact, value in zip(FACTS, _values(report), strict=True) if fact.of_setting]
     return repr((run.method, describe(run.method_config), run.steps, shared))
@@ -221,11 +221,11 @@ class Number:
 
     Attributes:
         kind, name, space: what it is; the name of a downstream result is `task/metric`.
-        settings: what defines it; what is null or empty there counts as not set.
+        settings: what defines it; a null or empty setting counts as not set.
         reference: what it refers to at its own step.
         about: what only describes it.
         step, value, stderr: the number.
-        entry: the report's entry that it comes from.
+        entry: the report's entry from which it comes.
     """
 
     kind: Kind
@@ -241,28 +241,25 @@ class Number:
 
     @property
     def quantity(self) -> tuple[str, ...]:
-        """What numbers of the same quantity, measured in the same way, share, at whatever step."""
+        """Equal for numbers of the same quantity that were measured in the same way, whatever their step."""
         return (self.kind, self.name, str(self.space), _canonical(self.settings))
 
     @property
     def column(self) -> tuple[str, ...]:
-        """What numbers share that stand side by side: the same quantity with the same reference.
+        """Equal for numbers to compare: the same quantity with the same reference.
 
-        An update since step 100 and one since step 200 are points of one curve, and no two numbers to compare.
+        An update since step 100 and one since step 200 are points of one curve, but not numbers to compare.
         """
         return (*self.quantity, _canonical(self.reference))
 
     @property
     def sampling(self) -> bool:
-        """Whether the standard error says how the number would vary over other samples.
-
-        A Lanczos residual bounds an error of arithmetic.
-        """
+        """Whether the standard error is that of sampling; a Lanczos residual bounds a numerical error."""
         return not str(self.about.get("stderr", "")).startswith("residual")
 
     @property
     def comparable(self) -> bool:
-        """Whether it compares with another run's number at all: nothing is known to be the same as an unknown text."""
+        """Whether it can be compared with another run's number: not if its text is unknown."""
         return self.settings.get(EVALUATION_HASH, "") is not None
 
 
@@ -272,55 +269,40 @@ def _canonical(settings: Mapping[str, Any]) -> str:
 
 def numbers(source: Report | Baseline) -> Iterator[Number]:
     """Yield the metrics and downstream results of a run."""
-    for metric in source.metrics:
-        yield Number(
-            kind="metric",
-            name=one_line(metric.name),
-            space=metric.space,
-            settings=metric.settings,
-            reference=metric.reference,
-            about=metric.about,
-            step=metric.step,
-            value=metric.value,
-            stderr=metric.stderr,
-            entry=metric,
-        )
-    for result in source.evaluations:
-        asked = {key: getattr(result, key) for key in ("num_fewshot", "limit", "task_version")}
-        yield Number(
-            kind="evaluation",
-            name=f"{one_line(result.task)}/{one_line(result.metric)}",
-            space=None,
-            settings={**asked, **result.settings},
-            reference={},
-            about=result.about,
-            step=result.step,
-            value=result.value,
-            stderr=result.stderr,
-            entry=result,
-        )
+    entries: list[MetricEntry | EvaluationEntry] = [*source.metrics, *source.evaluations]
+    for entry in entries:
+        measured = {key: entry.get(key) for key in ("step", "value", "stderr")}
+        if isinstance(entry, MetricEntry):
+            name, space, settings, reference = one_line(entry.name), entry.space, entry.settings, entry.reference
+            yield Number("metric", name, space, settings, reference, entry.about, **measured, entry=entry)
+        else:
+            name = f"{one_line(entry.task)}/{one_line(entry.metric)}"
+            settings = {key: entry[key] for key in ("num_fewshot", "limit", "task_version")} | entry.settings
+            yield Number("evaluation", name, None, settings, {}, entry.about, **measured, entry=entry)
 
 
 def latest(measured: Iterable[Number]) -> list[Number]:
-    """Return those of one run's numbers that speak for it: of each quantity those of its last step.
+    """Return the numbers that speak for a run: of each quantity those of its last step, in their first order.
 
-    A metric that was measured again later in another way is left out, because half trained the model was another one.
-    Where a number was measured twice at one step with one reference, the later entry counts.
+    If a metric was measured again later in another way, its earlier numbers are left out: they are of a model that was
+    trained less. If a number was measured twice at one step with one reference, the later entry counts.
     """
-    by_place = {(number.column, number.step): number for number in measured}
+    columns: dict[tuple[str, ...], dict[int, Number]] = {}
     last: dict[tuple[str, ...], int] = {}
-    for number in by_place.values():
+    for number in measured:
+        columns.setdefault(number.column, {})[_step(number)] = number
         for scope in (number.quantity, _scope(number)):
             last[scope] = max(last.get(scope, -1), _step(number))
     return [
         number
-        for number in by_place.values()
-        if _step(number) == last[number.quantity] and (number.step is None or number.step == last[_scope(number)])
+        for by_step in columns.values()
+        for step, number in by_step.items()
+        if step == last[number.quantity] and (number.step is None or step == last[_scope(number)])
     ]
 
 
 def _scope(number: Number) -> tuple[str, ...]:
-    """What a later measurement supersedes: tasks say their settings, of a metric the way of measuring may change."""
+    """Return what a later measurement replaces, of a metric even if it was measured in another way."""
     return (number.name, str(number.space)) if number.kind == "metric" else number.quantity
 
 

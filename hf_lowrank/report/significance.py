@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lowrank.report.comparability import Number
-from hf_lowrank.report.tables import format_value
+from hf_lowrank.report.values import format_value
 
 __all__ = ["Delta", "Sample", "difference", "format_p", "stars"]
 

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.model import Report
-from hf_lowrank.report.tables import evaluation_rows, fact_rows, format_value, headline_rows
+from hf_lowrank.report.tables import evaluation_rows, fact_rows, headline_rows
+from hf_lowrank.report.values import format_value
 
 __all__ = ["evaluations_table", "facts_table", "headline_table"]
 

@@ -61,7 +61,7 @@ from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, read_rep
 from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.model import Run
-from hf_lowrank.report.tables import format_bytes, format_count, format_duration
+from hf_lowrank.report.values import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
 
 __all__ = ["ReportCallback"]

@@ -175,7 +175,7 @@ def test_card_and_table_put_the_same_numbers_side_by_side(change: dict[str, Any]
     if side_by_side:
         cell, pair = tested.iloc[0], pairs[0]
         assert (cell.delta, cell.delta_stderr, cell.p) == (pair.delta.value, pair.delta.stderr, pair.delta.p)
-        assert cell.delta_text.startswith(pair.difference)
+        assert cell.delta_text.startswith(pair.delta.size)
 
 
 def test_an_older_baseline_that_keeps_fewer_facts_is_not_told_to_be_comparable() -> None:

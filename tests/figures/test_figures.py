@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hf_lowrank.figures import draw_figures
-from hf_lowrank.figures.axes import STYLE, evenly, short_names
+from hf_lowrank.figures.drawing import STYLE, evenly, short_names
 from hf_lowrank.figures.loss import loss as loss_figure
 from hf_lowrank.figures.tables import one_space
 from hf_lowrank.report import HEADLINE_METRICS

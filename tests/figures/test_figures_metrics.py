@@ -15,8 +15,8 @@ from PIL import Image
 
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.figures.activation import similarity_over_depth, similarity_over_steps
-from hf_lowrank.figures.axes import STYLE
 from hf_lowrank.figures.curvature import curvature_over_steps
+from hf_lowrank.figures.drawing import STYLE
 from hf_lowrank.figures.interpolation import barrier_map, barriers_over_steps, interpolation_paths
 from hf_lowrank.figures.landscape import landscape_curves, sharpness_over_steps
 from hf_lowrank.figures.tables import lines

@@ -1,4 +1,4 @@
-"""What all pictures share: colours that colour-blind readers can tell apart, panels, axes, legends and labels."""
+"""What all pictures share: colours, panels, axes, legends and labels."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ from hf_lowrank.report.markdown import one_line
 __all__ = [
     "COLOURS", "MARKED_POINTS", "STYLE", "evenly", "figure_title", "label", "legend_below", "line_style", "marker",
     "metric_axis", "metrics_over_steps", "new_figure", "panel_grid", "panel_title", "sequential", "short_names",
-    "step_axis", "value_scale", "whole_numbers",
+    "space_notes", "step_axis", "value_scale", "whole_numbers",
 ]  # fmt: skip
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale on white
@@ -62,17 +62,24 @@ def panel_grid(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
 
 
 def figure_title(figure: Figure, title: str, *notes: str) -> None:
-    """Put a title over all panels, followed by what holds for all of them."""
+    """Put a title over all panels, followed by notes that hold for all of them."""
     figure.suptitle(f"{title}: {', '.join(notes)}" if notes else title, fontsize=10.5)
 
 
 def panel_title(axes: Axes, *parts: str) -> None:
-    """Put a title over one panel, a long one in two lines: broken at a comma, or in the middle where there is none."""
+    """Put a title over one panel; a long one is broken at a comma, or in the middle if it has none."""
     text = ", ".join(parts)
     if len(text) > _LONGEST_TITLE:
         before, comma, _ = text[: _LONGEST_TITLE + 1].rpartition(", ")
         text = f"{before},\n{text[len(before) + 2 :]}" if comma else fill(text, len(text) // 2 + 4)
     axes.set_title(text)
+
+
+def space_notes(spaces: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return what titles say of the panels' spaces: the figure's if all have one, else the panels'."""
+    if len(set(spaces)) == 1:
+        return ([f"{spaces[0]} weights"] if spaces[0] else []), [[] for _ in spaces]
+    return [], [[f"{space} weights"] if space else [] for space in spaces]
 
 
 def metric_axis(axes: Axes, metric: HeadlineMetric, low: float, high: float) -> None:
@@ -83,7 +90,7 @@ def metric_axis(axes: Axes, metric: HeadlineMetric, low: float, high: float) -> 
 
 
 def value_scale(axes: Axes, low: float, high: float) -> None:
-    """Make the vertical axis logarithmic where the values span more than a factor of 50."""
+    """Make the vertical axis logarithmic if the values span more than a factor of 50."""
     if low > 0 and high / low > 50:  # the first update of a run is often a hundred times the later ones
         axes.set_yscale("log")
 
@@ -105,12 +112,12 @@ def whole_numbers(first: float, last: float) -> Locator:
 
 
 def marker(points: int) -> str | None:
-    """Return the marker of a figure's only kind of line, None where a line of so many points goes without."""
+    """Return the marker of a figure's only kind of line, None for a line of many points."""
     return "o" if points <= MARKED_POINTS else None
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
-    """Return a line's look: colour and marker change together, the line style once the colours are used up."""
+    """Return a line's look: each has its own colour and marker; when colours repeat, the line style changes."""
     turn = index // len(COLOURS)
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -122,20 +129,20 @@ def line_style(index: int, points: int) -> dict[str, Any]:
 
 
 def sequential(count: int) -> list[tuple[float, float, float, float]]:
-    """Return `count` colours from light to dark for what has an order; equally readable in grey."""
+    """Return `count` colours from light to dark, also readable in grey, for things that have an order."""
     # viridis from its green on: its yellow is too pale on white
     return [matplotlib.colormaps["viridis"](0.8 * i / max(count - 1, 1)) for i in reversed(range(count))]
 
 
 def evenly(values: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` (two or more) of the values: the first, the last and evenly between."""
+    """Return at most `most` (two or more) of the values, evenly spaced from the first to the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], most_columns: int = 4) -> None:
-    """Put a legend under the panels, in as many columns as its longest label allows; the figure grows for it."""
+    """Put a legend under the panels, with as many columns as its longest label allows; the figure grows."""
     if not handles:
         return
     longest = max(len(text) for text in labels)
@@ -147,9 +154,9 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
 
 
 def metrics_over_steps(records: pd.DataFrame, metrics: Sequence[HeadlineMetric], title: str) -> Figure | None:
-    """Draw a family's records over the measured steps: a panel a metric, a line a space and setting.
+    """Draw a family's records over the measured steps: a panel for each metric, a line for each space and setting.
 
-    Bars show one standard error. Return None where there is no record of these metrics.
+    Bars show one standard error. Returns None if there is no record of these metrics.
     """
     panels = [(metric, rows) for metric in metrics if len(rows := records[records["name"] == metric.name])]
     if not panels:
@@ -178,13 +185,13 @@ def metrics_over_steps(records: pd.DataFrame, metrics: Sequence[HeadlineMetric],
 
 
 def label(text: str) -> str:
-    """Return text that others chose for a picture: no mathematics between dollars, shown despite an underscore."""
+    """Return a text of others for a picture: dollars begin no formula, a first underscore hides nothing."""
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the label of every name: on one line, long ones without what all share; all labels are different."""
+    """Return a different label for every name, on one line; long names lose the start that all share."""
     texts = {name: one_line(name) or "(no name)" for name in dict.fromkeys(names)}
     shared = _shared_start(list(texts.values()))
     texts = {name: _shortened(f"…{text[shared:]}" if shared else text) for name, text in texts.items()}
@@ -197,7 +204,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shared_start(texts: Sequence[str]) -> int:
-    """Return how many characters, whole words, names begin with in common where one is too long; 0 elsewhere."""
+    """Return the length of the words with which all names begin, 0 if every name is short enough."""
     if len(texts) < 2 or max(map(len, texts)) <= _LONGEST_NAME:
         return 0
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
@@ -206,6 +213,6 @@ def _shared_start(texts: Sequence[str]) -> int:
 
 
 def _shortened(text: str) -> str:
-    # runs are told apart by how their names begin (the method) and how they end (the seed)
+    # names of runs differ in how they begin (the method) and how they end (the seed)
     half = _LONGEST_NAME // 2
     return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
