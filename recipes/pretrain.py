@@ -31,7 +31,7 @@ from hf_lowrank.downstream.quick.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.machine import keep_freed_memory, use_cores
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
-from hf_lowrank.report import read_report
+from hf_lowrank.report.io import read_report
 
 CONFIGS = Path(__file__).parent / "configs"
 # the files that a run leaves in its folder, and that --overwrite removes

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hf_lowrank.compare.frame import ComparedRun
-from hf_lowrank.report import metric_entry, validate_report, write_report
+from hf_lowrank.report.io import metric_entry, validate_report, write_report
 
 FULL = json.loads((Path(__file__).parent / "report" / "full_report.json").read_text())
 ON = {"evaluation_hash": "e1", "sequences": 32, "tokens": 8160}

@@ -24,7 +24,7 @@ from hf_lowrank.cli.flags import with_flags
 from hf_lowrank.hub import network
 from hf_lowrank.methods import METHODS as REGISTERED
 from hf_lowrank.options import CompareOptions, EvaluateOptions, MeasureOptions, flag_name
-from hf_lowrank.report import read_report, write_report
+from hf_lowrank.report.io import read_report, write_report
 
 
 @pytest.fixture(scope="module")

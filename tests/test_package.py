@@ -20,7 +20,7 @@ import json, pathlib, sys
 import hf_lowrank
 assert pathlib.Path(hf_lowrank.__file__).is_relative_to(sys.argv[1]), hf_lowrank.__file__
 from hf_lowrank.hub.card import CardData, render_card
-from hf_lowrank.report import validate_report
+from hf_lowrank.report.io import validate_report
 report = json.loads(pathlib.Path(sys.argv[2]).read_text())
 validate_report(report)
 card = render_card(CardData.from_report(report, figures=["loss.png"]))

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hf_lowrank as lr
 import hf_lowrank.run.report
 from hf_lowrank.methods import METHODS as ALL_METHODS
-from hf_lowrank.report import read_report
+from hf_lowrank.report.io import read_report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain.py"
 METHODS = ("fullrank", "galore", "sltrain")

@@ -75,7 +75,7 @@ def load(
     from hf_lowrank.checkpoints import load_model
     from hf_lowrank.hub.fetch import fetch
     from hf_lowrank.methods.prepare import method_of
-    from hf_lowrank.report import read_report
+    from hf_lowrank.report.io import read_report
     from hf_lowrank.report.terminal import evaluations_table, facts_table, headline_table
 
     folder = fetch(repo, revision=revision)

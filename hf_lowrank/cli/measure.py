@@ -10,7 +10,7 @@ from hf_lowrank.machine import launched, own_device
 from hf_lowrank.measure.measure import measure
 from hf_lowrank.measure.progress import ProgressBar
 from hf_lowrank.options import MeasureOptions
-from hf_lowrank.report import read_report
+from hf_lowrank.report.io import read_report
 from hf_lowrank.report.terminal import headline_table
 
 __all__ = ["run_measure"]

@@ -1,5 +1,1 @@
-"""Comparing runs: gathering them from folders and the Hub, and `hf-lowrank compare`."""
-
-from hf_lowrank.compare.gather import Gathered, Skipped, gather
-
-__all__ = ["Gathered", "Skipped", "gather"]
+"""Comparing runs: `hf-lowrank compare` gathers them from folders and the Hub and shows them side by side."""

@@ -1,7 +1,7 @@
-"""Curves of several runs as plain data: what the figures and the page of a comparison are drawn from.
+"""Curves of several runs as plain data, from which the figures and the page of a comparison are drawn.
 
-A chart holds one quantity measured in one way, a line a row of the comparison. Of several seeds a line is the mean at
-the places that all of them have, with the standard error over seeds.
+A chart shows one quantity measured in one way, with a line for each row of the comparison. The line of several seeds
+is their mean at the places that all of them have, with the standard error over seeds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,7 +54,7 @@ _PATHS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A row's curve: `error` is one standard error at each place, None where there is none."""
+    """A row's curve; `error` is one standard error at each place, or None."""
 
     row: int
     x: list[float]
@@ -64,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines with common axes; `name` is the metric's, `detail` tells charts of one title apart."""
+    """Lines with common axes; `name` is the metric's, `detail` distinguishes charts with one title."""
 
     group: Group
     name: str
@@ -92,33 +92,33 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 
 def _lines(comparison: Comparison, points: pd.DataFrame) -> list[Line]:
-    """Return a line a row of the comparison; of several seeds the mean where all have a point, with its error."""
-    # what is beyond comes from nothing that was measured, and no axis holds it
+    """Return a line for each row; that of several seeds is their mean where all have a point."""
+    # nothing measured comes near this bound, and no axis holds what is beyond
     points = points[(points["x"].abs() < 1e150) & (points["y"].abs() < 1e150)]
     lines = []
     for index, row in enumerate(comparison.rows):
-        mine = points[points["run"].isin(row.members)].sort_values("x", kind="stable")
-        seeds = mine["run"].nunique()
+        curve = points[points["run"].isin(row.members)].sort_values("x", kind="stable")
+        seeds = curve["run"].nunique()
         if seeds > 1:
-            at_place = mine.groupby("x")["y"]
+            at_place = curve.groupby("x")["y"]
             shared = at_place.count() == seeds
-            mine = pd.DataFrame({"y": at_place.mean(), "error": at_place.sem()})[shared].reset_index()
-        if len(mine):
-            kept = mine.iloc[evenly(list(range(len(mine))), _MOST_POINTS)]
+            curve = pd.DataFrame({"y": at_place.mean(), "error": at_place.sem()})[shared].reset_index()
+        if len(curve):
+            kept = curve.iloc[evenly(list(range(len(curve))), _MOST_POINTS)]
             errors = [float(error) if abs(error) < 1e150 else None for error in kept["error"]]
             lines.append(Line(index, kept["x"].tolist(), kept["y"].tolist(), errors))
     return lines
 
 
 def _of_runs(runs: Iterable[int], curve: Callable[[int], pd.DataFrame | None]) -> pd.DataFrame:
-    """Return the points of runs; `curve` gives those of one by its index, with columns x, y and error."""
+    """Return the points of runs; `curve` returns those of a run by its index, with columns x, y and error."""
     curves = {run: points for run in runs if (points := curve(run)) is not None and len(points)}
     parts = [points.assign(run=run)[_POINT] for run, points in curves.items()]
     return pd.concat(parts, ignore_index=True).astype(float) if parts else pd.DataFrame(columns=_POINT, dtype=float)
 
 
 def _curve(table: pd.DataFrame, x: str, y: str, error: str = "") -> pd.DataFrame | None:
-    """Return two columns of a table as a curve; of two rows at one place the later counts."""
+    """Return two columns of a table as a curve; of two rows at one place the later one counts."""
     if x not in table or y not in table:
         return None
     rows = table.dropna(subset=[x, y]).drop_duplicates(x, keep="last")
@@ -154,7 +154,7 @@ def _training(comparison: Comparison) -> Iterator[Chart]:
 
 
 def _data_in_words(differing: Sequence[Difference], run: int) -> str:
-    """Return what tells a run's data from the others'."""
+    """Describe in what a run's data differ from the others'."""
     words = {each.fact.title.lower(): each.words[run] for each in differing}
     if set(words.values()) == {UNKNOWN}:
         return "data not recorded"
@@ -162,7 +162,7 @@ def _data_in_words(differing: Sequence[Difference], run: int) -> str:
 
 
 def _series(comparison: Comparison, name: str | None = None) -> Iterator[tuple[Number, str, pd.DataFrame]]:
-    """Yield the series of a metric, or all but costs: one of its numbers, what tells it from others, its points."""
+    """Yield each series of a metric, or of all but costs: one of its numbers, what distinguishes it, its points."""
     points = comparison.points[comparison.points["kind"] != "cost"]
     groups = [group for _, group in points[points["metric"] == name if name else slice(None)].groupby("series")]
     numbers: list[Number] = [group["number"].iloc[0] for group in groups]
@@ -185,7 +185,7 @@ def _over_steps(comparison: Comparison) -> Iterator[Chart]:
 def _at_last_steps(
     comparison: Comparison, name: str, curve: Callable[[Comparison, Number, int], pd.DataFrame | None], chart: Chart
 ) -> Iterator[Chart]:
-    """Yield a chart a series of a metric, like `chart` but for detail and lines; `curve` gives a run's line of it."""
+    """Yield a copy of `chart` for each series of a metric; `curve` returns a run's line of it."""
     for number, detail, points in _series(comparison, name):
         curves = _of_runs(points["run"].unique(), partial(curve, comparison, number))
         peer = f"{PEER}={one_line(number.settings[PEER])}" if PEER in number.settings else ""
@@ -205,7 +205,7 @@ def _along_directions(comparison: Comparison) -> Iterator[Chart]:
 def _rise(comparison: Comparison, number: Number, run: int) -> pd.DataFrame | None:
     subject = number.name.split("/")[1]
     rows = _last_step(_table(comparison, run, "landscape", subject=subject, space=number.space or ""))
-    # one table holds the curves of all K: the first K of them are those of this series
+    # the table holds the curves of the largest K; this series is over the first K of them
     most = number.settings.get("K")
     rows = rows[rows["direction"] < most] if isinstance(most, int) and len(rows) else rows
     if rows.empty:
@@ -218,7 +218,7 @@ def _rise(comparison: Comparison, number: Number, run: int) -> pd.DataFrame | No
 
 
 def _between_models(comparison: Comparison) -> Iterator[Chart]:
-    """Yield the loss on straight lines: to the checkpoint before, to each other run."""
+    """Yield the loss on straight lines to the checkpoint before and to other runs."""
     for name in comparison.points["metric"].unique():
         if name.startswith("interpolation/") and name.endswith("/barrier"):
             subject = name.split("/")[1]

@@ -1,7 +1,7 @@
-"""All numbers of several runs as one tidy frame, a line a run, quantity and step, and the columns they stand in.
+"""All numbers of several runs as one tidy frame, and the columns of the table in which they stand.
 
 A column holds numbers that were measured in one way (`hf_lowrank.report.comparability`), each at its run's last
-measured step. Texts may hold whatever the reports hold, on one line.
+measured step. Texts are on one line and may hold whatever the reports hold.
 """
 
 import json
@@ -41,9 +41,9 @@ class ComparedRun:
     Attributes:
         label: what it is called, different from all others'.
         report: its valid report.
-        tables: its parquet tables by name (`training`, `landscape`, ...), checked; empty ones where there are none.
-        repo: `user/name` or `user/name@revision` where it comes from the Hub.
-        problems: what of its metrics could not be read, a sentence each.
+        tables: its checked parquet tables by name (`training`, `landscape`, ...).
+        repo: `user/name` or `user/name@revision` if it comes from the Hub.
+        problems: a sentence for each table that could not be read.
     """
 
     label: str
@@ -61,8 +61,8 @@ class Column:
         kind, name, space: what it is; the name of a downstream result is `task/metric`.
         id, label, group, unit: H1 to H16 or None, and words for people.
         settings: all settings on one line.
-        distinct: the space and those settings in which columns of the same metric differ.
-        headline: whether it belongs into a short table.
+        distinct: the space, and the settings in which columns of the same metric differ.
+        headline: whether it belongs in a short table.
     """
 
     kind: Kind
@@ -78,17 +78,16 @@ class Column:
 
     @property
     def title(self) -> str:
-        """Number, label and what tells it from other columns, on one line."""
+        """Number, label and what distinguishes it from other columns, on one line."""
         named = f"{self.id} {self.label}" if self.id else self.label
         return f"{named} ({self.distinct})" if self.distinct else named
 
 
 def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
-    """Return every number of every run: a line a run, quantity and step.
+    """Return every number of every run, one line for each run, quantity and step.
 
-    `run` is the run's index; `kind`, `metric`, `space`, `step`, `value` and `stderr` are the number's, `number` is it
-    with all its settings. Numbers of one `series` are points of one curve. Those that stand in the table have a
-    `column`, the others -1.
+    `run` is the run's index, `number` the number itself; `kind`, `metric`, `space`, `step`, `value` and `stderr` are
+    its fields. Numbers of one `series` are points of one curve. `column` is -1 for numbers that are not in the table.
     """
     of_runs = _placed([[*numbers(run.report), *_costs(run.report)] for run in runs])
     series: dict[tuple[Any, ...], Number] = {}
@@ -96,7 +95,7 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     for run, measured in enumerate(of_runs):
         speaking = {id(number) for number in latest(measured)}
         for number in measured:
-            # a number on an unknown text is comparable with no other run's
+            # a number on an unknown text has a series and a column of its own
             owner = () if number.comparable else (run,)
             series.setdefault((*number.quantity, *owner), number)
             column = (*number.column, *owner) if id(number) in speaking else None
@@ -136,18 +135,18 @@ def _costs(report: Report) -> Iterator[Number]:
     }
     for name, value in values.items():
         if value is not None:
-            # how a peak was taken decides what it means
+            # peaks compare only if they were taken in the same way
             settings = {"kind": run.peak_memory_bytes.kind} if name == "peak_memory_bytes" else {}
             yield Number("cost", name, None, settings, {}, {}, None, value, None)
 
 
 def _bounded(value: float | None) -> float | None:
-    """Return a number that can be squared and summed; nothing that is measured comes near 1e150."""
+    """Return None for a number too large to be squared and summed; nothing measured comes near 1e150."""
     return None if value is None or abs(value) > 1e150 else float(value)
 
 
 def _placed(of_runs: Sequence[Sequence[Number]]) -> list[list[Number]]:
-    """Put what could not be measured, and knows hardly a setting, where the other runs' numbers stand."""
+    """Give numbers that could not be measured, and have few settings, the settings of other runs' numbers."""
     measured: dict[tuple[Any, ...], list[Number]] = {}
     for numbers_of_run in of_runs:
         for number in numbers_of_run:
@@ -171,7 +170,7 @@ def _placed(of_runs: Sequence[Sequence[Number]]) -> list[list[Number]]:
 
 
 def _place(number: Number, places: Mapping[str, int]) -> tuple[Any, ...]:
-    """Where a quantity stands: H1 to H16 with the scalars beside them, tasks, costs, other metrics by name."""
+    """Return the sort key of a quantity: headline metrics, tasks, costs, then other metrics by name."""
     if number.kind == "evaluation":
         place: tuple[float, str] = (100, number.name)
     elif number.kind == "cost":
@@ -187,7 +186,7 @@ def _place(number: Number, places: Mapping[str, int]) -> tuple[Any, ...]:
 
 
 def telling_apart(numbers: Sequence[Number], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return of each number, in words, those of its settings in which numbers of the same metric differ."""
+    """Describe for each number the settings in which numbers of the same metric differ."""
     texts = pd.DataFrame(
         [
             {key: json.dumps(value, sort_keys=True) for key, value in own.items() if value is not None}
@@ -203,13 +202,13 @@ def telling_apart(numbers: Sequence[Number], settings: Sequence[Mapping[str, Any
 
 
 def defining_settings(number: Number, label: str) -> dict[str, Any]:
-    """Return what defines a number, for people; one on an unknown text is that of its run alone."""
+    """Return the settings that define a number, to show them; an unknown text is that of its run alone."""
     unknown = {} if number.comparable else {EVALUATION_HASH: f"not recorded ({label})"}
     return {**number.settings, **unknown}
 
 
 def metric_words(name: str) -> tuple[str, str]:
-    """Return a metric's number and label, and its unit; an unknown metric is called by its name."""
+    """Return a metric's title and unit; an unknown metric has its name as title and no unit."""
     metric = headline_metric(name)
     if metric is None:
         return name, ""
@@ -217,7 +216,7 @@ def metric_words(name: str) -> tuple[str, str]:
 
 
 def columns_of(points: pd.DataFrame, runs: Sequence[ComparedRun]) -> list[Column]:
-    """Return the columns that numbers stand in, in order."""
+    """Return the columns of the table in order."""
     first = points[points["column"] >= 0].drop_duplicates("column").sort_values("column")
     labels = [runs[run].label for run in first["run"]]
     numbers: list[Number] = first["number"].tolist()

@@ -41,9 +41,9 @@ class Skipped:
 
 @dataclass
 class Gathered:
-    """Runs with labels of their own, the sources they came from in the same order, and what was left out.
+    """Runs with different labels, their sources in the same order, and the runs that were left out.
 
-    `skipped` were asked for by name, `passed_over` were listed by the Hub, `twice` were given more than once.
+    `skipped` runs were asked for by name, `passed_over` ones were listed by the Hub, `twice` were given twice.
     """
 
     runs: list[ComparedRun] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Gathered:
     twice: list[str] = field(default_factory=list)
 
     def index(self, name: str) -> int | None:
-        """The place of a run by its source, its label or its own name; None where none or several have it."""
+        """Return the index of the only run with this source, label or own name, or None."""
         for names in (self.sources, [run.label for run in self.runs], [_name(run.report) for run in self.runs]):
             if names.count(name) == 1:
                 return names.index(name)
@@ -61,11 +61,11 @@ class Gathered:
 
 
 def gather(sources: Sequence[str], listed: Sequence[Listed] = (), token: str | None = None) -> Gathered:
-    """Read runs, those given first; a source that cannot be read is skipped with its reason.
+    """Read the given runs, then the listed ones; a source that cannot be read is skipped with its reason.
 
     Args:
-        sources: run folders, published folders, folders of a report.json, `user/name`, `user/name@revision`.
-        listed: repositories that the Hub lists; a stranger's report that breaks anything is passed over.
+        sources: run folders, published folders, folders with a report.json, `user/name`, `user/name@revision`.
+        listed: repositories that the Hub lists; one is passed over if its files raise any error.
         token: of the Hub.
     """
     gathered = Gathered()
@@ -84,7 +84,7 @@ def gather(sources: Sequence[str], listed: Sequence[Listed] = (), token: str | N
             if (count := collect([run])["series"].nunique()) > _MOST_SERIES:
                 raise ValueError(f"its report has {count:,} metrics, more than any real one")
             charts(compare([run]))
-        # anybody can list a repository under the tag: whatever a stranger's files break, they break for themselves
+        # anybody can list a repository under the tag: no file in it may stop the comparison of the others
         except Exception as error:
             gathered.passed_over.append(Skipped(repo.repo_id, one_line(error) or type(error).__name__))
             continue
@@ -95,7 +95,7 @@ def gather(sources: Sequence[str], listed: Sequence[Listed] = (), token: str | N
 
 
 def _given(source: str, token: str | None) -> tuple[ComparedRun, str]:
-    """Return a run and what tells whether it was given before."""
+    """Return a run and an identity that shows whether it was given before."""
     path = Path(source).expanduser()
     local = path.parent if path.name == "report.json" and path.is_file() else path
     if local.is_dir():
@@ -105,9 +105,9 @@ def _given(source: str, token: str | None) -> tuple[ComparedRun, str]:
 
 
 def _read(folder: Path, repo: str | None, problems: Sequence[str] = ()) -> ComparedRun:
-    if repo is not None and not (folder / "report.json").is_file():
-        raise FileNotFoundError(f"{repo} has no report.json: it was not published by hf_lowrank")
     if not (folder / "report.json").is_file():
+        if repo is not None:
+            raise FileNotFoundError(f"{repo} has no report.json: it was not published by hf_lowrank")
         raise FileNotFoundError(f"no report.json in {folder}: `hf-lowrank measure` writes one for any Trainer's run")
     report = read_report(folder)
     tables, broken = read_curves(folder / "metrics")
@@ -129,7 +129,7 @@ def _name(report: Any) -> str:
 
 
 def _labels(runs: Sequence[ComparedRun], sources: Sequence[str]) -> list[str]:
-    """Return a label a run: its name, and where several share it also where it comes from, as short as tells it."""
+    """Return different labels: a run's name, followed by the end of its source if other runs have the name too."""
     names = [run.label for run in runs]
     parts = [[part for part in one_line(source).split("/") if part not in (".", "", "publish")] for source in sources]
     labels = list(names)
@@ -148,9 +148,9 @@ def _labels(runs: Sequence[ComparedRun], sources: Sequence[str]) -> list[str]:
 
 
 def read_curves(metrics: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Return the tables that a `metrics` folder holds, and what is wrong with those that cannot be used.
+    """Return the tables in a `metrics` folder, and what is wrong with those that cannot be used.
 
-    A table that is broken, of another form or unreasonably large is left out: a run is compared without it.
+    A run is compared without a table that is broken, of another form or unreasonably large.
     """
     tables, problems = {}, []
     for name, form in catalogued_tables().items():
@@ -160,7 +160,7 @@ def read_curves(metrics: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
         try:
             _check_size(path)
             tables[name] = read_table(path, form)
-        # pyarrow raises its own kinds beside ValueError and OSError for files that were damaged or made up
+        # pyarrow raises errors of its own as well for files that are damaged or made up
         except (ValueError, OSError, pyarrow.ArrowException, OverflowError, MemoryError) as error:
             reason = " ".join(str(error).replace(str(path), path.name).split())
             problems.append(f"its curves in {path.name} are left out: {reason[:200]}")
@@ -168,7 +168,7 @@ def read_curves(metrics: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
 
 
 def _check_size(path: Path) -> None:
-    """Raise `ValueError` for a file that would not fit into memory or holds what no table of metrics does."""
+    """Raise `ValueError` if a file would not fit into memory or is no table of metrics."""
     with pq.ParquetFile(path) as file:
         if file.metadata.num_rows > _MOST_ROWS:
             raise ValueError(f"{file.metadata.num_rows:,} rows, more than {_MOST_ROWS:,}")

@@ -27,7 +27,7 @@ class Notice:
     """Something that readers of a comparison must know.
 
     Attributes:
-        level: `conflict` where numbers side by side would mislead, or `note`.
+        level: `conflict` if numbers side by side would mislead, else `note`.
         title: what it is about.
         text: what follows from it.
         parts: (value, the labels of the runs that have it), the most common first.
@@ -40,7 +40,7 @@ class Notice:
 
     @property
     def shown(self) -> list[tuple[str, str]]:
-        """The parts with their labels in words, long lists cut."""
+        """The parts, each with its labels as text; long lists are cut."""
         shown = []
         for value, labels in self.parts:
             more = len(labels) - _MOST_LABELS
@@ -64,7 +64,7 @@ class Notice:
 
 
 def run_notices(differing: Sequence[Difference], labels: Sequence[str]) -> list[Notice]:
-    """Return a notice a fact that the runs do not share."""
+    """Return a notice for each fact in which the runs differ."""
     return [Notice(each.level, each.fact.title, each.fact.why, _parts(each.words, labels)) for each in differing]
 
 
@@ -77,9 +77,9 @@ def _parts(values: Sequence[str], labels: Sequence[str]) -> Parts:
 
 
 def metric_notices(points: pd.DataFrame, labels: Sequence[str]) -> list[Notice]:
-    """Return notices on metrics: measured in ways that cannot be compared, at different steps, on unknown texts.
+    """Return notices on metrics that were measured in different ways, at different steps or on unknown texts.
 
-    Metrics for which the same is to be said share a notice.
+    Metrics with the same problem share a notice.
 
     Args:
         points: all numbers of a comparison (`hf_lowrank.compare.frame.collect`).
@@ -115,10 +115,10 @@ def _titles(names: Sequence[str]) -> str:
 
 
 def _ways(measured: Sequence[tuple[int, Number]], labels: Sequence[str]) -> Parts:
-    """Return (how it was measured, runs) where two runs have a metric and no way of measuring it in common."""
+    """Return each way of measuring a metric with its runs, if two runs have no way in common."""
     settings: list[dict[str, Any]] = []
     for _, number in measured:
-        # every run has another one at its barriers' other end, and its own name for the step of it
+        # the other end of a barrier differs from run to run, and so does the name of its step
         between = PEER in number.settings
         defining = {key: value for key, value in number.settings.items() if key != PEER}
         settings.append({**defining, **({} if between else number.reference), "weights": number.space})
@@ -133,7 +133,7 @@ def _ways(measured: Sequence[tuple[int, Number]], labels: Sequence[str]) -> Part
 
 
 def _within(numbers: Sequence[Number], labels: Sequence[str]) -> list[tuple[str, Parts]]:
-    """Return what must be said of numbers in one column: other steps, other sets of matrices."""
+    """Return in what the numbers of one column differ: their steps, and what describes them."""
     said = []
     steps = _parts(["no step" if n.step is None else f"step {n.step:,}" for n in numbers], labels)
     if len(steps) > 1:
@@ -142,7 +142,7 @@ def _within(numbers: Sequence[Number], labels: Sequence[str]) -> list[tuple[str,
     for key in sorted({key for number in numbers for key in number.about} - REMARKS):
         values = _parts([describe({key: n.about.get(key)}) or f"{key} {UNKNOWN}" for n in numbers], labels)
         groups = tuple(members for _, members in values)
-        # where the matrices that were measured differ, so does the number of all of them
+        # if the measured matrices differ, so does their total
         if len(values) > 1 and not (key == "total" and groups in told):
             said.append((f"not of the same {key}", values))
             told.append(groups)

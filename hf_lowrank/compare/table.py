@@ -1,7 +1,7 @@
-"""Runs side by side: rows of runs (or of seeds taken together), columns of metrics, differences to a baseline.
+"""Runs side by side: rows of runs (or of several seeds), columns of metrics, differences to a baseline.
 
-The cells of the table are grouped from the frame of all numbers (`hf_lowrank.compare.frame`), and every file, table
-and figure of a comparison is made of these two.
+The table's cells come from the frame of all numbers (`hf_lowrank.compare.frame`); all files, tables and figures of a
+comparison are made from these two.
 """
 
 import difflib
@@ -31,10 +31,10 @@ class Row:
         label, method: what it is called.
         members: indices of its runs.
         seeds: their seeds.
-        differs, notes: titles of facts in which it is not as the baseline is (or most others are): those that make
-            its numbers not comparable, and those that do not.
-        facts: what the run was, of several seeds the first's.
-        repos: of its runs on the Hub.
+        differs, notes: titles of the facts in which it differs from the baseline or from most others: those that make
+            its numbers not comparable, and the others.
+        facts: of the run; of several seeds, of the first.
+        repos: its runs' repositories on the Hub.
     """
 
     label: str
@@ -77,9 +77,9 @@ class Comparison:
 
     @property
     def usual(self) -> list[int]:
-        """Columns that most readers look for: headline metrics and tasks, of each the one that most rows have.
+        """Columns that most readers look for: of each headline metric and task the one that most rows have.
 
-        Other columns of a metric join where rows lack the first; factors as trained only where there is nothing else.
+        Another column of a metric joins if it adds rows; factors as trained come last.
         """
         rows_of: dict[int, set[int]] = {}
         for row, column in self.cells.index:
@@ -105,9 +105,9 @@ class Comparison:
         return [notice for notice in self.notices if notice.level == "note"]
 
     def pivot(self, show: Callable[[Any], Any]) -> pd.DataFrame:
-        """Return the table with a line a row and a column a metric, None where nothing was measured.
+        """Return the table of rows and columns, with None for what was not measured.
 
-        `show` makes an entry of a cell, given as a named tuple whose `Index` is (row, column).
+        `show` turns a cell, a named tuple whose `Index` is (row, column), into an entry.
         """
         shown = pd.Series([show(cell) for cell in self.cells.itertuples()], index=self.cells.index, dtype=object)
         table = shown.unstack("column").reindex(index=range(len(self.rows)), columns=range(len(self.columns)))
@@ -125,15 +125,15 @@ def compare(
     """Put runs side by side.
 
     Args:
-        runs: one or more, with labels of their own.
-        baseline: index of the run that the others are compared with.
+        runs: one or more, with different labels.
+        baseline: index of the run with which the others are compared.
         sort: a metric's name or id (`validation_loss`, `H9`, `task/acc`, `parameters_trained`); of several columns the
             one with the most runs counts. Rows without it come last.
-        descending: the largest first.
-        group_seeds: runs that differ only in their seed become one row, mean and standard error over the seeds.
+        descending: sort from the largest to the smallest.
+        group_seeds: join runs that differ only in their seed: mean and standard error over the seeds.
 
     Raises:
-        ValueError: there is no run, or no metric of the name `sort`.
+        ValueError: there is no run, or no metric has the name `sort`.
     """
     if not runs:
         raise ValueError("no run to compare: give run folders or Hub repositories, or --tag")
@@ -196,7 +196,7 @@ def _row(runs: Sequence[ComparedRun], members: tuple[int, ...], differing: Seque
 
 
 def _seed_groups(runs: Sequence[ComparedRun]) -> tuple[list[tuple[int, ...]], list[Notice]]:
-    """Return runs that differ only in their seed together; the same seed twice is no second sample."""
+    """Group runs that differ only in their seed, and return notices on those whose seed is there already."""
     groups: dict[Any, list[int]] = {}
     twins = []
     for index, run in enumerate(runs):
@@ -206,7 +206,7 @@ def _seed_groups(runs: Sequence[ComparedRun]) -> tuple[list[tuple[int, ...]], li
         if twin is None:
             members.append(index)
         else:
-            text = f"has seed {seed} as {runs[twin].label} has: left out, since the same seed is no second sample"
+            text = f"has seed {seed} as {runs[twin].label} has: left out, because the same seed is no second sample"
             twins.append(Notice("note", run.label, text))
     return [tuple(members) for members in groups.values()], twins
 
@@ -238,9 +238,9 @@ def _sort_column(name: str, columns: Sequence[Column], points: pd.DataFrame) -> 
 
 
 def _cells(points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row]) -> pd.DataFrame:
-    """Return the table's cells without differences: of several seeds the mean, with its standard error over them."""
+    """Return the table's cells without differences; a cell of several seeds has their mean and its error."""
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
-    # a run whose seed another one has already stands in no row
+    # a run whose seed is there already has no row
     lines = points[(points["column"] >= 0) & points["run"].isin(row_of)]
     lines = lines.assign(
         row=lines["run"].map(row_of),
@@ -291,10 +291,8 @@ def _text(column: Column, value: float, stderr: float) -> str:
 
 
 def _with_differences(cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]) -> pd.DataFrame:
-    """Return the cells with their differences to the baseline's, each tested as its column and seeds allow."""
-    base = (
-        {} if baseline is None else {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
-    )
+    """Return the cells with their differences to the baseline's cells, tested if errors and seeds allow it."""
+    base = {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
     lines: list[tuple[Any, ...]] = []
     for cell in cells.itertuples():
         row, column = cell.Index

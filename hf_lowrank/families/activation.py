@@ -14,8 +14,9 @@ from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
 from hf_lowrank.metrics.perturb import evaluating
-from hf_lowrank.report import Report, read_report
 from hf_lowrank.report.catalogue import ACTIVATION
+from hf_lowrank.report.io import read_report
+from hf_lowrank.report.model import Report
 from hf_lowrank.sharding import raise_together
 
 __all__ = ["Activation", "ActivationCallback"]

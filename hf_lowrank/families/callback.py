@@ -25,7 +25,7 @@ from hf_lowrank.families.family import Context, Family
 from hf_lowrank.families.records import Measurement, Record, metrics_folder, read_measurement, write_measurement
 from hf_lowrank.families.spaces import SPACES, spaces_of
 from hf_lowrank.metrics.sequences import EvaluationSet, check_next_token, check_rows
-from hf_lowrank.report import Report
+from hf_lowrank.report.model import Report
 from hf_lowrank.sharding import all_gather_object
 
 __all__ = ["BUDGET", "MetricCallback", "SequenceCallback"]

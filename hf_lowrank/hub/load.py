@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import last_checkpoint, load_model
 from hf_lowrank.hub.fetch import fetch
-from hf_lowrank.report import Report, read_report
+from hf_lowrank.report.io import read_report
+from hf_lowrank.report.model import Report
 
 __all__ = ["from_pretrained", "load_report"]
 
@@ -47,6 +48,6 @@ def load_report(source: str | Path, *, revision: str | None = None, token: str |
 
     Raises:
         FileNotFoundError, OSError: the source is not there, cannot be reached, or holds no report.
-        hf_lowrank.report.ReportError: the report does not follow the schema, or follows a newer one.
+        hf_lowrank.report.io.ReportError: the report does not follow the schema, or follows a newer one.
     """
     return read_report(fetch(source, revision=revision, token=token, allow_patterns=["report.json"]))

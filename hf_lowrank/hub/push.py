@@ -26,7 +26,7 @@ from hf_lowrank.hub.commit import (
 )
 from hf_lowrank.hub.fetch import download
 from hf_lowrank.hub.ownership import run_of
-from hf_lowrank.report import read_report, write_report
+from hf_lowrank.report.io import read_report, write_report
 
 __all__ = ["OverwriteError", "PushError", "push", "push_folder"]
 
@@ -60,7 +60,7 @@ def push(
 
     Raises:
         CheckpointError: There is no model beside the report, and the checkpoint of its step is damaged.
-        hf_lowrank.report.ReportError: The run's report is missing a field, is not JSON, or is newer than this version.
+        hf_lowrank.report.io.ReportError: The run's report is missing a field, is not JSON, or is newer than this version.
         As `push_folder` otherwise.
     """
     folder = publish_folder(Path(run).expanduser())

@@ -21,8 +21,10 @@ from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
 from hf_lowrank.methods import get_method
 from hf_lowrank.model_config import base_architecture
-from hf_lowrank.report import SCHEMA_VERSION, Report, baseline_of, read_report, write_report
+from hf_lowrank.report.baseline import baseline_of
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.io import read_report, write_report
+from hf_lowrank.report.model import SCHEMA_VERSION, Report
 
 __all__ = ["write_run", "write_tables_across_runs"]
 

@@ -1,4 +1,4 @@
-"""Checking, reading and writing report.json: every report on disk keeps to the models of `hf_lowrank.report.model`."""
+"""Checking, reading and writing report.json: every report on disk follows the models of `hf_lowrank.report.model`."""
 
 import json
 import math
@@ -20,7 +20,7 @@ _SHOWN = 80  # characters of a value in an error message
 
 
 class ReportError(ValueError):
-    """A report that does not keep to the schema, or a file that is not one."""
+    """A report does not follow the schema, or a file is not a report."""
 
 
 def metric_entry(
@@ -63,7 +63,7 @@ def validate_report(report: Any, where: str = "report.json") -> Report:
     `where` opens the message of an error: the file or repository that the report came from.
 
     Raises:
-        ReportError: it does not keep to the schema; the one line names the field and the value.
+        ReportError: it does not follow the schema; the message is one line that names the field and the value.
     """
     version = report.get("schema_version") if isinstance(report, Mapping) else None
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
@@ -86,11 +86,11 @@ def validate_report(report: Any, where: str = "report.json") -> Report:
 def write_report(report: Mapping[str, Any], path: Path | str) -> Path:
     """Check `report` and write it to `path` as indented JSON with sorted keys; return the path.
 
-    The file is replaced in one step. Raises `ReportError`, and leaves the old file, where the report is not valid.
+    The file is replaced in one step. If the report is not valid, `ReportError` is raised and the old file stays.
     """
     path = Path(path)
     plain = _plain(validate_report(report, where=str(path)))
-    # whatever was named after a token by mistake: reports are made to be shown
+    # reports are made to be shown: a token that someone put into a name by mistake must not be
     text = TOKEN.sub("<token>", json.dumps(plain, indent=2, sort_keys=True, allow_nan=False))
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -100,8 +100,8 @@ def write_report(report: Mapping[str, Any], path: Path | str) -> Path:
 def read_report(path_or_folder: Path | str) -> Report:
     """Read and check a report: a file, a `publish` folder or a run's folder (which holds `publish`).
 
-    Raises `FileNotFoundError` where there is none and `ReportError` where it is not JSON, breaks the schema, or has a
-    newer `schema_version` than this package knows.
+    Raises `FileNotFoundError` if there is none, and `ReportError` if it is not JSON, does not follow the schema or has
+    a newer `schema_version` than this package reads.
     """
     path = _locate(Path(path_or_folder))
     try:
@@ -126,11 +126,11 @@ def _locate(path: Path) -> Path:
 
 
 class _NotStorableError(ValueError):
-    """JSON cannot hold a value, whatever the schema says; the message names the field."""
+    """JSON cannot hold a value; the message names the field."""
 
 
 def _plain(value: Any, path: str = "") -> Any:
-    """Return `value` as what JSON knows: models as dictionaries, tuples as lists."""
+    """Return `value` in JSON's types: models as dictionaries, tuples as lists."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -152,7 +152,7 @@ _schema = cache(json_schema)
 
 
 def _explain(problems: ValidationError) -> str:
-    """Return one line that names the field, with its place, and what is wrong with it."""
+    """Return one line that names the field and what is wrong with it."""
     # what is wrong at the top explains what is wrong further down
     problem = min(problems.errors(include_url=False), key=lambda error: len(error["loc"]))
     kind, value, limits = problem["type"], _shown(problem["input"]), problem.get("ctx", {})
@@ -175,9 +175,9 @@ def _explain(problems: ValidationError) -> str:
 
 
 def _field(location: tuple[int | str, ...]) -> tuple[str, list[dict[str, Any]]]:
-    """Return a field's place in words, and the kinds of value that the JSON Schema has for it.
+    """Return a field's place in words, and its alternatives in the JSON Schema.
 
-    A place that the schema does not know, as that of an unknown field, is cut there.
+    The place ends where the schema does not know it, as with an unknown field.
     """
     field, choices = "", _choices(_schema())
     for part in location:
@@ -194,7 +194,7 @@ def _field(location: tuple[int | str, ...]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a schema's alternatives, with references followed."""
+    """Return a schema's alternatives with all references resolved."""
     if "anyOf" in schema:
         return [choice for each in schema["anyOf"] for choice in _choices(each)]
     reference = schema.get("$ref")

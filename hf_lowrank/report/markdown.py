@@ -1,6 +1,6 @@
-"""Putting text that others chose into Markdown so that it stays text.
+"""Putting texts of others into Markdown so that they stay text.
 
-A run's name or a config's value may hold Markdown, HTML or a template's braces. Nothing in it may become markup, end a
+A run's name or a config's value may hold Markdown, HTML or a template's braces. None of it may become markup, end a
 table cell or start a line.
 """
 

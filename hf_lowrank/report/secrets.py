@@ -12,7 +12,7 @@ SECRET_FLAG = re.compile(r"--(?:\w+_)?(?:hub|hf|auth|access|api)_(?:token|key)|-
 
 
 def redact(text: str, *secrets: str | None) -> str:
-    """`text` in one line, with everything that looks like a Hub token, and `secrets`, replaced by `<token>`."""
+    """Return `text` on one line; `<token>` replaces `secrets` and everything that looks like a Hub token."""
     for secret in secrets:
         if secret:
             text = text.replace(secret, "<token>")
@@ -20,7 +20,7 @@ def redact(text: str, *secrets: str | None) -> str:
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:
-    """A command line without the flags that carry a secret, and their values; other tokens in it are redacted."""
+    """Return a command line without flags that carry a secret and their values; other tokens are redacted."""
     kept, skip = [], False
     for word in command:
         flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)

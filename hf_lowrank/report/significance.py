@@ -1,8 +1,8 @@
-"""Whether two numbers differ by more than their errors: what is tested, how, and where nothing can be tested.
+"""Whether two numbers differ by more than their errors.
 
-One run each: z = (a - b) / sqrt(se_a^2 + se_b^2) against the normal distribution, two-sided. The errors are those of
-the measurement (sequences, random directions), so this speaks of two trained models and not of their methods.
-Several seeds each: Welch's t-test (Welch 1947) on the values of the seeds, which speaks of the methods.
+Single runs are compared by z = (a - b) / sqrt(se_a^2 + se_b^2), two-sided against the normal distribution. The errors
+are those of the measurement (sequences, random directions), so this says something about two trained models, not about
+their methods. Several seeds are compared by Welch's t-test (Welch 1947) on their values, which does.
 """
 
 import math
@@ -22,10 +22,10 @@ class Sample:
     """A number to compare.
 
     Attributes:
-        value: the number, of several seeds their mean.
-        stderr: its standard error, of several seeds that of the mean over them; None where there is none.
-        seeds: the values of the seeds; one value where there is one run.
-        sampling: whether `stderr` says how the number would vary over other samples.
+        value: the number, or the mean of several seeds.
+        stderr: its standard error; of several seeds, that of the mean over them.
+        seeds: the values of the seeds; one value if there is one run.
+        sampling: whether `stderr` is that of sampling.
     """
 
     value: float
@@ -50,8 +50,8 @@ class Delta:
     """A difference to the baseline.
 
     Attributes:
-        value, stderr: the difference and its standard error, None where one of the two has none.
-        p: two-sided p-value, None where nothing was tested.
+        value, stderr: the difference and its standard error, None if one of the two has none.
+        p: two-sided p-value, None if nothing was tested.
         test: `z` or `welch`.
         why: why nothing was tested.
     """

@@ -1,7 +1,6 @@
 """A report's tables for a terminal.
 
-A report may come from anybody: its texts are shown as they are, without control characters, which a terminal would
-obey, and without rich's markup.
+A report may come from anybody, so its texts are shown without control characters and never read as rich's markup.
 """
 
 from rich.table import Table
@@ -16,7 +15,7 @@ __all__ = ["evaluations_table", "facts_table", "headline_table"]
 
 
 def facts_table(report: Report) -> Table:
-    """What the run was, line by line."""
+    """Return the facts of the run."""
     table = Table(title=_plain(report.run.name), title_justify="left", show_header=False)
     for fact in fact_rows(report):
         _add(table, fact.label, fact.text)
@@ -24,7 +23,7 @@ def facts_table(report: Report) -> Table:
 
 
 def headline_table(report: Report, title: str = "metrics") -> Table:
-    """The headline metrics with their standard errors."""
+    """Return the headline metrics with their standard errors."""
     table = _table(title, "", "metric", "value", "weights", "step")
     for row in headline_rows(report):
         other = row.entry.settings.get("other", row.entry.reference.get("other"))
@@ -34,7 +33,7 @@ def headline_table(report: Report, title: str = "metrics") -> Table:
 
 
 def evaluations_table(report: Report) -> Table:
-    """The downstream results with their standard errors."""
+    """Return the downstream results with their standard errors."""
     table = _table("downstream tasks", "task", "metric", "value", "few-shot", "limit", "step")
     for entry in evaluation_rows(report):
         value = format_value(entry.value, entry.stderr)

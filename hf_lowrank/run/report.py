@@ -57,10 +57,11 @@ from hf_lowrank.metrics.sequences import (
     sequence_losses,
     unpacked,
 )
-from hf_lowrank.report import SCHEMA_VERSION, ReportError, baseline_of, read_report, write_report
+from hf_lowrank.report.baseline import baseline_of
 from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.model import Run
+from hf_lowrank.report.io import ReportError, read_report, write_report
+from hf_lowrank.report.model import SCHEMA_VERSION, Run
 from hf_lowrank.report.values import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
 

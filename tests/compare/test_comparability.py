@@ -14,9 +14,9 @@ from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import Comparison, compare
 from hf_lowrank.compare.text import metrics_csv, print_comparison, render_markdown, runs_csv
 from hf_lowrank.hub.card import CardData, render_card
-from hf_lowrank.report import baseline_of, metric_entry
-from hf_lowrank.report.baseline import beside_baseline
+from hf_lowrank.report.baseline import baseline_of, beside_baseline
 from hf_lowrank.report.comparability import FACTS, differences
+from hf_lowrank.report.io import metric_entry
 
 # what changes each fact, and that fact alone: (part of the report, field, value)
 CHANGES: dict[str, tuple[str, str, Any]] = {

@@ -14,7 +14,7 @@ from hf_lowrank.compare.figures import draw_comparison
 from hf_lowrank.compare.gather import read_curves
 from hf_lowrank.compare.table import Comparison, compare
 from hf_lowrank.compare.text import metrics_csv, render_markdown, runs_csv
-from hf_lowrank.report import metric_entry
+from hf_lowrank.report.io import metric_entry
 from hf_lowrank.report.significance import Delta, Sample, difference
 
 LOSS = "validation_loss"

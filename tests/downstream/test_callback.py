@@ -14,7 +14,7 @@ from tiny_tasks import tokenizer, write_tasks
 
 import hf_lowrank as lr
 from hf_lowrank.families import callback as base
-from hf_lowrank.report import read_report
+from hf_lowrank.report.io import read_report
 
 TESTS = Path(__file__).parents[1]
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2)

@@ -15,7 +15,7 @@ from tiny_tasks import tokenizer, write_tasks
 
 import hf_lowrank as lr
 from hf_lowrank.cli import main
-from hf_lowrank.report import read_report
+from hf_lowrank.report.io import read_report
 from hf_lowrank.report.model import details
 
 TASKS = ("pairs", "shots", "cloze", "rolling", "generated")

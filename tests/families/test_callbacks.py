@@ -177,7 +177,7 @@ def test_curvature(run):
 def test_the_report_has_the_sixteen_but_the_barrier_to_another_run(run):
     folder, trainer, _, _ = run
     names = {m["name"] for m in lr.load_report(folder)["metrics"]}
-    from hf_lowrank.report import HEADLINE_METRICS
+    from hf_lowrank.report.catalogue import HEADLINE_METRICS
 
     assert {m.name for m in HEADLINE_METRICS} - names == {"interpolation/cross_method/barrier"}
     logged = {key for entry in trainer.state.log_history for key in entry}

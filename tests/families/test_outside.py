@@ -11,7 +11,8 @@ import hf_lowrank as lr
 from hf_lowrank import plugins
 from hf_lowrank.cli import main
 from hf_lowrank.families import families
-from hf_lowrank.report import catalogue, headline_rows
+from hf_lowrank.report import catalogue
+from hf_lowrank.report.tables import headline_rows
 
 LABELS = ("Mean size of the weights", "Mean size of the change")
 

@@ -17,7 +17,7 @@ from hf_lowrank.figures import draw_figures
 from hf_lowrank.figures.drawing import STYLE, evenly, short_names
 from hf_lowrank.figures.loss import loss as loss_figure
 from hf_lowrank.figures.tables import one_space
-from hf_lowrank.report import HEADLINE_METRICS
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
 
 LLAMA = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

@@ -21,8 +21,10 @@ from markdown_it import MarkdownIt
 
 from hf_lowrank.hub.card import STUDY, CardData, render_card, write_card
 from hf_lowrank.methods import METHODS
-from hf_lowrank.report import ReportError, baseline_of, headline_rows, metric_entry, validate_report, write_report
+from hf_lowrank.report.baseline import baseline_of
+from hf_lowrank.report.io import ReportError, metric_entry, validate_report, write_report
 from hf_lowrank.report.markdown import one_line
+from hf_lowrank.report.tables import headline_rows
 
 GOLDEN = Path(__file__).with_name("golden") / "card.md"
 FULL = Path(__file__).parents[1] / "report" / "full_report.json"

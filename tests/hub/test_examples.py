@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_lowrank.cli import main
 from hf_lowrank.hub.card import CardData, render_card, store_card
-from hf_lowrank.report import read_report, write_report
+from hf_lowrank.report.io import read_report, write_report
 
 EXAMPLES = Path(__file__).parents[2] / "model_cards"
 STORED = sorted(path.parent.name for path in EXAMPLES.glob("*/report.json"))

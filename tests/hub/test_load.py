@@ -29,7 +29,7 @@ from hf_lowrank.hub.fetch import FetchError
 from hf_lowrank.methods import METHODS as REGISTERED
 from hf_lowrank.model_config import base_architecture
 from hf_lowrank.models import build_model
-from hf_lowrank.report import read_report, write_report
+from hf_lowrank.report.io import read_report, write_report
 
 IDS = torch.arange(24).reshape(2, 12) * 5 % VOCABULARY
 DATA = {

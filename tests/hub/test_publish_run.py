@@ -24,7 +24,8 @@ from hf_lowrank.cli import app
 from hf_lowrank.hub import network
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.models import build_model
-from hf_lowrank.report import baseline_of, write_report
+from hf_lowrank.report.baseline import baseline_of
+from hf_lowrank.report.io import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n\0stand-in"
 IDS = torch.arange(24).reshape(2, 12) * 5 % VOCABULARY

@@ -17,7 +17,7 @@ from hf_lowrank.cli import main
 from hf_lowrank.hub.commit import PushError
 from hf_lowrank.hub.listing import Listed, fetch_listed, published_runs
 from hf_lowrank.hub.space import push_space, space_card
-from hf_lowrank.report import metric_entry
+from hf_lowrank.report.io import metric_entry
 
 SPACE = "user/comparison"
 FILES = {"README.md": "---\nsdk: static\n---\ntext", "index.html": "<!doctype html>"}

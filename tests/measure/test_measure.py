@@ -23,8 +23,9 @@ from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.metrics.interpolation import barrier, loss_path
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.metrics.spectra import spectral_metrics
-from hf_lowrank.report import HEADLINE_METRICS, write_report
 from hf_lowrank.report.baseline import beside_baseline
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
+from hf_lowrank.report.io import write_report
 
 PRESET = Preset(
     sequences=4,

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from hf_lowrank.report import (
-    SCHEMA_VERSION,
-    Report,
-    ReportError,
-    io,
-    metric_entry,
-    read_report,
-    validate_report,
-    write_report,
-)
+from hf_lowrank.report import io
 from hf_lowrank.report.comparability import differences
-from hf_lowrank.report.model import json_schema
+from hf_lowrank.report.io import ReportError, metric_entry, read_report, validate_report, write_report
+from hf_lowrank.report.model import SCHEMA_VERSION, Report, json_schema
 
 FULL = Path(__file__).with_name("full_report.json")
 VERSION_1 = FULL.with_name("report_v1.json")
@@ -279,8 +271,8 @@ import sys, types
 package = types.ModuleType("hf_lowrank")
 package.__path__ = [sys.argv[1]]
 sys.modules["hf_lowrank"] = package
-import hf_lowrank.report
-hf_lowrank.report.read_report(sys.argv[2])
+import hf_lowrank.report.io
+hf_lowrank.report.io.read_report(sys.argv[2])
 sys.exit(f"imported: {loaded}" if (loaded := {"matplotlib", "pandas", "torch"} & set(sys.modules)) else 0)
 """
     root = SCHEMA.parents[1]

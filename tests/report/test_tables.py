@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.report import HEADLINE_METRICS, fact_rows, format_value, headline_rows, metric_entry, validate_report
-from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_duration
+from hf_lowrank.report.catalogue import HEADLINE_METRICS
+from hf_lowrank.report.io import metric_entry, validate_report
+from hf_lowrank.report.tables import fact_rows, headline_rows
+from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_duration, format_value
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
 from hf_lowrank.metrics.sequences import EvaluationSet
-from hf_lowrank.report import read_report, validate_report
+from hf_lowrank.report.io import read_report, validate_report
 from hf_lowrank.report.model import details
 from hf_lowrank.run import facts
 
