@@ -48,6 +48,6 @@ def load_report(source: str | Path, *, revision: str | None = None, token: str |
 
     Raises:
         FileNotFoundError, OSError: the source is not there, cannot be reached, or holds no report.
-        hf_lowrank.report.io.ReportError: the report does not follow the schema, or follows a newer one.
+        ReportError: the report does not follow the schema, or follows a newer one.
     """
     return read_report(fetch(source, revision=revision, token=token, allow_patterns=["report.json"]))

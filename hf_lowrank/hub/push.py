@@ -60,7 +60,7 @@ def push(
 
     Raises:
         CheckpointError: There is no model beside the report, and the checkpoint of its step is damaged.
-        hf_lowrank.report.io.ReportError: The run's report is missing a field, is not JSON, or is newer than this version.
+        ReportError: The run's report is missing a field, is not JSON, or is newer than this version.
         As `push_folder` otherwise.
     """
     folder = publish_folder(Path(run).expanduser())
