@@ -14,6 +14,7 @@ import pandas as pd
 
 from hf_lowrank.compare.frame import defining_settings, metric_words, telling_apart
 from hf_lowrank.compare.table import Comparison
+from hf_lowrank.figures.activation import SIMILARITIES
 from hf_lowrank.figures.drawing import evenly
 from hf_lowrank.report.catalogue import SPECTRAL
 from hf_lowrank.report.comparability import PEER, Difference, Number, data_identity, differences
@@ -30,12 +31,6 @@ _LOGGED = {
     "eval_loss": ("Validation loss while training", "nats per token"),
     "learning_rate": ("Learning rate", "learning rate"),
     "grad_norm": ("Norm of the gradient", "norm"),
-}
-_SIMILARITIES = {
-    "activation/relative_l2": "Relative L2 distance",
-    "activation/cosine": "Cosine similarity",
-    "activation/cka": "Linear CKA",
-    "activation/cka_debiased": "Debiased linear CKA",
 }
 _DIRECTIONS = {
     "random": "random directions",
@@ -243,7 +238,7 @@ def _over_depth(comparison: Comparison) -> Iterator[Chart]:
             lines = _lines(comparison, _of_runs(range(len(comparison.runs)), layers))
             title, detail = f"{metric.id} {metric.label}", f"{one_line(space)} weights"
             yield Chart("Over depth", metric.name, title, detail, "layer", metric.axis, lines)
-    for name, words in _SIMILARITIES.items():
+    for name, words in SIMILARITIES.items():
         title = f"{words} with the baseline's activations"
         chart = Chart("Over depth", "", title, "", "layer (0: embeddings)", "", [])
         yield from _at_last_steps(comparison, name, _similarity, chart)

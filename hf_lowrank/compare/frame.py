@@ -104,7 +104,7 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     ranks = {key: rank for rank, key in enumerate(sorted(series, key=lambda key: _place(series[key], places)))}
     lines.sort(key=lambda line: (ranks[line[2]], line[0], line[1].column))
     columns = {key: at for at, key in enumerate(dict.fromkeys(column for *_, column in lines if column is not None))}
-    return pd.DataFrame(
+    points = pd.DataFrame(
         [
             {
                 "run": run,
@@ -112,8 +112,8 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
                 "metric": number.name,
                 "space": number.space,
                 "step": number.step,
-                "value": _bounded(number.value),
-                "stderr": None if _bounded(number.value) is None else _bounded(number.stderr),
+                "value": number.value,
+                "stderr": number.stderr,
                 "series": ranks[key],
                 "column": -1 if column is None else columns[column],
                 "number": number,
@@ -121,6 +121,10 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
             for run, number, key, column in lines
         ]
     ).astype({"step": float, "value": float, "stderr": float})
+    # larger numbers cannot be squared and summed; nothing that is measured comes near
+    points["value"] = points["value"].where(points["value"].abs() <= 1e150)
+    points["stderr"] = points["stderr"].where(points["value"].notna() & (points["stderr"] <= 1e150))
+    return points
 
 
 def _costs(report: Report) -> Iterator[Number]:
@@ -138,11 +142,6 @@ def _costs(report: Report) -> Iterator[Number]:
             # peaks compare only if they were taken in the same way
             settings = {"kind": run.peak_memory_bytes.kind} if name == "peak_memory_bytes" else {}
             yield Number("cost", name, None, settings, {}, {}, None, value, None)
-
-
-def _bounded(value: float | None) -> float | None:
-    """Return None for a number too large to be squared and summed; nothing measured comes near 1e150."""
-    return None if value is None or abs(value) > 1e150 else float(value)
 
 
 def _placed(of_runs: Sequence[Sequence[Number]]) -> list[list[Number]]:

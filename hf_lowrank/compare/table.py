@@ -297,14 +297,13 @@ def _with_differences(cells: pd.DataFrame, baseline: int | None, columns: Sequen
     for cell in cells.itertuples():
         row, column = cell.Index
         there = base.get(column)
-        if row == baseline or there is None or math.isnan(cell.value) or math.isnan(there.value):
-            lines.append((None, None, None, None, "", ""))
-            continue
-        if columns[column].kind == "cost":
-            delta, text = Delta(cell.value - there.value, None, None, None), _percent(cell.value, there.value)
-        else:
-            delta = difference(_sample(cell), _sample(there))
-            text = delta.text
+        delta, text = Delta(math.nan, None, None, None), ""
+        if row != baseline and there is not None and not math.isnan(cell.value - there.value):
+            if columns[column].kind == "cost":
+                delta, text = replace(delta, value=cell.value - there.value), _percent(cell.value, there.value)
+            else:
+                delta = difference(_sample(cell), _sample(there))
+                text = delta.text
         lines.append((delta.value, delta.stderr, delta.p, delta.test, text, delta.why or ""))
     names = ["delta", "delta_stderr", "p", "test", "delta_text", "why"]
     added = pd.DataFrame(lines, columns=names, index=cells.index)

@@ -14,14 +14,19 @@ from hf_lowrank.figures import drawing
 
 __all__ = ["SIMILARITIES", "similarity_over_depth", "similarity_over_steps"]
 
-_DEBIASED = "activation/cka_debiased"
-# column -> (title, axis, the column drawn dashed beside it)
-_PANELS: dict[str, tuple[str, str, str | None]] = {
-    "activation/relative_l2": ("Relative L2 distance", "distance / baseline's mean norm", None),
-    "activation/cosine": ("Cosine similarity", "mean cosine", None),
-    "activation/cka": ("Linear CKA", "CKA", _DEBIASED),
+# column -> title
+SIMILARITIES = {
+    "activation/relative_l2": "Relative L2 distance",
+    "activation/cosine": "Cosine similarity",
+    "activation/cka": "Linear CKA",
+    "activation/cka_debiased": "Debiased linear CKA",
 }
-SIMILARITIES = (*_PANELS, _DEBIASED)
+# column -> axis; the debiased CKA is drawn dashed beside the other one
+_PANELS = {
+    "activation/relative_l2": "distance / baseline's mean norm",
+    "activation/cosine": "mean cosine",
+    "activation/cka": "CKA",
+}
 _SHOWN_STEPS = 6
 _DEBIASED_LOOK: Any = {"linestyle": "--", "markerfacecolor": "white"}
 
@@ -110,14 +115,15 @@ def _one_baseline(activation: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def _measured(activation: pd.DataFrame) -> Iterator[list[str]]:
     """Yield the columns of every panel that has values: the main one, then the one drawn dashed if there is one."""
-    for name, (*_, beside) in _PANELS.items():
-        columns = [each for each in (name, beside) if each in activation and activation[each].notna().any()]
+    for name in _PANELS:
+        columns = [
+            each for each in (name, f"{name}_debiased") if each in activation and activation[each].notna().any()
+        ]
         if name in columns:
             yield columns
 
 
 def _similarity_axis(axes: Axes, name: str, shown: pd.DataFrame) -> None:
-    title, unit, _ = _PANELS[name]
-    axes.set_title(title)
-    axes.set_ylabel(unit)
+    axes.set_title(SIMILARITIES[name])
+    axes.set_ylabel(_PANELS[name])
     drawing.value_scale(axes, shown.min().min(), shown.max().max())

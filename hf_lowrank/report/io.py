@@ -40,13 +40,8 @@ def metric_entry(
     NumPy's. `settings`, `reference` and `about` are those of `MetricEntry`; an existing note is kept. With neither
     `reference` nor `about`, settings are sorted into the three by the names of version 1 when a report is made.
     """
-    entry: dict[str, Any] = {
-        "name": name,
-        "value": value,
-        "stderr": stderr,
-        "step": None if step is None else int(step),
-    }
-    entry |= {"settings": dict(settings or {}), "space": space}
+    entry: dict[str, Any] = {"name": name, "value": value, "stderr": stderr, "space": space}
+    entry |= {"step": None if step is None else int(step), "settings": dict(settings or {})}
     if reference is not None or about is not None:
         entry |= {"reference": dict(reference or {}), "about": dict(about or {})}
     if value is not None and not math.isfinite(value):
@@ -114,14 +109,12 @@ def read_report(path_or_folder: Path | str) -> Report:
 
 
 def _locate(path: Path) -> Path:
-    if path.is_file():
-        return path
-    candidates = [path / "report.json", path / "publish" / "report.json"]
+    candidates = [path, path / "report.json", path / "publish" / "report.json"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     if path.is_dir():
-        raise FileNotFoundError(f"no report: looked for {candidates[0]} and {candidates[1]}")
+        raise FileNotFoundError(f"no report: looked for {candidates[1]} and {candidates[2]}")
     raise FileNotFoundError(f"no report: {path} does not exist")
 
 
