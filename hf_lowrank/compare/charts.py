@@ -87,7 +87,7 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 
 def _lines(comparison: Comparison, points: pd.DataFrame) -> list[Line]:
-    """Return a line for each row; that of several seeds is their mean where all have a point."""
+    """Return a line for each row; that of several seeds is their mean wherever all have a point."""
     # nothing measured comes near this bound, and no axis holds what is beyond
     points = points[(points["x"].abs() < 1e150) & (points["y"].abs() < 1e150)]
     lines = []

@@ -1,4 +1,4 @@
-"""What readers of a comparison must know: where runs differ, and which metrics were measured in different ways.
+"""What readers of a comparison must know: in what runs differ, and which metrics were measured in different ways.
 
 What makes runs and numbers comparable is decided by `hf_lowrank.report.comparability`; here it is put into words.
 """

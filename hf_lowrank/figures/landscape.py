@@ -33,7 +33,7 @@ class _Panel:
     """Curves of one subject in one space at the last step that has them, and the mean curve of the first step.
 
     `curves` has a row a step length x and a column a direction; `mean` and `spread` are over the directions, missing
-    where a direction has no loss; `first`, moved to the same loss at x = 0, is None where one step was measured.
+    if a direction has no loss; `first`, moved to the same loss at x = 0, is None if one step was measured.
     """
 
     subject: str

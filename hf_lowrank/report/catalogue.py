@@ -1,4 +1,4 @@
-"""The families of metrics as plain data: names, labels and units, tables, figures and captions, each written once.
+"""The families of metrics as plain data: names, labels, units, tables, figures and captions, each written once.
 
 Log, report, card, figures and comparisons read it; `hf_lowrank.families` measures the families. The numbers H1 to H16
 are those of the study, arXiv 2605.13652. `register` adds a family of another package.

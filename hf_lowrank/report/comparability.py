@@ -23,7 +23,7 @@ __all__ = [
 
 Level = Literal["conflict", "note"]
 Kind = Literal["metric", "evaluation", "cost"]
-# a part of a fact -> its value, None where it is not recorded
+# a part of a fact -> its value, None if it is not recorded
 Parts = Mapping[str, Any]
 
 # the setting that identifies the text on which a number was measured; null if that was not recorded

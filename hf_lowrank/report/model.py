@@ -6,11 +6,12 @@ mapping holds the fields that were given, and attributes of the others have thei
 null, which differs from zero; NaN and infinity are refused, because JSON has neither. `schema.json` beside this file
 is exported from these models (`json_schema`).
 
-A number has three sets of settings. `settings` define it: two numbers compare only where these agree. `reference` is
+A number has three sets of settings. `settings` define it: two numbers compare only if these agree. `reference` is
 what it refers to at its own step, such as the step before: it separates the columns of a table, but not the points of
 a curve. `about` only describes, and decides nothing.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -72,7 +73,7 @@ class Paper(Closed):
     """The paper that introduced a method.
 
     Attributes:
-        arxiv: its number on arXiv, such as 2403.03507.
+        arxiv: its number on arXiv, for example 2403.03507.
         authors: separated by commas.
     """
 
@@ -159,7 +160,7 @@ class CheckpointOf(Closed):
     """The run that a checkpoint belongs to.
 
     Attributes:
-        steps: optimizer steps that the run had done when this report was cut for its checkpoint; null where the report
+        steps: optimizer steps that the run had done when this report was cut for its checkpoint; null if the report
             was written at a save, while training went on.
     """
 
@@ -169,8 +170,7 @@ class CheckpointOf(Closed):
 def _stopped_early(run: "Run | Baseline") -> bool:
     """Whether training ended before its planned last step.
 
-    A checkpoint of a run that went on (`checkpoint_of`) did not stop: it has done fewer steps than its run, and
-    nothing is wrong with either.
+    A checkpoint (`checkpoint_of`) has fewer steps than its run because the run went on.
     """
     return run.max_steps is not None and run.steps < run.max_steps and run.checkpoint_of is None
 
@@ -180,11 +180,11 @@ class Run(Part):
 
     Attributes:
         method_label: the method's name for people.
-        dense_form: whether dense weights compute the same function; null where that is not known.
+        dense_form: whether dense weights compute the same function; null if that is not known.
         method_config: the method's configuration, field by field.
         steps: optimizer steps done.
         max_steps: optimizer steps planned.
-        checkpoint_of: set where this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
+        checkpoint_of: set if this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
             `steps`.
         learning_rate: peak learning rate.
         command: the command that repeats the run, one argument an item.
@@ -224,7 +224,7 @@ class Run(Part):
 
 
 class Data(Part):
-    """What the run was trained and validated on; null where it is not known, as in a foreign Trainer run.
+    """What the run was trained and validated on; null if it is not known, as in a foreign Trainer run.
 
     Attributes:
         source: where to look the name up: the Hub's data sets, the machine's files, or the package's embedded corpus.
@@ -249,10 +249,10 @@ class MetricEntry(Closed):
 
     Attributes:
         name: dimension/subject/metric.
-        value: null where it could not be measured; about.note says why.
-        settings: what defines the number: numbers compare only where these agree.
+        value: null if it could not be measured; about.note says why.
+        settings: what defines the number: numbers compare only if these agree.
         space: which weights were looked at: the parameters as trained, the dense matrices they compute, or the product
-            of the factors where no dense matrix exists; null where the question does not arise.
+            of the factors if no dense matrix exists; null if the question does not arise.
         reference: what the number refers to at its own step, such as the step before.
         about: what only describes the number, such as how many matrices it is over.
     """
@@ -335,7 +335,7 @@ class Report(Closed):
 
 
 def details(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that is known of how an entry's number was measured, to show it: what it depends on and the rest."""
+    """Return everything that a report says about how a number was measured, to show it."""
     parts = ("settings", "reference", "about")
     return {key: value for part in parts for key, value in (entry.get(part) or {}).items()}
 
@@ -349,3 +349,7 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of report.json, which `schema.json` in this folder holds."""
     exported = Report.model_json_schema(schema_generator=_WithoutTitles)
     return {"$schema": GenerateJsonSchema.schema_dialect, "$id": f"urn:hf_lowrank:report:{SCHEMA_VERSION}", **exported}
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
