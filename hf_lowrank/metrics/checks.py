@@ -1,5 +1,6 @@
 """Questions to a model before its loss of the next token is measured: does it have one, and can it take the rows?"""
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ __all__ = ["check_next_token", "check_rows", "predicts_next_token", "without_aut
 
 # tokens of the sequence that a model is asked with whether it sees the later ones
 ASKED = 16
+# in half precision a change below this share of the logits' spread may be rounding: a copy in float32 tells, which
+# models of fewer parameters than these get
+AMBIGUOUS, COPIED = 0.1, 10**9
 
 # by model: whether earlier logits change with the last token
 _leaks: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
@@ -43,34 +47,43 @@ def check_next_token(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
     name = type(model).__name__
     if not predicts_next_token(model):
         raise ValueError(f"{name} does not predict the next token: its loss cannot be measured here")
-    device = next(model.parameters()).device
-    # weights that are still to come, as where one process reads them for all, say nothing
-    if model not in _leaks and device.type != "meta":
-        outputs = []
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        for inputs in _with_another_last_token(rows):
-            # both with the same random state, for models that draw from it, and none of it is used up
-            with evaluating(model), without_autocast(model), torch.random.fork_rng(devices):
-                try:
-                    inputs = {key: value.to(device) for key, value in inputs.items()}
-                    outputs.append(model(**inputs, **without_cache(model)).logits[0])
-                # a model that cannot be called like this is not measured either, and says why
-                except Exception:
-                    return
-        change = (outputs[1].double() - outputs[0].double()).square().mean(-1).sqrt()
-        earlier, last = change[:-1].mean().item(), change[-1].item()
-        # a causal model has exactly 0 almost always; experts may round otherwise with another token among them
-        tolerance = 1e-3 if outputs[0].dtype.itemsize < 4 else 1e-5
-        # a head that is zero at its start tells nothing yet
-        if last == 0:
-            return
-        _leaks[model] = earlier > tolerance * last
+    if model not in _leaks:
+        change = _change_of_earlier_logits(model, rows)
+        half = any(p.dtype.itemsize < torch.float32.itemsize for p in model.parameters())
+        if change and change < AMBIGUOUS and half:
+            small = sum(p.numel() for p in model.parameters()) < COPIED
+            change = _change_of_earlier_logits(model, rows, in_float32=True) if small else 0.0
+        if change is not None:
+            _leaks[model] = change > 1e-5
     if _leaks.get(model):
         raise ValueError(
             f"{name} sees later tokens: another last token changes the logits of earlier ones, so its loss of the "
             "next token means nothing; make it causal (config.is_decoder=True in most such models) or leave out "
             "what is measured on its loss"
         )
+
+
+def _change_of_earlier_logits(model: nn.Module, rows: Mapping[str, Tensor], in_float32: bool = False) -> float | None:
+    """How another last token changes the logits before it, in units of their spread; None where that tells nothing.
+
+    A causal model has exactly 0 almost always; experts may round otherwise with another token among them.
+    """
+    outputs, device = [], next(model.parameters()).device
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        asked = copy.deepcopy(model).float() if in_float32 else model
+        for inputs in _with_another_last_token(rows):
+            # both with the same random state, for models that draw from it, and none of it is used up
+            with evaluating(asked), without_autocast(asked), torch.random.fork_rng(devices):
+                inputs = {key: value.to(device) for key, value in inputs.items()}
+                outputs.append(asked(**inputs, **without_cache(asked)).logits[0].double())
+        scale = outputs[0].std().item()
+        change = (outputs[1] - outputs[0])[:-1].square().mean().sqrt().item()
+    # a model that cannot be called like this, or has no weights yet: it is not measured either, and says why
+    except Exception:
+        return None
+    # a head that is zero at its start
+    return change / scale if scale > 0 else None
 
 
 def _with_another_last_token(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
