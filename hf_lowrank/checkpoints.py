@@ -4,6 +4,7 @@ Trainer and AutoModel do not load strictly: weights of one form enter a model of
 functions here check every name and shape.
 """
 
+import copy
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_lowrank.conversion import check_names, convert_when_loading, own_names
@@ -66,8 +67,17 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
     Trainer itself takes the newest folder even if it is incomplete, and forgets the optimizer's moments if their file
     is missing.
+
+    Raises:
+        CheckpointError: the run saves its models alone (`save_only_model`), so that it cannot go on anywhere.
     """
-    for checkpoint in reversed(list_checkpoints(output_dir)):
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and all(_is_model_alone(checkpoint) for checkpoint in checkpoints):
+        raise CheckpointError(
+            f"{checkpoints[-1]} was saved with save_only_model, so that training cannot go on from it: start anew in "
+            "another output folder, or continue with its weights alone, hf_lowrank.from_pretrained(checkpoint)"
+        )
+    for checkpoint in reversed(checkpoints):
         try:
             check_checkpoint(checkpoint)
         except CheckpointError as error:
@@ -75,6 +85,12 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         else:
             return str(checkpoint)
     return None
+
+
+def _is_model_alone(checkpoint: Path) -> bool:
+    """Whether a checkpoint has what Trainer writes last, and nothing that only resuming needs."""
+    needed_to_resume = [*checkpoint.glob("optimizer*"), *checkpoint.glob("scheduler*"), *checkpoint.glob("rng_state*")]
+    return (checkpoint / "trainer_state.json").is_file() and not needed_to_resume
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
@@ -225,6 +241,9 @@ def load_model(folder: str | Path, *, dense: bool = False) -> PreTrainedModel:
             raise CheckpointError(f"{folder} is damaged: the sparse support does not match its hash in config.json")
         model.config.lowrank = lowrank
     model.eval()
+    # Trainer's checkpoints and native/ hold it as well
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return to_dense(model) if dense else model
 
 
@@ -303,6 +322,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     _load_strictly(dense, dense_state_dict(model), Path(model.name_or_path or "the model"))
     dense.to(model.device)
     dense.train(model.training)
+    if model.can_generate():
+        dense.generation_config = copy.deepcopy(model.generation_config)
     return dense
 
 
@@ -335,6 +356,8 @@ def gather_model(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel |
             whole_model.config.lowrank = model.config.lowrank
     _load_strictly(whole_model, state, Path(model.name_or_path or "the model"))
     whole_model.train(model.training)
+    if model.can_generate():
+        whole_model.generation_config = copy.deepcopy(model.generation_config)
     return whole_model
 
 

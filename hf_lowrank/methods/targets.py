@@ -115,7 +115,7 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
     Args:
         model: any module; for the default it must have repeated blocks.
         target_modules: names or suffixes, a regular expression for the full path, `"all-linear"` (all but the
-            output embeddings), or None for every linear layer inside the repeated blocks.
+            output embeddings or the classification head), or None for every linear layer inside the repeated blocks.
 
     Raises:
         ValueError: nothing matches, or one of the names matches nothing; the message lists the linear layers.
@@ -127,7 +127,10 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
         targets = [layer for layer in layers if layer.layer is not None]
         wanted = "the repeated blocks"
     elif target_modules == "all-linear":
-        targets = [layer for layer in layers if layer.module is not head]
+        # the head of a classifier lies beside the body, and has no output embeddings
+        body = getattr(model, "base_model", model)
+        beside = set() if head is not None or body is model else set(model.modules()) - set(body.modules())
+        targets = [layer for layer in layers if layer.module is not head and layer.module not in beside]
         wanted = "'all-linear'"
     elif isinstance(target_modules, str):
         try:

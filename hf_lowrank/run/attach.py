@@ -66,7 +66,7 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     # Trainer's own pushing rewrites README.md and weights in the root and uploads the root
     args.push_to_hub = False
     if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "all"
+        _count_tokens(trainer)
     report = ReportCallback(trainer, run or RunInfo(), strategy)
     trainer.add_callback(report)
 
@@ -85,6 +85,24 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         return report.push(commit_message, revision, private, token)
 
     trainer.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]
+
+
+def _count_tokens(trainer: Trainer) -> None:
+    """Have Trainer count tokens and log what it would log without that.
+
+    It would add its speed to every entry of the log, of which its own card would then show none.
+    """
+    trainer.args.include_num_input_tokens_seen = "all"
+    log = trainer.log
+
+    def log_as_before(*args: Any, **kwargs: Any) -> None:
+        trainer.args.include_num_input_tokens_seen = "no"
+        try:
+            log(*args, **kwargs)
+        finally:
+            trainer.args.include_num_input_tokens_seen = "all"
+
+    trainer.log = log_as_before  # type: ignore[method-assign]
 
 
 class _MethodCheck(TrainerCallback):

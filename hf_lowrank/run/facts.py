@@ -133,6 +133,8 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
     summary, optimizer = _sizes(model, method), _optimizer_facts(trainer)
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(next(model.parameters()).dtype)
     accumulation, world = args.gradient_accumulation_steps, args.world_size
+    # auto_find_batch_size may have lowered what args asks for
+    process_batch = trainer._train_batch_size
     measured = None
     if trainer.optimizer is not None:
         measured = optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
@@ -161,10 +163,10 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
         },
         "optimizer": optimizer,
         "batch": {
-            "per_device": args.per_device_train_batch_size,
+            "per_device": process_batch // max(1, args.n_gpu),
             "gradient_accumulation": accumulation,
             "world_size": world,
-            "global_sequences": args.train_batch_size * accumulation * world,
+            "global_sequences": process_batch * accumulation * world,
         },
         "precision": precision.removeprefix("torch."),
         "world_size": world,

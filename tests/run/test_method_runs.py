@@ -7,10 +7,18 @@ import pytest
 import torch
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer, projected, restarted
 from toy_method import ToyConfig
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 
 import hf_lowrank as lr
+from hf_lowrank.checkpoints import export
 from hf_lowrank.methods.prepare import method_of
+from hf_lowrank.methods.targets import find_targets
 
 CONFIGS = {**METHODS, "toy": ToyConfig(r=4, update_proj_gap=3)}
 OWN = [name for name, config in CONFIGS.items() if projected(config)]
@@ -210,3 +218,63 @@ def test_what_is_frozen_after_prepare_is_named(tmp_path):
     trainer.model.model.layers[0].requires_grad_(False)
     with pytest.raises(ValueError, match=r"layers\.0\.\S+ was frozen after prepare \(7 target weights in all\)"):
         trainer.create_optimizer()
+
+
+# What a model and a run keep
+
+
+@pytest.mark.parametrize("method", ["galore", "lora", "relora", "sltrain"])
+def test_several_ends_of_sequence_survive(method, tmp_path):
+    model, _ = lr.prepare(llama(), CONFIGS[method], arguments(tmp_path))
+    model.generation_config.eos_token_id = [3, 5]
+    export(model, tmp_path / "publish")
+    loaded = lr.from_pretrained(tmp_path / "publish")
+    assert loaded.generation_config.eos_token_id == [3, 5]
+    for dense in (lr.to_dense(model), lr.from_pretrained(tmp_path / "publish", dense=True)):
+        assert dense.generation_config.eos_token_id == [3, 5]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "publish").generation_config.eos_token_id == [3, 5]
+
+
+def test_tokens_are_counted_and_the_log_is_that_of_a_plain_trainer(tmp_path):
+    def logged(attached):
+        trainer = Trainer(model=llama(), args=arguments(tmp_path, max_steps=2), train_dataset=dataset())
+        if attached:
+            lr.attach(trainer)
+        trainer.train()
+        return [set(entry) for entry in trainer.state.log_history]
+
+    assert logged(True) == logged(False)
+    assert lr.load_report(tmp_path).run.tokens_seen == 2 * 4 * 16
+
+
+def test_the_report_has_the_batch_that_was_used(tmp_path):
+    class OutOfMemoryOnce(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self._train_batch_size == 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    args = arguments(tmp_path, max_steps=2, auto_find_batch_size=True)
+    trainer = OutOfMemoryOnce(model=llama(), args=args, train_dataset=dataset())
+    lr.attach(trainer)
+    trainer.train()
+    used = trainer._train_batch_size
+    assert used < 4
+    batch = lr.load_report(tmp_path).run.batch
+    assert (batch.per_device, batch.global_sequences) == (used, used)
+
+
+def test_a_run_that_saves_its_models_alone_does_not_start_anew_without_a_word(tmp_path):
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
+    Trainer(model=llama(), args=args, train_dataset=dataset()).train()
+    with pytest.raises(lr.CheckpointError, match="checkpoint-2 was saved with save_only_model"):
+        lr.last_checkpoint(tmp_path)
+
+
+def test_all_linear_leaves_a_classification_head_out():
+    llama_config = llama().config
+    llama_config.pad_token_id = 0
+    model = AutoModelForSequenceClassification.from_config(llama_config)
+    names = [target.name for target in find_targets(model, "all-linear")]
+    assert len(names) == 14
+    assert "score" not in names
