@@ -32,7 +32,7 @@ from hf_lowrank.families.records import metrics_folder
 from hf_lowrank.machine import launched
 from hf_lowrank.measure.progress import Failure, Progress
 from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
-from hf_lowrank.measure.source import Checkpoint, RunSource, open_run
+from hf_lowrank.measure.source import Checkpoint, RunSource, open_runs
 from hf_lowrank.measure.write import write_run
 from hf_lowrank.options import EvaluateOptions
 
@@ -66,12 +66,8 @@ def evaluate(
         ValueError: a task, run or checkpoint is not there, before any model is loaded.
     """
     progress = progress or Progress()
-    if not sources:
-        raise ValueError("no run to evaluate: give at least one")
-    if options.output is not None and len(sources) > 1:
-        raise ValueError(f"--output {options.output} is for one run, {len(sources)} are given: drop one of them")
     manager, requests = _read(options, ())
-    runs = [open_run(source, options.output, options.token) for source in sources]
+    runs = open_runs(sources, options.output, options.token)
     if folders := _unseen(runs, requests, options):
         manager, requests = _read(options, folders)
     held: list[_Model] = []

@@ -20,7 +20,7 @@ from hf_lowrank.families.records import metrics_folder, read_measurement, write_
 from hf_lowrank.machine import launched
 from hf_lowrank.measure.progress import Failure, Progress
 from hf_lowrank.measure.runner import LOCK, Job, Work, run_jobs
-from hf_lowrank.measure.source import RunSource, open_run, rows_of
+from hf_lowrank.measure.source import RunSource, open_run, open_runs, rows_of
 from hf_lowrank.measure.units import RunUnits
 from hf_lowrank.measure.write import write_run, write_tables_across_runs
 from hf_lowrank.metrics.sequences import EvaluationSet
@@ -58,11 +58,7 @@ def measure(
     Raises:
         ValueError: a run, checkpoint or data set is not there, or the runs are of different sizes.
     """
-    if not sources:
-        raise ValueError("no run to measure: give at least one")
-    if options.output is not None and len(sources) > 1:
-        raise ValueError(f"--output {options.output} is for one run, {len(sources)} are given: drop one of them")
-    runs = [open_run(source, options.output, options.token) for source in sources]
+    runs = open_runs(sources, options.output, options.token)
     reference = None if baseline is None else _same_or_opened(baseline, sources, runs, options)
     every_run = runs if reference is None or reference in runs else [*runs, reference]
     _tell_apart([*sources, str(baseline)], every_run)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.model import Report
 
-__all__ = ["Checkpoint", "RunSource", "open_run", "rows_of"]
+__all__ = ["Checkpoint", "RunSource", "open_run", "open_runs", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,15 @@ class RunSource:
     def at(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step."""
         return next((c for c in self.checkpoints if c.step == step), None)
+
+
+def open_runs(sources: Sequence[str], output: Path | None, token: str | None) -> list[RunSource]:
+    """Find the checkpoints of several runs, as `open_run` does; `output` is for a run alone."""
+    if not sources:
+        raise ValueError("no run is given: give at least one")
+    if output is not None and len(sources) > 1:
+        raise ValueError(f"--output {output} is for one run, {len(sources)} are given: drop one of them")
+    return [open_run(source, output, token) for source in sources]
 
 
 def open_run(source: str, output: Path | None = None, token: str | None = None) -> RunSource:

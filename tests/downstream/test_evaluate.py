@@ -379,7 +379,7 @@ def test_a_context_that_is_too_short_is_said_and_noted(cli, run):
 
 
 def test_an_unknown_task_is_refused_before_anything_is_loaded(cli, tasks, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.downstream.evaluate.open_run", None)
+    monkeypatch.setattr("hf_lowrank.downstream.evaluate.open_runs", None)
     refused = cli("nowhere", "--tasks", "pairs,arc_eazy")
     assert refused.code == 2
     assert refused.err.startswith("error: no task 'arc_eazy' (did you mean 'arc_easy'?)")
