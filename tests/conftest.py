@@ -83,6 +83,18 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture(scope="module")
+def toy_method() -> Iterator[None]:
+    """The method of toy_method.py is registered; no other module's tests see it."""
+    from toy_method import ToyConfig
+
+    from hf_lowrank.methods.base import METHODS, register
+
+    register(ToyConfig)
+    yield
+    METHODS.pop(ToyConfig.method, None)
+
+
 def pytest_collection_finish() -> None:
     """Trainer collects garbage at every `train()`; what is imported by now need not be looked through each time."""
     gc.collect()

@@ -32,7 +32,10 @@ MAY_IMPORT = {
     "methods": {"conversion", "options", "optim", "plugins", "report", "sharding"},
     "hub": {"checkpoints", "figures", "methods", "model_config", "report"},
     "families": {"checkpoints", "conversion", "hub", "methods", "metrics", "plugins", "report", "sharding"},
-    "run": {"checkpoints", "conversion", "downstream", "families", "figures", "hub", "methods", "metrics", "report"},
+    "run": {
+        *("checkpoints", "conversion", "downstream", "families", "figures", "hub", "methods", "metrics", "optim"),
+        "report",
+    },
     "measure": {
         *("checkpoints", "data", "downstream", "families", "figures", "hub", "machine", "methods", "metrics"),
         *("model_config", "options", "report"),

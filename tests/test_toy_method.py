@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 TOY = ToyConfig(r=4, update_proj_gap=3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _registered(toy_method):
+    """The toy is registered in these tests."""
+
+
 def python(code, *argv, path):
     """Run code in a process of its own, with the folders of `path` before ours."""
     done = subprocess.run(
@@ -91,7 +96,7 @@ def test_a_process_that_never_imported_it_measures_compares_and_loads_its_run(ru
 @pytest.mark.slow
 def test_its_run_killed_anywhere_goes_on_bit_for_bit(tmp_path):
     code = (
-        "import killed_worker, tiny_runs, toy_method\n"
+        "import killed_worker, tiny_runs, toy_method, toy_plugin\n"
         "tiny_runs.METHODS.clear()\n"
         "tiny_runs.METHODS['toy'] = toy_method.ToyConfig(r=4, update_proj_gap=3)\n"
         "killed_worker.main()\n"

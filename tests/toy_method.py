@@ -1,6 +1,6 @@
 """A projected method that another package brings along, for the tests: its optimizer, its config, nothing else.
 
-Importing this module registers it; a process that does not import it finds it by the entry point of `install`.
+Importing toy_plugin.py registers it, and the entry point of `install` names that module.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowrank.methods import Paper, ProjectedConfig, register
+from hf_lowrank.methods import Paper, ProjectedConfig
 from hf_lowrank.optim.adam import step_size
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 
@@ -37,7 +37,6 @@ class ToyAdamW(ProjectedAdamW):
             apply_back_projection(x.W, direction, x.projector, x.where, alpha, decay)
 
 
-@register
 @dataclass
 class ToyConfig(ProjectedConfig):
     """The toy's config: a projected config and one field of its own."""
@@ -55,5 +54,5 @@ def install(folder: Path) -> str:
     metadata = folder / "toy_lowrank-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-lowrank\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[hf_lowrank.plugins]\ntoy = toy_method\n")
+    (metadata / "entry_points.txt").write_text("[hf_lowrank.plugins]\ntoy = toy_plugin\n")
     return f"{folder}:{Path(__file__).parent}"

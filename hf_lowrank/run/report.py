@@ -201,7 +201,7 @@ class ReportCallback(TrainerCallback):
             self._write_records(records)
         self.write_all(model)
         run = read_report(self.publish).run
-        self._ended = {"wall_time_seconds": run.wall_time_seconds, "date": run.date}
+        self._ended = {key: run[key] for key in ("wall_time_seconds", "peak_memory_bytes", "date")}
         Console().print(self._measured(run))
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")

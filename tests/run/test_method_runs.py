@@ -25,6 +25,11 @@ OWN = [name for name, config in CONFIGS.items() if projected(config)]
 CHANGED = [name for name, config in CONFIGS.items() if projected(config) or config.replaces_layers]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _registered(toy_method):
+    """The toy is registered in these tests."""
+
+
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr("hf_lowrank.run.report.draw_figures", lambda *args, **kwargs: None)
