@@ -31,19 +31,9 @@ from hf_lowrank.model_config import CheckpointError, base_architecture, mark_nat
 from hf_lowrank.sharding import reshard
 
 __all__ = [
-    "CheckpointError",
-    "check_checkpoint",
-    "check_resume",
-    "check_same_size",
-    "dense_state_dict",
-    "export",
-    "gather_model",
-    "last_checkpoint",
-    "list_checkpoints",
-    "load_model",
-    "to_dense",
-    "weight_files",
-]
+    "CheckpointError", "check_checkpoint", "check_resume", "check_same_size", "dense_state_dict", "export",
+    "gather_model", "last_checkpoint", "list_checkpoints", "load_model", "to_dense", "weight_files",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

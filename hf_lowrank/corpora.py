@@ -125,7 +125,7 @@ def _read_records(files: list[Path], kind: str, what: str) -> Dataset:
 
 
 def _text(file: Path) -> str:
-    """A file's text without its byte order mark; `UnicodeError` where it is none."""
+    """A file's text without its byte order mark; `UnicodeError` if it is none."""
     with _COMPRESSIONS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig") as stream:
         text: str = stream.read()
     if "\0" in text:

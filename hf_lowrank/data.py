@@ -21,15 +21,9 @@ from hf_lowrank.corpora import Documents, embedded_files, explained, load_docume
 from hf_lowrank.options import DataArguments, DataError
 
 __all__ = [
-    "Data",
-    "DataArguments",
-    "DataError",
-    "embedded_files",
-    "load_data",
-    "load_documents",
-    "load_validation",
+    "Data", "DataArguments", "DataError", "embedded_files", "load_data", "load_documents", "load_validation",
     "tokenizer_hash",
-]
+]  # fmt: skip
 
 _END_OF_TEXT = "<|endoftext|>"
 # A few thousand merges need less text than this; more would only cost minutes at every start.

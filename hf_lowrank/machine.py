@@ -34,7 +34,7 @@ def use_cores(threads: int | None = None) -> None:
 
 
 def own_device(asked: str | None) -> str:
-    """The device asked for; by default a GPU where there is one, and in a launch this process's own.
+    """The device asked for; by default a GPU if there is one, and in a launch this process's own.
 
     Also makes the process ready to compute there.
     """

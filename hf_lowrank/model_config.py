@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def base_architecture(values: dict[str, Any]) -> str | None:
-    """The model type of transformers behind a config.json, also where it is published under a type of its own."""
+    """The model type of transformers behind a config.json, also if it is published under a type of its own."""
     lowrank = values.get("lowrank")
     published = lowrank.get("published") if isinstance(lowrank, dict) else None
     model_type = (published if isinstance(published, dict) else values).get("model_type")

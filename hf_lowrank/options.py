@@ -29,7 +29,7 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     Args:
         default: of the field.
         text: the flag's help.
-        metadata: `least` and `choices` limit the value; `flags` are the flag's names where they are not the field's;
+        metadata: `least` and `choices` limit the value; `flags` are the flag's names if they are not the field's;
             `parse` turns the flag's name and the word after it into the value.
     """
     return field(default=default, metadata={"help": text, **metadata})
@@ -143,7 +143,7 @@ class MeasureOptions(_Checked):
 
     @property
     def settings(self) -> "Preset":
-        """The settings of every family; `ValueError` where there is no such preset."""
+        """The settings of every family; `ValueError` if there is no such preset."""
         from hf_lowrank.families.family import PRESETS, Preset
 
         if isinstance(self.preset, Preset):

@@ -19,19 +19,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "OtherProcessError",
-    "all_gather_object",
-    "all_reduce_sum",
-    "is_dtensor",
-    "is_fsdp",
-    "is_sharded",
-    "like",
-    "local",
-    "raise_together",
-    "rank_and_world",
-    "reshard",
-    "whole",
-]
+    "OtherProcessError", "all_gather_object", "all_reduce_sum", "is_dtensor", "is_fsdp", "is_sharded", "like", "local",
+    "raise_together", "rank_and_world", "reshard", "whole",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -51,12 +41,12 @@ def is_fsdp(value: object) -> TypeGuard["FSDPModule"]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
+    """This process's part of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, for which every process must call this; the tensor itself where it is not sharded."""
+    """The whole tensor, for which every process must call this; the tensor itself if it is not sharded."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 

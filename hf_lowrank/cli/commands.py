@@ -145,7 +145,7 @@ def compare(
         list[str] | None, typer.Argument(help="Run folders, published folders, Hub repos (user/name, repo@revision).")
     ] = None,
 ) -> None:
-    """Compare runs: terminal, CSV, Markdown, figures, one HTML page; says where they are not comparable.
+    """Compare runs: terminal, CSV, Markdown, figures, one HTML page; says if they are not comparable.
 
     Exit code 1: a run that was named could not be read and was skipped.
     """

@@ -59,7 +59,7 @@ def run_compare(sources: list[str], options: CompareOptions) -> int:
 
 
 def _baseline(name: str, gathered: Gathered, sources: list[str], token: str | None) -> int | None:
-    """The baseline's place among the runs, -1 where it is a run that was not given."""
+    """The baseline's place among the runs, -1 if it is a run that was not given."""
     at = gathered.index(name)
     if at is not None:
         return at

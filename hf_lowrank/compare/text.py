@@ -15,14 +15,8 @@ from hf_lowrank.report.markdown import Markdown, escape, one_line
 from hf_lowrank.report.values import UNKNOWN
 
 __all__ = [
-    "ENVIRONMENT",
-    "heading",
-    "metrics_csv",
-    "print_comparison",
-    "render_markdown",
-    "runs_csv",
-    "significance_text",
-]
+    "ENVIRONMENT", "heading", "metrics_csv", "print_comparison", "render_markdown", "runs_csv", "significance_text",
+]  # fmt: skip
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
 _METRIC_FIELDS = [

@@ -29,15 +29,8 @@ from hf_lowrank.downstream.quick.generate import TASKS
 from hf_lowrank.methods.base import nearest
 
 __all__ = [
-    "Loaded",
-    "TaskError",
-    "find_tasks",
-    "leaves",
-    "load_tasks",
-    "offline",
-    "short",
-    "task_digest",
-]
+    "Loaded", "TaskError", "find_tasks", "leaves", "load_tasks", "offline", "short", "task_digest",
+]  # fmt: skip
 
 # what a task is made of beside its YAML file; logs and the like may lie there too
 _DEFINING = {".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"}

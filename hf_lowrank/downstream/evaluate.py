@@ -105,7 +105,7 @@ def _read(options: EvaluateOptions, folders: tuple[Path, ...]) -> tuple[TaskMana
 
 
 def _unseen(runs: Sequence[RunSource], requests: list[Request], options: EvaluateOptions) -> tuple[Path, ...]:
-    """The folder with items of our own tasks that the runs were not trained on, where it is not the package's."""
+    """The folder with items of our own tasks that the runs were not trained on, if it is not the package's."""
     ours = any(leaf.startswith("hf_lowrank_") for request in requests for leaf in request.leaves)
     # who names a folder with these tasks has chosen the items
     if not ours or any((folder / f"{GROUP}.yaml").is_file() for folder in options.include):
@@ -168,7 +168,7 @@ class _Model:
         self.where, self.folder = f"{run.name} step {checkpoint.step}", metrics_folder(run.output)
         try:
             self.weights, files = checkpoint.digest, sorted(checkpoint.folder.glob("tokenizer*"))
-        # cut short while it was saved: that is reported where it is to be loaded
+        # cut short while it was saved: that is reported if it is to be loaded
         except (OSError, ValueError):
             self.weights, files = UNREADABLE, []
         tokenizer = options.tokenizer or [
@@ -207,7 +207,7 @@ class _Model:
         return all(self.fingerprint(request, request.name, settings) in held for settings in request.settings)
 
     def language_model(self) -> LowRankLM:
-        """The model, loaded once; so is the error where it cannot be."""
+        """The model, loaded once; so is the error if it cannot be."""
         if self._problem is not None:
             raise self._problem
         if self._language_model is None:
@@ -268,7 +268,7 @@ class _Evaluating(Work):
         names: all tasks of the request.
         task: name of the task.
         settings: with the seed.
-        loaded: the request with its data; None where it was done before.
+        loaded: the request with its data; None if it was done before.
     """
 
     # places of the run's fingerprints, by which its rows are sorted

@@ -135,7 +135,7 @@ def _prepare(task: Task, settings: Settings) -> None:
 
 
 def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int | None) -> list[Row]:
-    """The rows of a group, which the harness makes of its tasks' rows; none where it has no common metric.
+    """The rows of a group, which the harness makes of its tasks' rows; none if it has no common metric.
 
     Args:
         group: with its tasks.
@@ -188,7 +188,7 @@ def _rows(
     better: dict[str, Any],
     settings: Settings,
 ) -> list[Row]:
-    """The harness's `metric,filter` keys as rows; the filter is named where it is not the only one."""
+    """The harness's `metric,filter` keys as rows; the filter is named if it is not the only one."""
     rows = []
     for key, value in results.items():
         metric, comma, kept = key.partition(",")

@@ -87,7 +87,7 @@ class LowRankLM(HFLM):
         revision: of a Hub repository.
         form: `native`, as trained, or `dense`.
         dtype: `auto` for the one it was saved in.
-        device: default: a GPU where there is one.
+        device: default: a GPU if there is one.
         progress: called at every forward pass.
         trust_remote_code: for data sets; no code of a model is run.
         **kwargs: HFLM's arguments for a model that is made already: batch_size, max_length, ...

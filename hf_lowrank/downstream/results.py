@@ -1,7 +1,7 @@
 """Results on downstream tasks, in `<run>/publish/metrics/evaluations.json`, and what a report makes of them.
 
 The file is a list of rows. A row is one number of one evaluation: an entry of a report's `evaluations` whose
-`settings` name one seed, with the `fingerprint` of the evaluation and the digest of the `weights`. Both are None where
+`settings` name one seed, with the `fingerprint` of the evaluation and the digest of the `weights`. Both are None if
 they are not known.
 """
 
@@ -16,15 +16,9 @@ from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.version1 import upgrade_entry
 
 __all__ = [
-    "EVALUATIONS",
-    "HARNESS_SEEDS",
-    "combine_seeds",
-    "evaluation_entries",
-    "forget_evaluations",
-    "read_evaluations",
-    "replace_evaluations",
-    "write_evaluations",
-]
+    "EVALUATIONS", "HARNESS_SEEDS", "combine_seeds", "evaluation_entries", "forget_evaluations", "read_evaluations",
+    "replace_evaluations", "write_evaluations",
+]  # fmt: skip
 
 # what lm-evaluation-harness seeds Python, NumPy, torch and the few-shot sampler with where no seed is asked for
 HARNESS_SEEDS = "0,1234,1234,1234"
@@ -35,7 +29,7 @@ _FIELDS = ("task", "metric", "value", "stderr", "num_fewshot", "limit", "step", 
 
 
 def read_evaluations(folder: Path) -> list[Row] | None:
-    """The rows in a metrics folder, None where there is no file; `ValueError` where it is damaged."""
+    """The rows in a metrics folder, None if there is no file; `ValueError` if it is damaged."""
     path = folder / EVALUATIONS
     try:
         rows = list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -108,7 +102,7 @@ def combine_seeds(rows: list[Row]) -> dict[str, Any]:
     The value is the mean over the k seeds. All of them answer the same items, so the error that comes from the choice
     of items does not shrink with k, and what the seeds themselves add does: stderr^2 = mean_i(stderr_i^2) + s^2 / k,
     with s^2 the sample variance of the k values. Where a seed changes nothing, as without few-shot examples, this is
-    the standard error of one; where it does, it errs on the large side.
+    the standard error of one; if it does, it errs on the large side.
     """
     last = {key: rows[-1].get(key) for key in _FIELDS} | {"about": rows[-1].get("about") or {}}
     settings = {key: value for key, value in dict(last["settings"] or {}).items() if key != "seed"}

@@ -97,7 +97,7 @@ def _warn_once(message: str) -> None:
 
 
 def _sequence_sums(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """(n, 2): summed loss and number of predicted tokens of each sequence; NaN where there is no such loss."""
+    """(n, 2): summed loss and number of predicted tokens of each sequence; NaN if there is no such loss."""
     # a model that gives more than logits gives them first
     logits, model = logits if isinstance(logits, Tensor) else logits[0], _evaluated_model()
     try:

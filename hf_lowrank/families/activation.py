@@ -70,14 +70,14 @@ class ActivationCallback(SequenceCallback):
     Args:
         dataset: tokenized rows, such as a Trainer's `eval_dataset`.
         baseline: a full-rank model of the same size and tokenizer: a Hub repo (`user/name`, `user/name@step-1000`), a
-            published folder, a checkpoint, a run's folder (its checkpoint of the same step where there is one, else
+            published folder, a checkpoint, a run's folder (its checkpoint of the same step if there is one, else
             what it published), or a model.
         every: optimizer steps between two measurements; the start and the end of training are measured as well.
         sequences: how many rows of the data set, spread evenly.
         budget: share of the training time for all metric callbacks together; None for no limit.
 
     Attributes:
-        baseline_report: the baseline's report, None where it has none.
+        baseline_report: the baseline's report, None if it has none.
 
     Raises:
         ValueError: there is no such baseline, its report is damaged, or, from `attach`, it is of another size.
@@ -114,7 +114,7 @@ class ActivationCallback(SequenceCallback):
         return self._checkpoint(0)[0] / "config.json"
 
     def _checkpoint(self, step: int) -> tuple[Path, int | None]:
-        """Where the baseline's weights for a step lie, and of which step they are where that is known."""
+        """Where the baseline's weights for a step lie, and of which step they are if that is known."""
         assert self._folder is not None
         checkpoints = {int(path.name.rpartition("-")[2]): path for path in list_checkpoints(self._folder)}
         if step in checkpoints:

@@ -147,7 +147,7 @@ class Unit:
         return (
             step == self.step
             and get_family(self.family).unit_subject(subject) == self.subject
-            # linearised stands where there is no dense matrix
+            # linearised stands if there is no dense matrix
             and (self.space is None or (space == "native") == (self.space == "native"))
             and (self.other is None or other == self.other.name)
         )
@@ -170,11 +170,11 @@ class Peer:
     """Another model that a measurement refers to: an earlier checkpoint's, the baseline's, another run's.
 
     Attributes:
-        name: of its run, or `step <n>` where it is an earlier checkpoint.
-        step: of its weights, None where that is not known.
-        load: gives the model as trained; None where it is not at hand.
-        tensor: what a callback has kept instead: gives a tensor by its name, None where that is not at hand.
-        run: the run it belongs to, where it is another one.
+        name: of its run, or `step <n>` if it is an earlier checkpoint.
+        step: of its weights, None if that is not known.
+        load: gives the model as trained; None if it is not at hand.
+        tensor: what a callback has kept instead: gives a tensor by its name, None if that is not at hand.
+        run: the run it belongs to, if it is another one.
     """
 
     name: str
@@ -195,7 +195,7 @@ class Context:
         sequences: what the loss is taken on; None for a family that needs none.
         space: of the weights; see `in_space`.
         subject: of the unit of work; None for a family that has no subjects.
-        previous, initial, baseline, other: models to compare with, None where there are none.
+        previous, initial, baseline, other: models to compare with, None if there are none.
         run: the run, None during training.
         earlier: the weight files of each checkpoint up to this one, where a unit asks for them.
         shared: every process measures its share; all get the whole result.
@@ -226,7 +226,7 @@ class Family:
     Attributes:
         entry: what readers of reports know about it.
         Settings: class of its settings, whose defaults are the preset `quick`.
-        study: its settings in the preset `study`, where they are others.
+        study: its settings in the preset `study`, if they are others.
         sequences: what it is measured on: `few` of the validation sequences, `all` of them, or None.
         subjects: where its units have subjects, how the subjects of their records begin (`<family>/<subject>/...`).
         needs_baseline: whether it compares with a baseline and measures nothing without one.

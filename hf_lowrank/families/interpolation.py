@@ -211,13 +211,8 @@ def loss_path_records(
     means = [mean_loss(*point) for point in path]
     values = np.array([mean.value for mean in means])
     sums, tokens = np.stack([point[0].numpy() for point in path]), path[0][1]
-    settings = {
-        **settings,
-        "points": len(alphas),
-        "from": float(alphas[0]),
-        "to": float(alphas[-1]),
-        **sequences.settings(),
-    }
+    settings = {**settings, "points": len(alphas), "from": float(alphas[0]), "to": float(alphas[-1])}
+    settings |= sequences.settings()
 
     def weighted(weights: Grid) -> Estimate:
         # a loss that does not count may be infinite
@@ -228,20 +223,20 @@ def loss_path_records(
         "barrier_chord": weighted(chord_weights(alphas, values)),
         "barrier_alpha": barrier(alphas, values).alpha,
     }
-    measured, other = Measurement(), {**settings, **reference}["other"]
+    measured = Measurement()
     for key, number in numbers.items():
         described = {**(about or {}), **({} if key == "barrier_alpha" else {"stderr": "over sequences"})}
         name = f"interpolation/{subject}/{key}"
         measured.records.append(record(name, number, at.step, settings, space, reference, **described))
+    row = {"step": at.step, "space": space, "subject": subject, "other": {**settings, **reference}["other"]}
+    row["other_step"] = reference["other_step"]
     for alpha, mean in zip(alphas, means, strict=True):
-        row = {"step": at.step, "space": space, "subject": subject}
-        row |= {"other": other, "other_step": reference["other_step"]}
-        measured.rows.append(row | {"alpha": float(alpha), "loss": mean.value, "stderr": mean.stderr})
+        measured.rows.append({**row, "alpha": float(alpha), "loss": mean.value, "stderr": mean.stderr})
     return measured
 
 
 def _kept_ends(model: nn.Module, previous: Peer) -> tuple[State, State] | None:
-    """The previous weights that a callback has kept and those of now; None where they are not at hand everywhere."""
+    """The previous weights that a callback has kept and those of now; None if they are not at hand everywhere."""
     if previous.tensor is None:
         return None
     now = _own_state(model)
@@ -258,7 +253,7 @@ def _kept_ends(model: nn.Module, previous: Peer) -> tuple[State, State] | None:
 class InterpolationCallback(SequenceCallback):
     """The loss on the line between every two neighbouring saved checkpoints.
 
-    It measures whenever the Trainer saves. Dense space where there is one, the parameters as trained otherwise (CoLA).
+    It measures whenever the Trainer saves. Dense space if there is one, the parameters as trained otherwise (CoLA).
     The weights of the last save are kept in `<output_dir>/interpolation_snapshots/`, so that checkpoints may be
     rotated away.
 

@@ -37,8 +37,8 @@ class Record:
 
     Attributes:
         name: `family/subject/metric`, in the study's terms.
-        value: the number, None where it could not be measured.
-        stderr: its standard error; None where it is exact for the given weights.
+        value: the number, None if it could not be measured.
+        stderr: its standard error; None if it is exact for the given weights.
         step: optimizer step it was measured at.
         settings: what defines the number: two numbers compare only where these agree.
         space: `dense`, `linearised` (no dense matrix exists) or `native`.
@@ -118,7 +118,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_measurement(folder: Path, name: str) -> Measurement | None:
-    """What is stored of a family, None where nothing is; raises whatever JSON and parquet raise for damaged files."""
+    """What is stored of a family, None if nothing is; raises whatever JSON and parquet raise for damaged files."""
     table, records = folder / f"{name}.parquet", folder / f"{name}.json"
     if not records.is_file():
         return None
@@ -143,7 +143,7 @@ def write_measurement(folder: Path, name: str, measurement: Measurement) -> None
 
 
 def forget(folder: Path, name: str, is_gone: Callable[[int], bool]) -> None:
-    """Drop a family's records and rows of the steps that `is_gone` picks; remove the files where nothing is left."""
+    """Drop a family's records and rows of the steps that `is_gone` picks; remove the files if nothing is left."""
     try:
         stored = read_measurement(folder, name) or Measurement()
     # unreadable: as good as none

@@ -61,7 +61,7 @@ class Snapshot:
         return step is not None and step in self._index
 
     def get(self, step: int, name: str) -> Tensor | None:
-        """A tensor of a step; None where it is not there."""
+        """A tensor of a step; None if it is not there."""
         path = self._index.get(step, {}).get(name)
         if path is None:
             return None

@@ -21,7 +21,7 @@ def is_reparameterized(model: torch.nn.Module) -> bool:
 
 
 def no_dense_form(model: torch.nn.Module) -> str | None:
-    """The reason why no dense matrices compute what the model computes; None where they do."""
+    """The reason why no dense matrices compute what the model computes; None if they do."""
     if all(module.has_dense_form for module in model.modules() if isinstance(module, ReparameterizedLinear)):
         return None
     method = method_of(model) if isinstance(model, PreTrainedModel) else None

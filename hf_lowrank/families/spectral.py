@@ -31,7 +31,7 @@ __all__ = ["Spectral", "SpectralCallback", "SpectralSettings", "averages", "upda
 OVERLAP_K = 8
 # what is reported of an update's spectrum beside its norm
 UPDATE_METRICS = ("effective_rank_score", "stable_rank", "effective_rank", "spectral_gap", "spectral_norm")
-# a matrix of an earlier step by its target's name, None where it is not at hand
+# a matrix of an earlier step by its target's name, None if it is not at hand
 Weights = Callable[[str], Tensor | None]
 
 
@@ -233,7 +233,7 @@ class SpectralCallback(MetricCallback):
 
     Dense space: a reparameterised layer is measured as the matrix it multiplies with, and one that has none (CoLA's)
     as the product of its factors, in the space `linearised`. The weights of the first and
-    the last measurement are kept in `<output_dir>/spectral_snapshots/`; where they are not at hand, as after a resume
+    the last measurement are kept in `<output_dir>/spectral_snapshots/`; if they are not at hand, as after a resume
     on another machine, the rows about updates are left out. Nothing random is drawn and no parameter is touched.
 
     Args:

@@ -201,7 +201,7 @@ def _send(api: HfApi, there: State, files: dict[str, Path], message: str) -> Com
 
 
 def _put_tag(api: HfApi, there: State, tag: str, oid: str, moves: bool) -> None:
-    """Point `tag` at the commit `oid`; a tag of another branch stays where it is unless it `moves`."""
+    """Point `tag` at the commit `oid`; a tag of another branch stays if it is unless it `moves`."""
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(there.repo_id).tags}
     if tag in tags and not moves and not _is_on_branch_alone(api, there, tags[tag], oid):
         logger.info("%s is another branch's: the tag is %s-%s", tag, there.branch, tag)

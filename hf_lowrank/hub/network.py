@@ -141,7 +141,7 @@ def _asked_wait(response: Any) -> float | None:
 
 
 def _seconds_to_wait(error: BaseException, tried: int) -> float | None:
-    """Return after how many seconds another try makes sense; None where it does not."""
+    """Return after how many seconds another try makes sense; None if it does not."""
     # the second is how the client reports a file that arrived too short; a download continues from the bytes it has
     if isinstance(error, DamagedError) or str(error).startswith("Consistency check failed"):
         return 0.0

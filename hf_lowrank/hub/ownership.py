@@ -60,7 +60,7 @@ def read_state(api: HfApi, repo_id: str, branch: str) -> State:
 
 
 def objections(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
-    """Say what a push of `files` would overwrite that is not this run's; None where nothing stands against it.
+    """Say what a push of `files` would overwrite that is not this run's; None if nothing stands against it.
 
     A repository that no push of this package has written to belongs to somebody else. In one of ours, a file that
     somebody has changed since (a card edited on the Hub) is theirs, and a report of another run makes it that run's.
@@ -111,7 +111,7 @@ def _same(info: RepoFile, file: Path) -> bool:
 
 
 def _another_run(api: HfApi, there: State, files: Mapping[str, Path]) -> str | None:
-    """Describe the run on the Hub where it has another name, method, model, seed or learning rate; else None."""
+    """Describe the run on the Hub if it has another name, method, model, seed or learning rate; else None."""
     if "report.json" not in files or "report.json" not in there.paths:
         return None
     mine = run_of(files["report.json"])
@@ -128,7 +128,7 @@ def _another_run(api: HfApi, there: State, files: Mapping[str, Path]) -> str | N
 
 
 def run_of(report: Path) -> tuple[str, str, str] | None:
-    """Return name, method and settings of a report's run; None where the report does not say."""
+    """Return name, method and settings of a report's run; None if the report does not say."""
     try:
         run = json.loads(report.read_bytes())["run"]
         settings = {key: run.get(key) for key in ("method_config", "model", "seeds", "learning_rate")}

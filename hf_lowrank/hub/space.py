@@ -34,7 +34,7 @@ def space_card(title: str, body: str, repos: Sequence[str]) -> str:
 def push_space(
     files: Mapping[str, str], repo_id: str, *, overwrite: bool = False, token: str | bool | None = None
 ) -> str:
-    """Put files into a static Space in one commit, or none where nothing differs; return the Space's address.
+    """Put files into a static Space in one commit, or none if nothing differs; return the Space's address.
 
     The Space is made if missing. An existing one is ours if a push of this package was the last to write its files.
 

@@ -16,7 +16,7 @@ class Failure:
     """A unit of work that could not be done.
 
     Attributes:
-        where: the run, and where it matters its checkpoint; empty where a task failed for all of them.
+        where: the run, and where it matters its checkpoint; empty if a task failed for all of them.
         name: of the unit or the task.
         reason: why, for people.
     """

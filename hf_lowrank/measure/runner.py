@@ -188,7 +188,7 @@ class _Claims:
             os.close(self._file)
 
     def take(self, unit: Work) -> bool:
-        """Claim a unit; False where another process is at it."""
+        """Claim a unit; False if another process is at it."""
         return self._lock(_byte(unit), wait=False)
 
     def give_back(self, unit: Work) -> None:
@@ -210,7 +210,7 @@ class _Claims:
             os.write(self._file, (json.dumps([unit.key, asdict(failure)]) + "\n").encode())
 
     def failure_of(self, unit: Work) -> Failure | None:
-        """Why a unit failed in another process; None where it did not."""
+        """Why a unit failed in another process; None if it did not."""
         if self._file is None:
             return None
         lines = os.pread(self._file, os.fstat(self._file).st_size, 0).decode().splitlines()

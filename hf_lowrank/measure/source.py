@@ -31,7 +31,7 @@ class Checkpoint:
 
     Attributes:
         step: optimizer step.
-        locate: gives its folder, downloading it where it is on the Hub.
+        locate: gives its folder, downloading it if it is on the Hub.
     """
 
     step: int
@@ -84,7 +84,7 @@ class RunSource:
         output: folder that gets `publish/` and the state of the measurement.
         root: the run's own folder, which keeps its validation rows; None for a repository.
         checkpoints: by step; at least one.
-        report: the run's report, None where it has none.
+        report: the run's report, None if it has none.
         config: config.json of its newest checkpoint.
     """
 
@@ -102,12 +102,12 @@ class RunSource:
 
     @property
     def seed(self) -> int | None:
-        """The seed it was trained with, where that is known."""
+        """The seed it was trained with, if that is known."""
         return None if self.report is None else self.report["run"]["seeds"]["seed"]
 
     @property
     def tokenizer(self) -> str | None:
-        """Hash of its tokenizer, where that is known."""
+        """Hash of its tokenizer, if that is known."""
         data = None if self.report is None else self.report["data"]
         return None if data is None else data["tokenizer_hash"]
 

@@ -73,7 +73,7 @@ class RunUnits:
         return self.preset.of(get_family(unit.family))
 
     def sequences(self, unit: Unit) -> EvaluationSet | None:
-        """What a unit is measured on, None where it needs no sequences."""
+        """What a unit is measured on, None if it needs no sequences."""
         return {"few": self.few, "all": self.whole, None: None}[get_family(unit.family).sequences]
 
     def do(self, unit: Unit, progress: Callable[[], Any]) -> Measurement:
@@ -110,7 +110,7 @@ class RunUnits:
 
 
 def _method(name: str) -> type[LowRankConfig] | None:
-    """The method of a run, None where it is not known here."""
+    """The method of a run, None if it is not known here."""
     try:
         return get_method(name)
     except ValueError:

@@ -35,7 +35,7 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     """Bring report.json, figures and card of a run up to date with its metrics; return the folder `publish`.
 
     A run without a report, of a plain Trainer, gets one with what its checkpoints tell. What is known of the baseline
-    goes into the report; without one, what an earlier measurement found stays. Figures show metrics: where none was
+    goes into the report; without one, what an earlier measurement found stays. Figures show metrics: if none was
     measured they need not be drawn again.
     """
     publish, folder = run.output / "publish", metrics_folder(run.output)
@@ -60,7 +60,7 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
 
 
 def _report_now(run: RunSource) -> Report | None:
-    """The report of a run with what was measured since it was opened; None where it has none."""
+    """The report of a run with what was measured since it was opened; None if it has none."""
     try:
         return read_report(run.output)
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _metrics(run: RunSource, folder: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The results on downstream tasks: the file's, and those of the report where there is no file."""
+    """The results on downstream tasks: the file's, and those of the report if there is no file."""
     rows = read_evaluations(folder)
     return list(report["evaluations"]) if rows is None else evaluation_entries(rows)
 
@@ -90,7 +90,7 @@ def _trainer_state(run: RunSource) -> dict[str, Any]:
 
 
 def _training_curve(run: RunSource) -> pd.DataFrame | None:
-    """The log history as a table of loss and learning rate; None where there is none."""
+    """The log history as a table of loss and learning rate; None if there is none."""
     history = pd.DataFrame(_trainer_state(run).get("log_history") or [])
     if "step" not in history:
         return None
@@ -141,7 +141,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
 
 
 def _peak_rate(run: RunSource, state: dict[str, Any]) -> float | None:
-    """The rate that the schedule was made with; where it was not saved, the highest that was logged."""
+    """The rate that the schedule was made with; if it was not saved, the highest that was logged."""
     try:
         schedule = torch.load(run.checkpoints[-1].folder / "scheduler.pt", map_location="cpu", weights_only=True)
         return max(float(rate) for rate in schedule["base_lrs"])

@@ -12,25 +12,7 @@ from hf_lowrank.methods.relora import ReLoRAConfig
 from hf_lowrank.methods.sltrain import SLTrainConfig, SLTrainLinear
 
 __all__ = [
-    "METHODS",
-    "ApolloAdamW",
-    "ApolloConfig",
-    "CoLAConfig",
-    "CoLALinear",
-    "FiraAdamW",
-    "FiraConfig",
-    "FullRankConfig",
-    "GaLoreAdamW",
-    "GaLoreConfig",
-    "LoRAConfig",
-    "LoRALinear",
-    "LowRankConfig",
-    "Paper",
-    "ProjectedConfig",
-    "ReLoRAConfig",
-    "ReparameterizedLinear",
-    "SLTrainConfig",
-    "SLTrainLinear",
-    "get_method",
-    "register",
-]
+    "METHODS", "ApolloAdamW", "ApolloConfig", "CoLAConfig", "CoLALinear", "FiraAdamW", "FiraConfig", "FullRankConfig",
+    "GaLoreAdamW", "GaLoreConfig", "LoRAConfig", "LoRALinear", "LowRankConfig", "Paper", "ProjectedConfig",
+    "ReLoRAConfig", "ReparameterizedLinear", "SLTrainConfig", "SLTrainLinear", "get_method", "register",
+]  # fmt: skip

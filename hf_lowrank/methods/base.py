@@ -108,10 +108,10 @@ class ReparameterizedLinear(nn.Module, ABC):
     """A layer that stands in a linear layer's place and keeps something other than W: (m, n).
 
     Attributes:
-        has_dense_form: whether a matrix computes the same function; where none does, `dense_weight` is the product
+        has_dense_form: whether a matrix computes the same function; if none does, `dense_weight` is the product
             of the factors (the layer linearised), and `dense_state` an error.
         in_features, out_features: n and m.
-        fan_in_fan_out: True where the layer it replaced stores W transposed (`Conv1D`), so that the dense form of
+        fan_in_fan_out: True if the layer it replaced stores W transposed (`Conv1D`), so that the dense form of
             the model gets its weight the way plain transformers expects it.
     """
 
@@ -224,7 +224,7 @@ class LowRankConfig(PushToHubMixin):
         return []
 
     def group_options(self, r: int) -> dict[str, Any]:
-        """Keys that mark an optimizer group of targets of rank r; empty where the targets are nothing special."""
+        """Keys that mark an optimizer group of targets of rank r; empty if the targets are nothing special."""
         return {}
 
     def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

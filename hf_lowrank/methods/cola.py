@@ -203,7 +203,7 @@ class CoLAConfig(LowRankConfig):
             if isinstance(module, CoLALinear):
                 module.recompute = True
         context_fn = functools.partial(create_selective_checkpoint_contexts, _keep_low_rank)
-        # transformers has renamed the method, and warns about the older name where it has both
+        # transformers has renamed the method, and warns about the older name if it has both
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         assert callable(enable)
         enable({"use_reentrant": False, "context_fn": context_fn})
@@ -256,7 +256,7 @@ def _beside(model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, nn.
 
 
 def _own_activations(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Names of the activations beside the targets; `ValueError` where there is none."""
+    """Names of the activations beside the targets; `ValueError` if there is none."""
     activations = [name for name, module in _beside(model, targets) if isinstance(module, ACTIVATIONS)]
     if not activations:
         raise ValueError(

@@ -83,7 +83,7 @@ def foreign_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def _numbers(layer: nn.Module, name: str) -> Tensor:
-    """The layer's weight, dequantised where it is stored as codes."""
+    """The layer's weight, dequantised if it is stored as codes."""
     weight: Any = getattr(layer, "weight", None)
     if not is_quantized(layer):
         return weight

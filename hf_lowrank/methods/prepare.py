@@ -21,15 +21,9 @@ from hf_lowrank.methods.targets import Target, find_targets, hidden_size
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 
 __all__ = [
-    "apply_method",
-    "check_handed_on",
-    "check_method",
-    "identity",
-    "method_of",
-    "prepare",
-    "resolve_ranks",
+    "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare", "resolve_ranks",
     "summary_of",
-]
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +162,7 @@ def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]
 
 
 def method_of(model: nn.Module) -> LowRankConfig | None:
-    """The method that a model's config records, None where it records none."""
+    """The method that a model's config records, None if it records none."""
     recorded = getattr(getattr(model, "config", None), "lowrank", None)
     if not recorded:
         return None
@@ -176,7 +170,7 @@ def method_of(model: nn.Module) -> LowRankConfig | None:
 
 
 def structure_hash(model: nn.Module) -> str | None:
-    """Hash of everything that a method drew once and never trains (sparse supports); None where there is nothing."""
+    """Hash of everything that a method drew once and never trains (sparse supports); None if there is nothing."""
     structure = _fixed_structure(model)
     digest = hashlib.sha256()
     for name, tensor in structure.items():
@@ -262,7 +256,7 @@ def check_method(
 
 
 def _trained_method(model: nn.Module) -> LowRankConfig | None:
-    """The method that trains a model from now on; None where its config has only that of a finished run, or none."""
+    """The method that trains a model from now on; None if its config has only that of a finished run, or none."""
     config = method_of(model)
     record: Any = getattr(model, "config", None)
     finished = config is not None and config.replaces_layers and record.lowrank.get("form") == "dense"

@@ -205,7 +205,7 @@ def _parameters(layers: list[LoRALinear]) -> list[tuple[str, Tensor]]:
 
 
 def _moments(p: Tensor, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an adapter's parameter; empty where the optimizer has made no step with it."""
+    """The state of an adapter's parameter; empty if the optimizer has made no step with it."""
     held = optimizer.state.get(p, {})
     if held and not all(key in held for key in MOMENTS):
         raise ValueError(

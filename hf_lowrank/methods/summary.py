@@ -25,7 +25,7 @@ class Summary:
 
     Attributes:
         method: the method's label.
-        modules: target kind -> (count, rows, cols, rank); rank is None where the method has none. A kind of several
+        modules: target kind -> (count, rows, cols, rank); rank is None if the method has none. A kind of several
             shapes or ranks has an entry for each, named after it.
         parameters, parameters_trained: of the model as trained.
         parameters_dense: of the dense model it stands for.

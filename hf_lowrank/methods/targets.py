@@ -18,15 +18,9 @@ from hf_lowrank.methods.foreign import base_layer, foreign_weight, is_adapted, i
 from hf_lowrank.sharding import reshard, whole
 
 __all__ = [
-    "Target",
-    "dense_copy",
-    "dense_weights",
-    "find_targets",
-    "hidden_size",
-    "linear_layers",
-    "native_weights",
+    "Target", "dense_copy", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights",
     "whole_layer",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
 
 
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
-    """Each target with its dense weight W: (m, n), one at a time, whole even where it is sharded."""
+    """Each target with its dense weight W: (m, n), one at a time, whole even if it is sharded."""
     for target in _readable_targets(model, target_modules):
         yield target, replace(target, module=whole_layer(target.module)).dense_weight()
 
@@ -198,7 +192,7 @@ def native_weights(model: nn.Module, target_modules: list[str] | str | None = No
 
 
 def whole_layer(module: nn.Module) -> nn.Module:
-    """The layer, with whole parameters where they are sharded; then every process must call this."""
+    """The layer, with whole parameters if they are sharded; then every process must call this."""
     if not any(isinstance(p, DTensor) for p in module.parameters()):
         return module
     gathered = copy.copy(module)
@@ -211,7 +205,7 @@ def whole_layer(module: nn.Module) -> nn.Module:
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """The hidden size in the model's config, None where it has none."""
+    """The hidden size in the model's config, None if it has none."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()

@@ -275,7 +275,7 @@ def compare_activations(
 
     Args:
         model, baseline: in eval mode, of the same hidden size and number of layers.
-        evaluation: the sequences; where it is shared, every process calls this and computes its part.
+        evaluation: the sequences; if it is shared, every process calls this and computes its part.
         groups: for the standard errors, fewer where there are fewer sequences.
         progress: called after every batch.
 

@@ -40,7 +40,7 @@ def check_next_token(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
     token would be read off the input.
 
     Args:
-        model: in any mode; where it is sharded, every process calls this.
+        model: in any mode; if it is sharded, every process calls this.
         rows: `input_ids` (n, t) and whatever else the model takes.
     """
     check_rows(model, rows)
@@ -64,7 +64,7 @@ def check_next_token(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
 
 
 def _change_of_earlier_logits(model: nn.Module, rows: Mapping[str, Tensor], in_float32: bool = False) -> float | None:
-    """How another last token changes the logits before it, in units of their spread; None where that tells nothing.
+    """How another last token changes the logits before it, in units of their spread; None if that tells nothing.
 
     A causal model has exactly 0 almost always; experts may round otherwise with another token among them.
     """
@@ -134,7 +134,7 @@ def _embeddings(model: nn.Module) -> nn.Embedding | None:
 
 
 def _positions(model: nn.Module) -> int | None:
-    """Tokens that the model's table of positions has room for; None where positions are computed, as by RoPE."""
+    """Tokens that the model's table of positions has room for; None if positions are computed, as by RoPE."""
     text = getattr(model, "config", None)
     text = getattr(text, "get_text_config", lambda: text)()
     limit = getattr(text, "max_position_embeddings", None)

@@ -58,7 +58,7 @@ def losses_of_logits(logits: Tensor, labels: Tensor, shifted: bool = True) -> tu
 
     Args:
         logits: (n, t, vocabulary).
-        labels: (n, t), -100 where nothing is predicted.
+        labels: (n, t), -100 if nothing is predicted.
         shifted: whether position i predicts label i + 1; otherwise label i, as in encoders and encoder-decoders.
 
     Returns:

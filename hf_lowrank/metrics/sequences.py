@@ -122,7 +122,7 @@ def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
 
     Args:
         model: causal language model; put it into eval mode first.
-        batch: `input_ids` and `labels` (n, t), -100 where nothing is predicted, and the model's other inputs.
+        batch: `input_ids` and `labels` (n, t), -100 if nothing is predicted, and the model's other inputs.
 
     Returns:
         (n,) float64 nats and (n,) counts.

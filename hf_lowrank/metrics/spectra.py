@@ -16,17 +16,9 @@ from torch import Tensor
 from hf_lowrank.metrics.threads import single_threads
 
 __all__ = [
-    "SpectralMetrics",
-    "measure_each",
-    "power_law_alpha",
-    "relative_norm",
-    "singular_values",
-    "singular_vectors",
-    "spectra",
-    "spectral_metrics",
-    "subspace_overlap",
-    "top_singular_triplets",
-]
+    "SpectralMetrics", "measure_each", "power_law_alpha", "relative_norm", "singular_values", "singular_vectors",
+    "spectra", "spectral_metrics", "subspace_overlap", "top_singular_triplets",
+]  # fmt: skip
 
 K = TypeVar("K")
 R = TypeVar("R")
@@ -139,7 +131,7 @@ def singular_vectors(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class SpectralMetrics:
-    """Scalars of one matrix's spectrum; an all-zero matrix has rank 0 and NaN where a ratio has no meaning.
+    """Scalars of one matrix's spectrum; an all-zero matrix has rank 0 and NaN if a ratio has no meaning.
 
     Attributes:
         rank: values above 1e-12 (of a float32 matrix this counts noise: see numerical_rank).

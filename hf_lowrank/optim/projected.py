@@ -5,7 +5,7 @@ Adam's moments in the projection, and hands N = M / (sqrt(V) + eps) to the metho
 update. On a CPU matrices go one by one; on a GPU, and where rows are sharded, as many as fit into `CHUNK_ELEMENTS` go
 together, so that element-wise operations are fused over matrices and collectives overlap.
 
-Shapes: W, G: (m, n), by rows where they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1.
+Shapes: W, G: (m, n), by rows if they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1.
 """
 
 import logging
@@ -50,7 +50,7 @@ def apply_back_projection(
 
 
 class Matrix:
-    """One projected weight in one step; tensors are this process's rows where it is sharded.
+    """One projected weight in one step; tensors are this process's rows if it is sharded.
 
     Args:
         p: the parameter, with a gradient.

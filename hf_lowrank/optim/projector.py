@@ -64,7 +64,7 @@ def refresh_projector(G: Tensor, r: int, where: str, method: str, previous: list
         method: `svd` gives the singular vectors as `torch.linalg.svd` does; `gram` the same vectors from the
             eigenvectors of the smaller Gram matrix: for a float32 gradient, directions whose singular value is below
             about 3e-4 of the largest are noise; `subspace` a few power iterations from the previous projector.
-            The last two keep the signs of the previous projector's vectors where they can, since the moments stay.
+            The last two keep the signs of the previous projector's vectors if they can, since the moments stay.
         previous: the projector to be replaced, or None at the first refresh (`subspace` is then `gram`).
 
     Returns:
@@ -132,7 +132,7 @@ def _sketch(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
-    """Orthonormal basis (d, r) of Y's columns, completed arbitrarily where they are dependent (Householder QR)."""
+    """Orthonormal basis (d, r) of Y's columns, completed arbitrarily if they are dependent (Householder QR)."""
     Q, R = torch.linalg.qr(Y)
     # without this, QR turns half of the vectors around at every refresh
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)

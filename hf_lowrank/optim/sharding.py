@@ -126,7 +126,7 @@ class RowShards:
 
 
 def all_finite(tensors: list[Tensor], meshes: list[Any]) -> list[bool]:
-    """Whether each tensor holds finite numbers only: where it is sharded, on every process of its mesh."""
+    """Whether each tensor holds finite numbers only: if it is sharded, on every process of its mesh."""
     if not tensors:
         return []
     # NaN and infinity go through a sum, and cannot leave it again; one that is not finite may also have overflowed

@@ -126,16 +126,22 @@ class PeakMemory(Part):
 
 
 class Seeds(Part):
+    """Seeds of the model and of the order of the data."""
+
     seed: int | None
     data_seed: int | None
 
 
 class LearningRateSchedule(Part):
+    """How the learning rate changed over the steps."""
+
     type: str | None
     warmup_steps: Annotated[int | float, Field(ge=0)] | None
 
 
 class Optimizer(Part):
+    """The optimizer that ran, with the settings of its first group."""
+
     name: str | None
     betas: list[float] | None
     eps: float | None

@@ -69,6 +69,11 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         _count_tokens(trainer)
     report = ReportCallback(trainer, run or RunInfo(), strategy)
     trainer.add_callback(report)
+    _take_over_pushing(trainer, report)
+
+
+def _take_over_pushing(trainer: Trainer, report: ReportCallback) -> None:
+    """Have `trainer.push_to_hub` write and push what the report publishes."""
 
     def push_to_hub(
         commit_message: str | None = "End of training",

@@ -57,7 +57,7 @@ def _git_commit() -> str | None:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Peak bytes of this process so far: allocated on the GPU, or resident where there is none."""
+    """Peak bytes of this process so far: allocated on the GPU, or resident if there is none."""
     if torch.cuda.is_available():
         return {"value": torch.cuda.max_memory_allocated(), "kind": "cuda_allocated"}
     # Linux counts in KiB, macOS in bytes

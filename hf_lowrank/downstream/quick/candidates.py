@@ -41,7 +41,7 @@ class Place:
     """A question: what stands at `offset` of `document`.
 
     label: what it has in common with others of its kind, of which a task takes only so many.
-    wrong: the answer of a question about order; None where another place of the pool lends its own.
+    wrong: the answer of a question about order; None if another place of the pool lends its own.
     absent: a name that the context must not have for it to be a wrong answer (`names`).
     """
 
@@ -98,7 +98,7 @@ def punctuation(document: Document) -> _Places:
 def indentation(document: Document) -> _Places:
     """The depth of the next statement and its first word: one level deeper after a colon, as deep after others.
 
-    Each depth is a wrong answer where the other is right: there it is a syntax error.
+    Each depth is a wrong answer if the other is right: there it is a syntax error.
     """
     for last, following in pairwise(document.statements):
         depth, next_depth = last[0].start[1], following[0].start[1]

@@ -73,7 +73,7 @@ class Document:
         return before > 0 and offset < self.prose[before - 1][1]
 
     def context(self, offset: int) -> str | None:
-        """Whole lines before `offset` and the beginning of its own, or None where that makes no good context.
+        """Whole lines before `offset` and the beginning of its own, or None if that makes no good context.
 
         It must be ASCII, so that characters are bytes; long enough to say something; and it must not end in white
         space, which the harness would move to the answers.

@@ -27,9 +27,9 @@ class CKA(measurement.Measurement):
 
     Returns:
         dict of float: activation/cka and its standard error activation/cka_stderr; with `debiased` also
-        activation/cka_debiased and activation/cka_debiased_stderr. CKA is nan where a representation is
+        activation/cka_debiased and activation/cka_debiased_stderr. CKA is nan if a representation is
         constant. There is
-        no standard error where a block left out leaves too few positions, or with `groups` below 2.
+        no standard error if a block left out leaves too few positions, or with `groups` below 2.
 
     Raises:
         ValueError: different numbers of positions, fewer than 2 of them (4 for `debiased`), or rows of

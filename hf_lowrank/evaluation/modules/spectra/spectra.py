@@ -30,7 +30,7 @@ class Spectra(measurement.Measurement):
         per_matrix: also return every matrix's own numbers.
 
     Returns:
-        dict of float, plain means over the matrices (those whose value is finite; nan where none is):
+        dict of float, plain means over the matrices (those whose value is finite; nan if none is):
         spectral/weight/rank, rank_ratio, numerical_rank, effective_rank, effective_rank_score, stable_rank,
         spectral_gap,
         singular_value_ratio, num_gt, ratio_gt, alpha, spectral_norm and frobenius_norm, each with that prefix.
