@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, scan_cache_dir
 from transformers import PreTrainedModel
 
 from hf_lowrank.checkpoints import list_checkpoints, load_model, weight_files
@@ -195,6 +195,10 @@ def _local(folder: Path, output: Path | None) -> RunSource:
 
 
 def _tags(repo_id: str, token: str | None) -> list[str]:
+    """The tags of a repository; offline, the revisions of it that are in the Hub's cache."""
+    if constants.HF_HUB_OFFLINE:
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        return [ref for repo in cached if repo.repo_id == repo_id for ref in repo.refs]
     try:
         return [ref.name for ref in with_retries(lambda: HfApi(token=token).list_repo_refs(repo_id)).tags]
     except FAILURES as error:

@@ -450,7 +450,7 @@ def test_a_published_folder_alone(measured, tmp_path):
     )
 
 
-def test_a_repository_with_revisions(hub, trained, tmp_path, monkeypatch):
+def test_a_repository_with_revisions(hub, trained, tmp_path, monkeypatch, go_offline):
     monkeypatch.chdir(tmp_path)
     for step in (2, 4):
         folder = shutil.copytree(trained / "sparse" / "publish", tmp_path / f"at{step}")
@@ -472,6 +472,11 @@ def test_a_repository_with_revisions(hub, trained, tmp_path, monkeypatch):
     for family in ("validation", "spectral"):
         assert records(run.output, family) == records(tmp_path / "local", family)
     assert open_run("user/sparse@step-2").checkpoints[0].step == 2
+    # everything is in the cache now
+    go_offline()
+    run = open_run("user/sparse")
+    assert [c.step for c in run.checkpoints] == [2, 4]
+    assert all((c.folder / "model.safetensors").is_file() for c in run.checkpoints)
 
 
 def test_what_is_no_longer_there_is_measured_again(runs):
