@@ -274,7 +274,8 @@ def _method_not_run(config: LowRankConfig, reason: str) -> str:
 
 def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:
     targets = find_targets(model, config.target_modules)
-    if not any(_trains(target) for target in targets):
+    # PEFT freezes what it adapts, and apply_method refuses that by its name
+    if not any(_trains(target) or is_adapted(target.module) for target in targets):
         raise ValueError(
             f"all {len(targets)} target layers are frozen, {targets[0].name} for one, so that {config.label} would "
             "train nothing: unfreeze them, or name others with target_modules"

@@ -331,7 +331,7 @@ def test_the_report_knows_its_baseline(measured):
     # it was not measured itself: what its training noted is there
     (loss,) = [entry for entry in full["metrics"] if entry["name"] == "validation_loss"]
     (found,) = [c for c in beside_baseline(report) if c.name == "validation_loss"]
-    assert found.baseline == loss["value"] != found.value
+    assert found.baseline.value == loss["value"] != found.number.value
     assert "The baseline is full: full-rank training" in (measured / "sparse" / "publish" / "README.md").read_text()
     assert "baseline" not in full
 
