@@ -28,6 +28,7 @@ from hf_lowrank.conversion import check_names, convert_when_loading, own_names
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.prepare import apply_method, method_of, structure_hash
 from hf_lowrank.model_config import CheckpointError, base_architecture, mark_native, read_config, read_json
+from hf_lowrank.optim.plan import changed_settings
 from hf_lowrank.sharding import reshard
 
 __all__ = [
@@ -116,14 +117,9 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
     convert_when_loading(model)
     config = read_json(Path(checkpoint) / "config.json")
     own = json.loads(json.dumps(model.config.to_dict(), default=str))
-    saved, mine = ({"method": "fullrank", **(c.get("lowrank") or {})} for c in (config, own))
-    if saved["method"] != mine["method"]:
-        keys = ["method"]
-    else:
-        # a plain Trainer's checkpoint names no method, and resumes as full-rank
-        runtime = METHODS[mine["method"]].runtime_fields
-        keys = [] if mine["method"] == "fullrank" else sorted((saved.keys() | mine.keys()) - set(runtime))
-    changed = [f"{k} is {saved.get(k)!r} there, {mine.get(k)!r} here" for k in keys if saved.get(k) != mine.get(k)]
+    saved, mine = (c.get("lowrank") or {} for c in (config, own))
+    runtime = METHODS[mine.get("method", "fullrank")].runtime_fields
+    changed = changed_settings(saved, mine, ignored=runtime)
     sizes = [k for k in SIZE_KEYS if k in config and k in own and config[k] != own[k]]
     changed += [f"{k} is {config[k]!r} there, {own[k]!r} here" for k in sizes]
     if changed:

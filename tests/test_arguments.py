@@ -285,6 +285,14 @@ def test_numbers_that_training_could_not_take_are_refused_at_once(flag, value):
     assert str(float(value)) in message or value in message
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_rate_for_what_is_no_target(method, yaml_file):
+    assert parse("--method", method).method.other_lr_scale == 1
+    assert parse("--method", method, "--other_lr_scale", "0.25").method.other_lr_scale == 0.25
+    assert parse(yaml_file(f"method: {method}\nother_lr_scale: 4\n")).method.other_lr_scale == 4
+    assert "other_lr_scale=0.0" in refusal("--method", method, "--other_lr_scale", "0")
+
+
 def test_a_rate_of_zero_is_taken():
     assert parse("--learning_rate", "0").training.learning_rate == 0
 

@@ -14,7 +14,7 @@ METHODS = {
     "fullrank": lr.FullRankConfig(),
     "galore": lr.GaLoreConfig(r=4, update_proj_gap=3),
     "galore-subspace": lr.GaLoreConfig(r=4, update_proj_gap=3, refresh="subspace"),
-    "galore-full": lr.GaLoreConfig(r=4, update_proj_gap=3, proj_type="full"),
+    "galore-full": lr.GaLoreConfig(r=4, update_proj_gap=3, proj_type="full", other_lr_scale=2),
     "fira": lr.FiraConfig(r=4, update_proj_gap=3),
     "apollo": lr.ApolloConfig(r=4, update_proj_gap=3),
     "apollo-mini": lr.ApolloConfig(r=1, update_proj_gap=3, scale=128, scale_type="tensor"),
@@ -22,7 +22,7 @@ METHODS = {
     "cola": lr.CoLAConfig(r=4),
     "cola-m": lr.CoLAConfig(r=4, recompute=True),
     "lora": lr.LoRAConfig(r=4),
-    "relora": lr.ReLoRAConfig(r=4, reset_every=3, restart_warmup_steps=1),
+    "relora": lr.ReLoRAConfig(r=4, reset_every=3, restart_warmup_steps=1, other_lr_scale=0.5),
 }
 
 

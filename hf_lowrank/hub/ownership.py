@@ -132,6 +132,8 @@ def run_of(report: Path) -> tuple[str, str, str] | None:
     try:
         run = json.loads(report.read_bytes())["run"]
         settings = {key: run.get(key) for key in ("method_config", "model", "seeds", "learning_rate")}
+        # reports from before the setting existed are of runs at one rate
+        settings["method_config"] = {"other_lr_scale": 1.0, **(settings["method_config"] or {})}
         return str(run["name"]), str(run["method"]), json.dumps(settings, sort_keys=True)
     except (ValueError, KeyError, TypeError):
         return None

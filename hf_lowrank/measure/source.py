@@ -118,6 +118,9 @@ class RunSource:
     def settings(self) -> dict[str, Any]:
         """The method and its settings: two runs that differ in nothing but the seed share them."""
         noted = dict(self.config.get("lowrank") or {"method": "fullrank"})
+        if "target_modules" in noted:
+            # a config from before the setting existed is of a run at one rate
+            noted.setdefault("other_lr_scale", 1.0)
         return {key: value for key, value in noted.items() if key not in ("form", "structure", "published")}
 
     def check_steps(self, steps: Iterable[int]) -> None:

@@ -102,13 +102,15 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
     """A report that knows the model and the trainer's state, and says of everything else that it is not known."""
     state = _trainer_state(run)
     unknown = {"name": None, "betas": None, "eps": None, "weight_decay": None, "max_grad_norm": None}
+    settings, rates = run.settings(), _peak_rates(run, state)
+    one_rate = 1.0 if len(set(rates)) == 1 else None
     parameters = _parameters(run)
     facts = {
         "generated_from": "checkpoints",
         "name": run.name,
         "method": run.method,
         **get_method(run.method).facts(),
-        "method_config": run.settings(),
+        "method_config": settings,
         "model": {
             "architecture": base_architecture(run.config) or "unknown",
             "size": None,
@@ -123,9 +125,10 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
         "steps": run.checkpoints[-1].step,
         "max_steps": state.get("max_steps"),
         "seeds": {"seed": None, "data_seed": None},
-        "learning_rate": _peak_rate(run, state),
+        # Trainer logs the rate of the first group
+        "learning_rate": rates[0] if rates else None,
         "lr_schedule": {"type": None, "warmup_steps": None},
-        "optimizer": unknown,
+        "optimizer": unknown | {"other_lr_scale": settings.get("other_lr_scale", one_rate)},
         "batch": dict.fromkeys(("per_device", "gradient_accumulation", "world_size", "global_sequences")),
         "precision": run.config.get("dtype"),
         "world_size": None,
@@ -140,15 +143,15 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "run": facts, "data": None, "metrics": [], "evaluations": []}
 
 
-def _peak_rate(run: RunSource, state: dict[str, Any]) -> float | None:
-    """The rate that the schedule was made with; if it was not saved, the highest that was logged."""
+def _peak_rates(run: RunSource, state: dict[str, Any]) -> list[float]:
+    """The groups' rates that the schedule was made with; if it was not saved, the highest that was logged."""
     try:
         schedule = torch.load(run.checkpoints[-1].folder / "scheduler.pt", map_location="cpu", weights_only=True)
-        return max(float(rate) for rate in schedule["base_lrs"])
+        return [float(rate) for rate in schedule["base_lrs"]]
     # absent, damaged, or of another kind
     except Exception:
         logged = [entry["learning_rate"] for entry in state.get("log_history") or [] if "learning_rate" in entry]
-        return max(logged, default=None)
+        return [max(logged)] if logged else []
 
 
 def _parameters(run: RunSource) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -145,6 +146,13 @@ class ReparameterizedLinear(nn.Module, ABC):
 class LowRankConfig(PushToHubMixin):
     """Base of the methods' configs: a dataclass with PEFT's saving and loading.
 
+    `other_lr_scale` gives what is no target (embeddings, norms, head, all biases) a rate of its own: it trains at
+    other_lr_scale times Trainer's `learning_rate`, at every step of the schedule; decoupled weight decay, which the
+    rate multiplies, scales with it. The targets' weights, or the factors in their place, train at `learning_rate`,
+    which is also the rate that Trainer logs. A factor of a method's own on its update (`scale`, `alpha`) is no part
+    of the rate: GaLore with scale 0.25 at a rate of 1e-2 moves its targets like a rate of 2.5e-3 and everything else
+    at 1e-2, as full-rank AdamW does at a rate of 2.5e-3 with other_lr_scale 4.
+
     Raises:
         ValueError: from the constructor, when a field's value makes no sense; the message names the field.
     """
@@ -170,6 +178,11 @@ class LowRankConfig(PushToHubMixin):
             "Default: every Linear and Conv1D inside the repeated decoder blocks."
         },
     )
+    other_lr_scale: float = field(
+        default=1.0,
+        kw_only=True,
+        metadata={"help": "Learning rate of what is no target (embeddings, norms, head, biases) over the targets'."},
+    )
 
     def __post_init__(self) -> None:
         targets = self.target_modules
@@ -178,6 +191,13 @@ class LowRankConfig(PushToHubMixin):
             raise ValueError(f"target_modules={targets!r}: give a list of names, a regular expression or 'all-linear'")
         if isinstance(targets, tuple | set):
             self.target_modules = sorted(targets)
+        scale: Any = self.other_lr_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(
+                f"other_lr_scale={scale!r}: the rate of what is no target over the targets' is a positive number, "
+                "1 for one rate"
+            )
+        self.other_lr_scale = float(scale)
         rank = getattr(self, "r", None)
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ValueError(f"r={rank!r}: the rank is a whole number of 1 or more, or None for hidden_size / 4")

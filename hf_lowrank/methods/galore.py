@@ -39,6 +39,9 @@ class GaLoreConfig(ProjectedConfig):
     Differences from the paper, as in that package: eps (1e-6) is added before the bias correction, and weight decay
     comes after the update. Different from that package: the projector is found without a full SVD unless
     `refresh="svd"`.
+
+    `scale` acts on the projected weights alone, so that at the defaults everything else trains at 4 times their rate;
+    `other_lr_scale` comes on top of it.
     """
 
     method: ClassVar[str] = "galore"

@@ -17,7 +17,7 @@ from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_d
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.summary import Summary, summarize
-from hf_lowrank.methods.targets import Target, find_targets, hidden_size
+from hf_lowrank.methods.targets import Target, find_targets, hidden_size, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 
 __all__ = [
@@ -49,7 +49,7 @@ def prepare(
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
             weights, `args.optim` names an optimizer that takes no parameter groups, all layers that a method
-            projects are frozen, or DeepSpeed would shard them.
+            projects are frozen, or DeepSpeed would shard them; `other_lr_scale` is not 1 and no target trains.
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
@@ -69,6 +69,7 @@ def prepare(
     config.before_training(model, args)
     targets = find_targets(model, config.target_modules)
     ranks = resolve_ranks(model, config, targets)
+    rated = _rated_parameters(model, config, targets)
     convert_when_loading(model)
     _guard_loading(model, targets)
     if args.should_log:
@@ -79,7 +80,9 @@ def prepare(
         {name: group for name, group in options.items() if group},
         identity(model, config),
         functools.partial(_optimizer, config),
-        any_model=not (config.replaces_layers or config.group_options(1)),
+        any_model=not (config.replaces_layers or config.group_options(1) or rated),
+        targets=rated,
+        other_lr_scale=config.other_lr_scale,
     )
     trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}
     callbacks = config.callbacks(args)
@@ -105,7 +108,7 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
         )
     if present:
         present_method = method_of(model)
-        same = present_method is not None and present_method.identity() == config.identity()
+        same = present_method is not None and _layers_of(present_method) == _layers_of(config)
         if not config.replaces_layers or len(present) < len(targets) or not same:
             raise ValueError(
                 f"the model's layers are {type(present[0].module).__name__} already, so {config.label} with these "
@@ -113,7 +116,8 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
             )
         # the layers are the same: only fields that do not change the result may differ
         model_config: Any = model.config
-        model_config.lowrank = model_config.lowrank | {name: getattr(config, name) for name in config.runtime_fields}
+        changeable = (*config.runtime_fields, "other_lr_scale")
+        model_config.lowrank = model_config.lowrank | {name: getattr(config, name) for name in changeable}
         return
     if ranks:
         _refuse_shared(model, targets, config.label)
@@ -134,6 +138,11 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
     model_config = getattr(model, "config", None)
     if model_config is not None:
         model_config.lowrank = {**config.to_dict(), "form": "native", "structure": structure_hash(model)}
+
+
+def _layers_of(config: LowRankConfig) -> dict[str, Any]:
+    """What decides how a method's layers look and compute."""
+    return {key: value for key, value in config.identity().items() if key != "other_lr_scale"}
 
 
 def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]) -> dict[str, int]:
@@ -241,6 +250,10 @@ def check_method(
     for group in optimizer.param_groups:
         if IDENTITY_KEY in group and (marked := json.loads(group[IDENTITY_KEY])["method"]) != config.method:
             raise ValueError(_method_not_run(config, f"the optimizer is that of '{marked}'"))
+        if config.other_lr_scale != 1 and IDENTITY_KEY not in group:
+            raise ValueError(
+                _method_not_run(config, f"the optimizer knows nothing of other_lr_scale={config.other_lr_scale:g}")
+            )
     targets = find_targets(model, config.target_modules)
     for name, r in resolve_ranks(model, config, targets).items():
         module: Any = model.get_submodule(name)
@@ -280,6 +293,23 @@ def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:
             f"all {len(targets)} target layers are frozen, {targets[0].name} for one, so that {config.label} would "
             "train nothing: unfreeze them, or name others with target_modules"
         )
+
+
+def _rated_parameters(model: nn.Module, config: LowRankConfig, targets: list[Target]) -> frozenset[str]:
+    """Names of the targets' parameters without biases, if `other_lr_scale` gives the others a rate of their own.
+
+    Raises:
+        ValueError: none of them trains, so that the others' rate would refer to nothing.
+    """
+    if config.other_lr_scale == 1:
+        return frozenset()
+    rated = set(target_parameters(model, targets).values())
+    if not any(p.requires_grad for name, p in model.named_parameters() if name in rated):
+        raise ValueError(
+            f"other_lr_scale={config.other_lr_scale:g}: all {len(targets)} target layers are frozen, so that it is "
+            "the ratio to no rate: leave it at 1 and give learning_rate alone, or unfreeze a target"
+        )
+    return frozenset(rated)
 
 
 def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:

@@ -19,7 +19,7 @@ from hf_lowrank.sharding import reshard, whole
 
 __all__ = [
     "Target", "dense_copy", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights",
-    "whole_layer",
+    "target_parameters", "whole_layer",
 ]  # fmt: skip
 
 
@@ -141,6 +141,12 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
         there = ", ".join(dict.fromkeys(layer.kind for layer in layers)) or "none"
         raise ValueError(f"no layer matches {wanted}; the model's linear layers are: {there}")
     return targets
+
+
+def target_parameters(model: nn.Module, targets: list[Target]) -> dict[int, str]:
+    """id -> name, in the model, of the targets' parameters: W, or the factors in its place, but no biases."""
+    inside = {id(p) for t in targets for name, p in t.module.named_parameters() if name.rpartition(".")[2] != "bias"}
+    return {id(p): name for name, p in model.named_parameters() if id(p) in inside}
 
 
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["IDENTITY_KEY", "Plan", "plan_of", "with_plan"]
+__all__ = ["IDENTITY_KEY", "Plan", "changed_settings", "plan_of", "with_plan"]
 
 IDENTITY_KEY = "lowrank"
 
@@ -36,6 +36,8 @@ class Plan:
         identity: method and settings, ready for JSON; a state is loaded only if it was made with the same.
         optimizer: Trainer's arguments -> the optimizer's class and its arguments, as `args` stand then.
         any_model: whether the optimizer may get the parameters of a model that was not prepared.
+        targets: names of the parameters that train at the learning rate itself; empty if all do.
+        other_lr_scale: what the rate is multiplied with for all other parameters.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Plan:
         identity: dict[str, Any],
         optimizer: Callable[[Any], tuple[type[torch.optim.Optimizer], dict[str, Any]]] | None = None,
         any_model: bool = False,
+        targets: frozenset[str] = frozenset(),
+        other_lr_scale: float = 1.0,
     ) -> None:
         self._model = weakref.ref(model)
         self.options = options
         self.identity = identity
         self.optimizer = optimizer
         self.any_model = any_model
+        self.targets, self.other_lr_scale = targets, other_lr_scale
         # Trainer leaves these out of the optimizer
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         _PLANS[model] = self
@@ -83,42 +88,66 @@ class Plan:
             "model, and a copy is prepared again"
         )
 
-    def regroup(self, params: Any) -> list[dict[str, Any]]:
-        """Split groups by the plan's options; every group is marked with the run's identity.
+    def regroup(self, params: Any, lr: float | None = None) -> list[dict[str, Any]]:
+        """Split groups by the plan's options and rates; every group is marked with the run's identity.
+
+        If the targets have a rate of their own, their groups come first: Trainer logs the rate of the first group.
+
+        Args:
+            params: parameters or groups, as for any `torch.optim.Optimizer`.
+            lr: the rate of a group that has none of its own.
 
         Raises:
-            ValueError: a parameter with options is not among `params`, or it was frozen after `prepare`.
+            ValueError: a parameter with options or a rate is not among `params`, or it was frozen after `prepare`.
         """
         names = self._names()
         groups = as_groups(params)
-        regrouped: list[dict[str, Any]] = []
+        first: list[dict[str, Any]] = []
+        rest: list[dict[str, Any]] = []
         planned: set[str] = set()
         for group in groups:
             split: dict[str, dict[str, Any]] = {}
             for p in group["params"]:
-                options = self.options.get(names.get(id(p), ""), {})
-                planned.add(names.get(id(p), ""))
-                key = json.dumps(options, sort_keys=True)
-                split.setdefault(key, {**group, **options, "params": []})["params"].append(p)
-            regrouped += split.values()
-        missing = self.options.keys() - planned - self._frozen
-        if missing and any("_fsdp_wrapped_module" in name for name in names.values()):
-            raise ValueError("FSDP 1 flattens the weights that are projected: use FSDP 2 (fsdp_version 2) or DDP")
-        if missing:
-            model = self._model()
-            parameters = {} if model is None else dict(model.named_parameters())
-            frozen = [name for name in sorted(missing) if name in parameters and not parameters[name].requires_grad]
-            if frozen:
-                raise ValueError(
-                    f"{frozen[0]} was frozen after prepare ({len(frozen)} target weights in all): freeze layers "
-                    "before prepare, which leaves them out, or leave them out with target_modules"
-                )
-            raise ValueError(
-                f"{len(missing)} of the {len(self.options)} target weights, {min(missing)} for one, are not among the "
-                "optimizer's parameters: give the Trainer the model that prepare returned"
-            )
+                name = names.get(id(p), "")
+                options = self.options.get(name, {})
+                other = bool(self.targets) and name not in self.targets
+                planned.add(name)
+                key = json.dumps([other, options], sort_keys=True)
+                if key not in split:
+                    split[key] = {**group, **options, **(self._other_rate(group, lr) if other else {}), "params": []}
+                    (rest if other else first).append(split[key])
+                split[key]["params"].append(p)
+        self._refuse_missing((self.options.keys() | self.targets) - planned - self._frozen, names)
         mark = json.dumps(self.identity, sort_keys=True)
-        return [{**group, IDENTITY_KEY: mark} for group in regrouped]
+        return [{**group, IDENTITY_KEY: mark} for group in first + rest]
+
+    def _other_rate(self, group: dict[str, Any], lr: float | None) -> dict[str, float]:
+        rate = group.get("lr", lr)
+        if rate is None:
+            raise ValueError(
+                f"other_lr_scale={self.other_lr_scale:g} needs a learning rate, and the optimizer is made without "
+                "one: give learning_rate"
+            )
+        return {"lr": self.other_lr_scale * rate}
+
+    def _refuse_missing(self, missing: set[str], names: dict[int, str]) -> None:
+        if not missing:
+            return
+        if any("_fsdp_wrapped_module" in name for name in names.values()):
+            what = "are projected" if self.options else "have a rate of their own (other_lr_scale)"
+            raise ValueError(f"FSDP 1 flattens the weights that {what}: use FSDP 2 (fsdp_version 2) or DDP")
+        model = self._model()
+        parameters = {} if model is None else dict(model.named_parameters())
+        frozen = [name for name in sorted(missing) if name in parameters and not parameters[name].requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{frozen[0]} was frozen after prepare ({len(frozen)} target weights in all): freeze layers "
+                "before prepare, which leaves them out, or leave them out with target_modules"
+            )
+        raise ValueError(
+            f"{len(missing)} of the {len(self.options.keys() | self.targets)} target weights, {min(missing)} for one, "
+            "are not among the optimizer's parameters: give the Trainer the model that prepare returned"
+        )
 
     def _names(self) -> dict[int, str]:
         """id of a parameter -> its name."""
@@ -138,19 +167,31 @@ class Plan:
     def check_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Raise `ValueError` for a state that was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
-        # a plain Trainer's checkpoint carries no mark, and is full-rank
-        saved = json.loads(marks.pop() or '{"method": "fullrank"}') if marks else {}
-        mine = self.identity
-        if saved.get("method") == mine["method"] == "fullrank":
-            return
-        keys = ["method"] if saved.get("method") != mine["method"] else sorted(saved.keys() | mine.keys())
-        changed = [f"{key} is {saved.get(key)!r} there and {mine.get(key)!r} here" for key in keys]
-        changed = [text for key, text in zip(keys, changed, strict=True) if saved.get(key) != mine.get(key)]
+        # a plain Trainer's checkpoint carries no mark
+        changed = changed_settings(json.loads(marks.pop() or "{}") if marks else {}, self.identity)
         if changed:
             raise ValueError(
                 f"the checkpoint's optimizer state belongs to another run ({'; '.join(changed)}): resume with the "
                 "settings it was made with, or start anew in another output folder"
             )
+
+
+def changed_settings(saved: dict[str, Any], mine: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
+    """The settings in which a checkpoint's method differs from a run's, each in words.
+
+    Args:
+        saved: what the checkpoint records; a plain Trainer's records nothing, and is full-rank at one rate.
+        mine: the run's.
+        ignored: settings that may differ.
+    """
+    there, here = ({"method": "fullrank", "other_lr_scale": 1.0, **values} for values in (saved, mine))
+    keys = [key for key in ("method", "other_lr_scale") if there[key] != here[key]][:1]
+    # full-rank training at one rate is the same whatever the targets are
+    if not keys and (here["method"] != "fullrank" or here["other_lr_scale"] != 1):
+        keys = sorted((there.keys() | here.keys()) - set(ignored))
+    return [
+        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys if there.get(key) != here.get(key)
+    ]
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
@@ -179,7 +220,8 @@ def with_plan(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Op
                     f"args.optim is {args.optim!r} now, which makes a {chosen.__name__} and no "
                     f"{optimizer_cls.__name__}: set it before prepare"
                 )
-            super().__init__(plan.regroup(groups), **{**settings, **kwargs})
+            settings = {**settings, **kwargs}
+            super().__init__(plan.regroup(groups, settings.get("lr")), **settings)
             # a projected optimizer names parameters in its messages
             self.names = plan.names_of(self.param_groups)
             self.register_load_state_dict_pre_hook(plan.check_state)

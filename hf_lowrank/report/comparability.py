@@ -121,6 +121,12 @@ def _fields(name: str, *keys: str) -> Callable[[Run | Baseline, Data | None], Pa
     return find
 
 
+def _other_rate(run: Run | Baseline, data: Data | None) -> Parts:
+    # reports from before the setting existed are of runs at one rate
+    recorded = run.optimizer.other_lr_scale if run.optimizer and "other_lr_scale" in run.optimizer else 1.0
+    return {"scale": None if recorded is None else f"{recorded:.6g}"}
+
+
 # in the order in which a reader would ask for them
 FACTS = (
     SharedFact("data", "Training data", "the runs were not trained on the same text",
@@ -144,6 +150,7 @@ FACTS = (
     SharedFact("unfinished", "Unfinished", "a run stopped before its schedule ended", _unfinished, of_setting=False),
     SharedFact("rate", "Peak learning rate", "",
                lambda run, data: {"rate": None if run.learning_rate is None else f"{run.learning_rate:g}"}, "note"),
+    SharedFact("other_rate", "Other parameters' rate over the targets'", "", _other_rate, "note"),
     SharedFact("schedule", "Learning-rate schedule", "", _fields("lr_schedule"), "note"),
     SharedFact("batch", "Sequences a step", "",
                lambda run, data: {"batch": None if run.batch is None else run.batch.global_sequences}, "note"),
@@ -209,7 +216,9 @@ def settings_key(report: Report) -> str:
     """Return as text what runs share if they differ only in their seed."""
     run = report.run
     shared = [value for fact, value in zip(FACTS, _values(report), strict=True) if fact.of_setting]
-    return repr((run.method, describe(run.method_config), run.steps, shared))
+    # the rate of the other parameters is one of the facts, and configs of older reports lack it
+    method_config = {key: value for key, value in run.method_config.items() if key != "other_lr_scale"}
+    return repr((run.method, describe(method_config), run.steps, shared))
 
 
 # ---- numbers of the same quantity ----

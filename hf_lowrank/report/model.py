@@ -140,13 +140,19 @@ class LearningRateSchedule(Part):
 
 
 class Optimizer(Part):
-    """The optimizer that ran, with the settings of its first group."""
+    """The optimizer that ran, with the settings of its first group.
+
+    Attributes:
+        other_lr_scale: learning rate outside of the targets over the targets'; null if the optimizer's groups have
+            several rates that no method gave them.
+    """
 
     name: str | None
     betas: list[float] | None
     eps: float | None
     weight_decay: float | None
     max_grad_norm: float | None
+    other_lr_scale: Nonnegative | None = None
 
 
 class Batch(Part):
@@ -192,7 +198,7 @@ class Run(Part):
         max_steps: optimizer steps planned.
         checkpoint_of: set if this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
             `steps`.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate, of the targets if they have another than the other parameters.
         command: the command that repeats the run, one argument an item.
         date: when the run ended, ISO 8601.
     """

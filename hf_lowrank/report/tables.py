@@ -122,7 +122,7 @@ def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
         ("steps", "Optimizer steps", f"{run.steps:,}{planned}"),
         ("tokens_seen", "Tokens seen", format_count(run.tokens_seen)),
         ("batch", "Batch", _batch(run.batch)),
-        ("learning_rate", "Peak learning rate", None if run.learning_rate is None else f"{run.learning_rate:g}"),
+        ("learning_rate", "Peak learning rate", _rate(run)),
         ("lr_schedule", "Learning-rate schedule", _named(run.lr_schedule, "type")),
         ("optimizer", "Optimizer", _named(run.optimizer, "name")),
         ("precision", "Precision", run.precision),
@@ -137,6 +137,13 @@ def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
         ("date", "Date", run.date),
         ("license", "Licence", run.license),
     ]
+
+
+def _rate(run: Run) -> str | None:
+    rate, scale = run.learning_rate, run.optimizer.other_lr_scale
+    if rate is None:
+        return None
+    return f"{rate:g}" if scale in (None, 1) else f"{rate:g}, other parameters {rate * scale:g}"
 
 
 def _batch(batch: Batch) -> str | None:

@@ -18,6 +18,7 @@ from transformers import Trainer
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.methods.prepare import method_of, summary_of
 from hf_lowrank.methods.summary import Summary, optimizer_state_bytes, summarize
+from hf_lowrank.optim.plan import IDENTITY_KEY
 from hf_lowrank.report.secrets import without_secrets
 
 __all__ = ["RunInfo", "peak_memory", "run_facts"]
@@ -104,6 +105,14 @@ def _model_facts(model: Any, info: RunInfo, trained: int, total: int) -> dict[st
     }
 
 
+def _other_lr_scale(groups: list[dict[str, Any]]) -> float | None:
+    """The rate outside of the targets over the targets', as the groups have it; None for groups of another making."""
+    marks = {group.get(IDENTITY_KEY) for group in groups}
+    if len(marks) == 1 and (mark := marks.pop()) is not None:
+        return float(json.loads(mark)["other_lr_scale"])
+    return 1.0 if len({float(group.get("initial_lr", group["lr"])) for group in groups}) == 1 else None
+
+
 def _optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     first = groups[0] if groups else {}
@@ -116,6 +125,7 @@ def _optimizer_facts(trainer: Trainer) -> dict[str, Any]:
         "eps": eps if isinstance(eps, int | float) else None,
         "weight_decay": max((group.get("weight_decay", 0.0) for group in groups), default=None),
         "max_grad_norm": trainer.args.max_grad_norm,
+        "other_lr_scale": _other_lr_scale(groups),
     }
 
 

@@ -32,6 +32,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "checkpoint": ("run", "checkpoint_of", {"steps": 600}),
     "unfinished": ("run", "steps", 299),
     "rate": ("run", "learning_rate", 0.5),
+    "other_rate": ("optimizer", "other_lr_scale", 4.0),
     "schedule": ("lr_schedule", "warmup_steps", 7),
     "batch": ("batch", "global_sequences", 7),
     "optimizer": ("optimizer", "weight_decay", 0.7),

@@ -37,7 +37,9 @@ def test_the_contracts_defaults():
     assert dataclasses.asdict(GaLoreConfig()).items() >= {
         "r": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "target_modules": None,
     }.items()  # fmt: skip
-    assert dataclasses.asdict(SLTrainConfig()) == {"r": None, "alpha": 32, "sparsity": 0.03, "target_modules": None}
+    assert dataclasses.asdict(SLTrainConfig()) == {
+        "r": None, "alpha": 32, "sparsity": 0.03, "target_modules": None, "other_lr_scale": 1.0,
+    }  # fmt: skip
     assert GaLoreConfig(128).r == 128
 
 

@@ -156,7 +156,8 @@ def test_a_model_init_that_prepares_is_trained_with_the_arguments_of_that_time(m
         args.learning_rate, args.adam_beta1, args.weight_decay = rate, beta, rate
         trainer.train()
         groups = trainer.optimizer.optimizer.param_groups
-        assert {group["initial_lr"] for group in groups} == {rate}
+        rates = {rate, rate * CONFIGS[method].other_lr_scale}
+        assert {group["initial_lr"] for group in groups} == rates
         assert {group["betas"][0] for group in groups} == {beta}
         assert {group["weight_decay"] for group in groups} == {rate, 0.0}
         assert any("r" in group for group in groups) == projected(CONFIGS[method])
@@ -185,7 +186,7 @@ def test_attach_hands_the_method_on_where_a_trainer_cannot_take_it(method, train
     lr.attach(trainer)
     args.learning_rate = 2e-3
     assert any("r" in group for group in trainer.create_optimizer().param_groups) == projected(config)
-    assert {group["lr"] for group in trainer.optimizer.param_groups} == {2e-3}
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {2e-3, 2e-3 * config.other_lr_scale}
     if trainer_cls is Seq2SeqTrainer and method in ("galore", "relora"):
         trainer.train()
         assert lr.load_report(tmp_path).run.optimizer.name == type(trainer.optimizer.optimizer).__name__

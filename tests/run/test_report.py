@@ -112,7 +112,9 @@ def test_a_foreign_run_has_a_valid_report(foreign_run):
     assert lr.load_report(folder) == report
     assert report["data"] is None
     assert report["run"]["method"] == "fullrank"
-    assert report["run"]["method_config"] == {"method": "fullrank", "target_modules": None}
+    assert report["run"]["method_config"] == {
+        "method": "fullrank", "target_modules": None, "other_lr_scale": 1.0,
+    }  # fmt: skip
 
 
 def test_the_facts(foreign_run):
@@ -127,6 +129,7 @@ def test_the_facts(foreign_run):
     assert run["seeds"] == {"seed": 1, "data_seed": 5}
     assert run["optimizer"] == {
         "name": "AdamW", "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.1, "max_grad_norm": 1.0,
+        "other_lr_scale": 1.0,
     }  # fmt: skip
     # 64 x 16 tied embedding, 32 x 16 positions, two blocks of 3072 + 144 biases + 64, the last norm's 32
     assert run["model"]["parameters"] == run["model"]["parameters_trained"] == 1024 + 512 + 2 * 3280 + 32
