@@ -186,6 +186,11 @@ class EvaluateOptions(_Checked):
         flags=("--bootstrap-iters",),
     )
     limit: float | None = option(None, "Only the first items of each task: how many, or a share below 1.")
+    log_items: bool = option(
+        False,
+        "Keep prompt, target and answer of each item.",
+        flags=("--log-items", "--log_items", "--log-samples", "--log_samples"),
+    )
     include: tuple[Path, ...] = option(
         (), "Folder of own tasks; repeatable.", flags=("--include-path", "--include_path")
     )

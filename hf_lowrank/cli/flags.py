@@ -35,7 +35,7 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
     names, default = field.metadata.get("flags", ()), field.default
     if kind is bool:
         # without a --no-... form
-        names = (flag_name(field),)
+        names = names or (flag_name(field),)
     elif "parse" in field.metadata and default is MISSING:
         kind = str
     elif "parse" in field.metadata:

@@ -45,6 +45,7 @@ class EvaluationCallback(MetricCallback):
         batch_size: requests in a forward pass; None for the Trainer's evaluation batch.
         include_path: folder of tasks, or several.
         tokenizer: None for the Trainer's `processing_class`.
+        log_items: whether results by item are kept with prompt, target and answer.
         budget: share of the training time for all metric callbacks together; None for no limit.
 
     Raises:
@@ -63,6 +64,7 @@ class EvaluationCallback(MetricCallback):
         batch_size: int | None = None,
         include_path: str | Path | Sequence[str | Path] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
+        log_items: bool = False,
         budget: float | None = BUDGET,
     ) -> None:
         super().__init__(every, budget)
@@ -78,6 +80,7 @@ class EvaluationCallback(MetricCallback):
         self.num_fewshot = num_fewshot
         self.batch_size = batch_size
         self.tokenizer = tokenizer
+        self.log_items = log_items
         self._loaded = [
             (loaded, self._with_own(settings))
             for loaded, settings in load_requests(words, tuple(Path(folder) for folder in folders))
@@ -147,7 +150,7 @@ class EvaluationCallback(MetricCallback):
     def _with_own(self, settings: Any) -> Any:
         """A suite's settings, with what was asked for here; the harness's own seeds."""
         shots = settings.num_fewshot if self.num_fewshot is None else self.num_fewshot
-        return replace(settings, num_fewshot=shots, limit=self.limit, seed=None)
+        return replace(settings, num_fewshot=shots, limit=self.limit, seed=None, log_items=self.log_items)
 
     def keep(self, found: Measurement) -> None:
         rows = read_evaluations(self.folder) or []

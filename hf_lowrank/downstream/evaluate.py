@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from hf_lowrank.downstream.catalogue import Loaded, TaskError, load_tasks, offline, short
 from hf_lowrank.downstream.harness import Settings, evaluate_group, evaluate_task, quiet
+from hf_lowrank.downstream.items import LARGEST_TEXTS, texts_size
 from hf_lowrank.downstream.model import LowRankLM, load_checkpoint, load_tokenizer, model_facts
 from hf_lowrank.downstream.quick.generate import GROUP, TASKS, task_folder
 from hf_lowrank.downstream.request import Request, checked_limit, read_requests
@@ -26,6 +27,7 @@ from hf_lowrank.downstream.results import (
     evaluation_entries,
     read_evaluations,
     replace_evaluations,
+    with_items,
     write_evaluations,
 )
 from hf_lowrank.families.records import metrics_folder
@@ -39,7 +41,7 @@ from hf_lowrank.options import EvaluateOptions
 __all__ = ["evaluate"]
 
 # is raised when the meaning of a row changes, so that tasks are evaluated again
-VERSION = 1
+VERSION = 2
 # stands for the digest of weights that are cut short
 UNREADABLE = "unreadable"
 
@@ -73,6 +75,8 @@ def evaluate(
     held: list[_Model] = []
     models = [[_Model(run, c, options, progress, held) for c in _chosen(run, options.checkpoints)] for run in runs]
     loaded, failures = _load(manager, requests, [m for of_run in models for m in of_run], progress)
+    if options.log_items:
+        _check_texts(models, requests, loaded, progress)
     jobs = []
     for run, of_run in zip(runs, models, strict=True):
         work = [unit for model in of_run for request in requests for unit in _units(model, request, loaded)]
@@ -101,6 +105,7 @@ def _read(options: EvaluateOptions, folders: tuple[Path, ...]) -> tuple[TaskMana
         seeds=options.seeds,
         bootstrap_iterations=options.bootstrap_iterations,
         limit=checked_limit(options.limit),
+        log_items=options.log_items,
     )
 
 
@@ -144,6 +149,29 @@ def _load(
                 if error.unreachable:
                     stack.enter_context(offline())
     return loaded, failures
+
+
+def _check_texts(
+    models: list[list["_Model"]], requests: list[Request], loaded: dict[str, Loaded], progress: Progress
+) -> None:
+    """Say how much text the items of a run get, or refuse to publish so much."""
+    most = 0
+    for of_run in models:
+        size = 0
+        for request in requests:
+            times = sum(not model.has_done(request) for model in of_run)
+            tasks = loaded[request.name].tasks.values() if request.name in loaded else ()
+            for settings in request.settings if times else ():
+                size += times * sum(texts_size(task, settings.limit, settings.num_fewshot) for task in tasks)
+        most = max(most, size)
+    if most > LARGEST_TEXTS:
+        raise ValueError(
+            f"--log-items: prompts, targets and answers would have about {most / 1e6:,.0f} MB a run, more than the "
+            f"{LARGEST_TEXTS / 1e6:,.0f} MB that are published with its metrics: take a --limit, fewer tasks, seeds "
+            "or checkpoints; the results themselves are kept by item without it"
+        )
+    if most:
+        progress.note(f"prompts, targets and answers have about {most / 1e6:.2g} MB a run before compression")
 
 
 class _Model:
@@ -194,6 +222,11 @@ class _Model:
             rows = [{**entry, "fingerprint": None, "weights": None} for entry in self.run.report["evaluations"]]
         return rows or []
 
+    def done(self) -> list[Row]:
+        """The rows that stand for evaluations which need not be done again."""
+        # of an evaluation without prompts, targets and answers they cannot be had afterwards
+        return [row for row in self.rows() if row.get("logged") or not self.options.log_items]
+
     def without_stale(self, rows: list[Row]) -> list[Row]:
         """The rows without those that other weights gave at this step."""
         if self.weights == UNREADABLE:
@@ -203,7 +236,7 @@ class _Model:
 
     def has_done(self, request: Request) -> bool:
         """Whether nothing of a request is left to do; a group's mark stands in the last row of its tasks."""
-        held = {row.get(key) for row in self.rows() for key in ("fingerprint", "group_fingerprint")}
+        held = {row.get(key) for row in self.done() for key in ("fingerprint", "group_fingerprint")}
         return all(self.fingerprint(request, request.name, settings) in held for settings in request.settings)
 
     def language_model(self) -> LowRankLM:
@@ -284,7 +317,7 @@ class _Evaluating(Work):
         self.key = f"{model.run.output}/{self.fingerprint}"
 
     def is_done(self) -> bool:
-        return self.loaded is None or any(row.get("fingerprint") == self.fingerprint for row in self.model.rows())
+        return self.loaded is None or any(row.get("fingerprint") == self.fingerprint for row in self.model.done())
 
     def do(self, tick: Callable[[], Any]) -> list[Row]:
         assert self.loaded is not None
@@ -329,14 +362,16 @@ class _Evaluating(Work):
             return rows
         mark = self.model.fingerprint(self.request, self.request.name, self.settings)
         step = self.model.checkpoint.step
-        new = [row for group in groups for row in evaluate_group(group, inside, self.settings, step)]
+        parts = with_items(self.model.folder, inside)
+        new = [row for group in groups for row in evaluate_group(group, parts, self.settings, step)]
         rows = replace_evaluations(rows, [self._marked(row, f"{wanted[-1]}:{row['task']}") for row in new])
-        return [{**row, "group_fingerprint": mark} if row == inside[-1] else row for row in rows]
+        return [{**row, "group_fingerprint": mark} if row is inside[-1] else row for row in rows]
 
     def _marked(self, row: Row, fingerprint: str) -> Row:
         # what rows of several seeds must share to be averaged, beside what they say themselves
         definition = hashlib.sha256(f"{self.model.known} {row['task_version']}".encode()).hexdigest()
-        return {**row, "fingerprint": fingerprint, "weights": self.model.weights, "definition": definition}
+        marks = {"fingerprint": fingerprint, "weights": self.model.weights, "definition": definition}
+        return {**row, **marks, **({"logged": True} if self.settings.log_items else {})}
 
 
 def _asked(run: RunSource, models: list[_Model], requests: list[Request], loaded: dict[str, Loaded]) -> list[Row]:

@@ -5,7 +5,7 @@ import io
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.api.task import Task
 
+from hf_lowrank.downstream.items import clustered_error, group_items, scored_items
 from hf_lowrank.downstream.model import LowRankLM
 from hf_lowrank.downstream.results import HARNESS_SEEDS
 from hf_lowrank.families.records import finite
@@ -34,12 +35,15 @@ class Settings:
         limit: the first so many items, or a share below 1; None for all.
         seed: of Python, NumPy, torch and the few-shot sampler; None for the harness's own.
         bootstrap_iterations: of standard errors that have no formula; None for the harness's own 100,000.
+        log_items: whether items are kept with prompt, target and answer; the numbers are the same.
     """
 
     num_fewshot: int | None = None
     limit: float | None = None
     seed: int | None = None
     bootstrap_iterations: int | None = None
+    # no part of what identifies an evaluation
+    log_items: bool = field(default=False, repr=False, compare=False)
 
 
 def evaluate_task(
@@ -62,7 +66,7 @@ def evaluate_task(
         cache: where the harness keeps answers, which the same requests take from there.
 
     Returns:
-        A row a metric.
+        A row a metric, with its `items`. Where these come in groups, the row has the clustered standard error.
 
     Raises:
         Exception: whatever the task's code and the model raise; where requests do not fit, a ValueError says so.
@@ -87,7 +91,14 @@ def evaluate_task(
         "task_version": _version(results["versions"].get(name)),
     }
     better = results["higher_is_better"].get(name, {})
-    return _rows(results["results"][name], common, defining, about, better, settings)
+    rows = _rows(results["results"][name], common, defining, about, better, settings)
+    for row in rows:
+        row["items"] = scored_items(results["samples"][name], task, row, settings.log_items)
+        clustered = clustered_error(row["items"], row["value"])
+        if clustered is not None:
+            row["stderr"], groups = clustered
+            row["about"] |= {"stderr": "over groups of items", "groups": groups, "dof": groups - 1}
+    return rows
 
 
 def _answered(model: LowRankLM, task: Task, settings: Settings, cache: Path | None) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def _answered(model: LowRankLM, task: Task, settings: Settings, cache: Path | No
             model if cache is None else CachingLM(model, f"{cache}.db"),
             {"tasks": {task.task_name: task}, "groups": {}},
             limit=settings.limit,
-            log_samples=False,
+            log_samples=True,
             **({} if iterations is None else {"bootstrap_iters": iterations}),
         )
     except AssertionError as error:
@@ -139,7 +150,7 @@ def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int 
 
     Args:
         group: with its tasks.
-        rows: of all its tasks, for one seed.
+        rows: of all its tasks, for one seed, with their `items`.
         settings, step: as for the tasks.
     """
     names = {task.task_name for task in group.get_all_tasks()}
@@ -155,7 +166,10 @@ def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int 
         return []
     shots = {row["num_fewshot"] for row in inside}
     defining = {**_shared(inside, "settings", ("samples",)), "tasks": len(names)}
-    left_out = ("higher_is_better", "filter", "bootstrap_iterations", "chance", "note", "requests")
+    left_out = (
+        *("higher_is_better", "filter", "bootstrap_iterations", "chance", "note", "requests"),
+        *("stderr", "groups", "dof"),
+    )
     about = {**_shared(inside, "about", left_out), **_chance(group.metadata)}
     of_task = {row["task"]: row for row in inside}
     cut = sum(row["about"].get("truncated_requests", 0) for row in of_task.values())
@@ -168,7 +182,12 @@ def evaluate_group(group: Group, rows: list[Row], settings: Settings, step: int 
         "task_version": _version(group.version),
     }
     better = {row["metric"].partition(",")[0]: row["about"].get("higher_is_better") for row in inside}
-    return _rows(dict(group.aggregate(metrics)), common, defining, about, better, settings)
+    found = _rows(dict(group.aggregate(metrics)), common, defining, about, better, settings)
+    by_size = {each.metric: each.weight_by_size for each in group.aggregate_metric_list or []}
+    for row in found:
+        parts = [part for part in inside if part["metric"] == row["metric"]]
+        row["items"] = group_items(row, parts, by_size.get(row["metric"].partition(",")[0], False))
+    return found
 
 
 def _shared(rows: list[Row], part: str, left_out: tuple[str, ...]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def read_requests(
     seeds: tuple[int, ...] | None = None,
     bootstrap_iterations: int | None = None,
     limit: float | None = None,
+    log_items: bool = False,
 ) -> tuple[TaskManager, list[Request]]:
     """What words of a command line ask for; what is given here goes before a suite's own settings.
 
@@ -99,7 +100,7 @@ def read_requests(
                 suite.seeds if seeds is None else seeds,
                 suite.bootstrap_iterations if bootstrap_iterations is None else bootstrap_iterations,
             )
-        settings = tuple(Settings(chosen[0], limit, seed, chosen[2]) for seed in chosen[1] or (None,))
+        settings = tuple(Settings(chosen[0], limit, seed, chosen[2], log_items) for seed in chosen[1] or (None,))
         requests.append(Request(name, task_digest(manager, name), tuple(leaves(manager, name)), settings))
     return manager, requests
 

@@ -1,24 +1,31 @@
-"""Results on downstream tasks, in `<run>/publish/metrics/evaluations.json`, and what a report makes of them.
+"""Results on downstream tasks, in `<run>/publish/metrics`, and what a report makes of them.
 
-The file is a list of rows. A row is one number of one evaluation: an entry of a report's `evaluations` whose
+`evaluations.json` is a list of rows. A row is one number of one evaluation: an entry of a report's `evaluations` whose
 `settings` name one seed, with the `fingerprint` of the evaluation and the digest of the `weights`. Both are None if
-they are not known.
+they are not known. `items.parquet` has the results item by item (`hf_lowrank.report.items`); a row that was just
+evaluated carries its own in `items` until it is written.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hf_lowrank.families.records import EVALUATIONS, finite
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.items import COLUMNS, ITEMS, TEXTS, evaluation_settings, read_items
 from hf_lowrank.report.version1 import upgrade_entry
 
 __all__ = [
     "EVALUATIONS", "HARNESS_SEEDS", "combine_seeds", "evaluation_entries", "forget_evaluations", "read_evaluations",
-    "replace_evaluations", "write_evaluations",
+    "replace_evaluations", "with_items", "write_evaluations",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 # what lm-evaluation-harness seeds Python, NumPy, torch and the few-shot sampler with where no seed is asked for
 HARNESS_SEEDS = "0,1234,1234,1234"
@@ -41,9 +48,76 @@ def read_evaluations(folder: Path) -> list[Row] | None:
 
 
 def write_evaluations(folder: Path, rows: Iterable[Row]) -> None:
-    """Replace the rows in a metrics folder; a reader meets the old ones or the new ones."""
+    """Replace the rows in a metrics folder, and their items; a reader meets the old ones or the new ones."""
+    rows = list(rows)
+    _write_items(folder, rows)
+    written = [{key: value for key, value in row.items() if key != "items"} for row in rows]
     with atomic_path(folder / EVALUATIONS) as path:
-        path.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ---- items ----
+
+# what identifies a row among all rows, in the columns of a table of items
+_IDENTITY = ["task", "task_version", "metric", "step", "settings", "form", "dtype"]
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    about, version = row.get("about") or {}, row["task_version"]
+    words = (evaluation_settings(row), about.get("form"), about.get("dtype"))
+    return (row["task"], None if version is None else str(version), row["metric"], row["step"], *words)
+
+
+def _stored_items(folder: Path) -> pd.DataFrame:
+    """The table of a metrics folder; none where it cannot be read."""
+    try:
+        return read_items(folder / ITEMS, texts=True)
+    # damaged by a disk, a copy or an editor: it costs the items, not the results
+    except ValueError as error:
+        logger.warning("earlier results by item are dropped: %s", error)
+        return read_items(folder / "none")
+
+
+def _identities(table: pd.DataFrame) -> list[tuple[Any, ...]]:
+    columns = table[_IDENTITY].astype(object)
+    return list(columns.where(columns.notna(), None).itertuples(index=False, name=None))
+
+
+def with_items(folder: Path, rows: list[Row]) -> list[Row]:
+    """The rows with the items that the metrics folder has of them; those that carry their own keep them."""
+    if all("items" in row for row in rows):
+        return rows
+    table = _stored_items(folder)
+    identities = pd.Series(_identities(table), index=table.index, dtype=object)
+    columns = ["item", "group", "value", "weight"]
+    found = {}
+    for identity, chosen in table.groupby(identities, sort=False) if len(table) else ():
+        plain = chosen[columns].astype(object)
+        found[identity] = plain.where(plain.notna(), None).to_dict("records")
+    return [{"items": found.get(_identity(row), []), **row} for row in rows]
+
+
+def _write_items(folder: Path, rows: list[Row]) -> None:
+    """Add the items that rows carry, and drop those of which there is no row any more."""
+    path = folder / ITEMS
+    fresh = {_identity(row): row["items"] for row in rows if "items" in row}
+    if not path.is_file() and not any(fresh.values()):
+        return
+    standing = {_identity(row) for row in rows} - fresh.keys()
+    table = _stored_items(folder)
+    kept = table[[identity in standing for identity in _identities(table)]]
+    added = [dict(zip(_IDENTITY, of, strict=True)) | item for of, items in fresh.items() for item in items]
+    whole = pd.concat([kept, pd.DataFrame(added).astype(_types(added))], ignore_index=True) if added else kept
+    if whole.empty:
+        path.unlink(missing_ok=True)
+    elif added or len(kept) < len(table):
+        with atomic_path(path) as temporary:
+            whole.to_parquet(temporary, index=False, compression="zstd")
+
+
+def _types(added: list[Row]) -> dict[str, str]:
+    texts = {key: "string" for key in TEXTS if any(key in row for row in added)}
+    return {**COLUMNS, **texts}
 
 
 def forget_evaluations(folder: Path, step: int) -> None:
@@ -54,7 +128,8 @@ def forget_evaluations(folder: Path, step: int) -> None:
     except Exception:
         rows = []
     if rows is not None and not (kept := [row for row in rows if (row["step"] or 0) <= step]):
-        (folder / EVALUATIONS).unlink(missing_ok=True)
+        for name in (EVALUATIONS, ITEMS):
+            (folder / name).unlink(missing_ok=True)
     elif rows is not None and len(kept) < len(rows):
         write_evaluations(folder, kept)
 

@@ -15,8 +15,10 @@ from tiny_tasks import tokenizer, write_tasks
 import hf_lowrank as lr
 from hf_lowrank.families import callback as base
 from hf_lowrank.report.io import read_report
+from hf_lowrank.report.items import ITEMS, read_items
 
 TESTS = Path(__file__).parents[1]
+NAMES = ["step", "task", "metric"]
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2)
 
 
@@ -41,6 +43,10 @@ def trainer(folder, method="sltrain", **changes):
 
 def callback(tasks, names=("tiny_group", "cloze"), **settings):
     return lr.EvaluationCallback(names, **{"every": 2, "limit": 8, "include_path": tasks, "budget": None, **settings})
+
+
+def items(folder):
+    return read_items(folder / "publish" / "metrics" / ITEMS)
 
 
 def logged(trainer, key):
@@ -83,6 +89,13 @@ def test_they_are_those_of_the_checkpoint(trained, tasks, tmp_path):
         other = expected[entry["step"], entry["task"], entry["metric"]]
         assert entry["value"] == pytest.approx(other["value"], rel=1e-5)
         assert entry["stderr"] == pytest.approx(other["stderr"], rel=1e-5)
+    # and so are their items
+    ours, theirs = (
+        items(place).sort_values([*NAMES, "item"], ignore_index=True) for place in (folder, tmp_path / "elsewhere")
+    )
+    assert ours.drop(columns="value").equals(theirs.drop(columns="value"))
+    assert ours["value"].to_numpy() == pytest.approx(theirs["value"].to_numpy(), rel=1e-5)
+    assert set(ours["task"]) == {"pairs", "shots", "tiny_group", "cloze"}
 
 
 @pytest.mark.parametrize("attach", [False, True], ids=["bare", "attached"])
@@ -115,6 +128,7 @@ def test_a_resumed_run_keeps_what_was_evaluated_before(tasks, tmp_path):
     after = read_report(tmp_path)["evaluations"]
     assert [e for e in after if e["step"] == 2] == [e for e in before if e["step"] == 2]
     assert {(e["step"], e["limit"]) for e in after} == {(2, 8), (4, 6)}
+    assert items(tmp_path).groupby("step")["item"].nunique().to_dict() == {2: 8 + 16, 4: 6 + 12}
     third = trainer(tmp_path)
     lr.attach(third)
     third.train()

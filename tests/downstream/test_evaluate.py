@@ -16,6 +16,7 @@ from tiny_tasks import tokenizer, write_tasks
 import hf_lowrank as lr
 from hf_lowrank.cli import main
 from hf_lowrank.report.io import read_report
+from hf_lowrank.report.items import ITEMS, items_of, read_items
 from hf_lowrank.report.model import details
 
 TASKS = ("pairs", "shots", "cloze", "rolling", "generated")
@@ -135,6 +136,16 @@ def entries(run, task=None, **fields):
     return [e for e in found if task in (None, e["task"]) and all(e[k] == v for k, v in fields.items())]
 
 
+def items(run, texts=False):
+    return read_items(run / "publish" / "metrics" / ITEMS, texts)
+
+
+def made_of(of_number):
+    """The mean over the items of a number, and of a perplexity exp of it."""
+    mean = np.average(of_number["value"], weights=of_number["weight"])
+    return mean, np.exp(mean)
+
+
 def numbers(run):
     return {(e["task"], e["metric"]): (e["value"], e["stderr"]) for e in entries(run)}
 
@@ -166,6 +177,21 @@ def test_numbers_are_those_of_the_harness_on_the_exported_dense_model(cli, run, 
     assert (settings["samples"], settings["context_length"]) == (24, CONTEXT)
     assert (about["chance"], about["form"]) == (0.5, "native")
     assert {e["metric"] for e in entries(folder, "generated")} == {"exact_match,whole", "exact_match,first"}
+    # every number is made of its items, which are the documents
+    table = items(folder)
+    for entry in read_report(folder)["evaluations"]:
+        of_number = items_of(table, entry)
+        assert len(of_number) == 24
+        assert of_number["group"].isna().all()
+        perplexity = entry["metric"] == "perplexity"
+        assert made_of(of_number)[perplexity] == pytest.approx(entry["value"], rel=1e-6), entry["metric"]
+    assert set(table["step"]) == {3}
+    assert table["settings"][0] == json.dumps(
+        {"context_length": CONTEXT, "limit": None, "num_fewshot": 0, "seed": "0,1234,1234,1234"}
+    )
+    # the same documents in every task that reads them, in every metric
+    assert table["item"].nunique() == 24
+    assert set(table[table["metric"] == "acc"]["value"]) == {0.0, 1.0}
 
 
 def test_the_harnesses_own_command_line_knows_our_models_and_tasks(
@@ -250,6 +276,15 @@ def test_seeds_draw_other_examples_and_agree_within_their_standard_errors(cli, r
     (shots,) = entries(folder, "shots")
     assert shots["value"] == pytest.approx(values.mean())
     assert shots["stderr"] == pytest.approx(np.sqrt((errors**2).mean() + values.var(ddof=1) / 5))
+    # items of the seeds stay apart, and together they make up the number
+    table = items(folder)
+    of_task = table[(table["task"] == "shots")]
+    assert [json.loads(s)["seed"] for s in of_task["settings"].unique()] == [42, 43, 44, 45, 46]
+    assert of_task.groupby("settings", sort=False)["value"].mean().tolist() == pytest.approx(values.tolist())
+    (entry,) = [e for e in read_report(folder)["evaluations"] if e["task"] == "shots"]
+    assert made_of(items_of(table, entry))[0] == pytest.approx(values.mean())
+    assert items_of(table[table["item"] != of_task["item"].iloc[0]], entry)["item"].nunique() == 23
+    assert items_of(table.drop(of_task.index[0]), entry) is None, "an item of one seed is missing"
 
 
 def test_a_group_has_the_harnesses_mean_over_its_tasks(cli, run):
@@ -261,9 +296,45 @@ def test_a_group_has_the_harnesses_mean_over_its_tasks(cli, run):
     assert group["task_version"] == "3"
     assert group["limit"] == 10
     assert group["settings"]["samples"] == 20
+    of_group = items_of(
+        items(folder), next(e for e in read_report(folder)["evaluations"] if e["task"] == "tiny_group")
+    )
+    assert made_of(of_group)[0] == pytest.approx(group["value"])
+    assert [name.partition("/")[0] for name in of_group["item"]] == ["pairs"] * 10 + ["shots"] * 10
     again = cli(folder, "--tasks", "tiny_group", "--limit", 10)
     assert again.code == 0
     assert "tiny_group" in again.out
+
+
+def test_items_are_kept_with_what_was_asked_and_answered_where_that_is_wanted(cli, run, monkeypatch):
+    folder = run()
+    tasks = ("--tasks", "tiny_group,cloze,rolling,generated", "--limit", 6)
+    assert cli(folder, *tasks).code == 0
+    plain = items(folder, texts=True)
+    assert "prompt" not in plain
+    monkeypatch.setattr("hf_lowrank.downstream.evaluate.LARGEST_TEXTS", 100)
+    refused = cli(folder, *tasks, "--log-items")
+    assert refused.code == 2
+    assert "more than the 0 MB that are published with its metrics: take a --limit" in refused.err
+    monkeypatch.undo()
+    done = cli(folder, *tasks, "--log_samples")
+    assert "prompts, targets and answers have about 0.00" in " ".join(done.out.split())
+    texts = items(folder, texts=True)
+    assert texts[plain.columns].equals(plain), "the results are the same"
+    kinds = {name: of_task.iloc[0] for name, of_task in texts.groupby("task")}
+    pairs = texts[(texts["task"] == "pairs") & (texts["metric"] == "acc")]
+    assert ((pairs["answer"] == pairs["target"]) == (pairs["value"] == 1)).all()
+    assert (pairs["answer"].str.len() == 2).all()
+    assert kinds["shots"]["prompt"].endswith(pairs["prompt"].iloc[0])
+    assert len(kinds["shots"]["prompt"]) > 2 * len(pairs["prompt"].iloc[0])
+    whole = texts[texts["metric"] == "exact_match,whole"]
+    assert ((whole["answer"] == whole["target"]) == (whole["value"] == 1)).all()
+    assert whole["answer"].nunique() > 1
+    assert kinds["rolling"]["prompt"] == pairs["prompt"].iloc[0]
+    # without the wish they stay
+    again = cli(folder, *tasks)
+    assert "before compression" not in again.out
+    assert items(folder, texts=True).equals(texts)
 
 
 # ---- what is kept and what is done again ----
@@ -319,6 +390,18 @@ def test_checkpoints_limits_and_weights_are_told_apart(cli, run):
     assert "of other weights at this step are dropped" in done.out
     first, _, third = (e["value"] for e in entries(folder, metric="acc"))
     assert first == third
+    table = items(folder)
+    whole = table[(table["metric"] == "acc") & table["settings"].str.contains('"limit": null')]
+    values = [whole[whole["step"] == step]["value"].tolist() for step in (1, 3)]
+    assert values[0] == values[1]
+    # of the first two evaluations of part of the items nothing is left out and nothing is there twice
+    assert sorted(json.loads(s)["limit"] or 0 for s in table["settings"].unique()) == [0, 0.5]
+    # a damaged table costs the earlier items
+    (folder / "publish" / "metrics" / ITEMS).write_text("PAR1")
+    with pytest.raises(ValueError, match="not readable as results by item"):
+        items(folder)
+    assert cli(folder, "--tasks", "cloze", "--limit", 3).code == 0
+    assert set(items(folder)["task"]) == {"cloze"}
 
 
 def test_measuring_and_training_on_keep_what_was_evaluated(cli, run, monkeypatch):
@@ -333,16 +416,21 @@ def test_measuring_and_training_on_keep_what_was_evaluated(cli, run, monkeypatch
         lr.attach(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
 
+    assert set(items(folder)["step"]) == {1, 2, 3}
     train(str(folder / "checkpoint-2"))
     assert {e["step"] for e in entries(folder)} == {1, 2}
+    assert set(items(folder)["step"]) == {1, 2}
     train(None)
     assert entries(folder) == []
+    assert not (folder / "publish" / "metrics" / ITEMS).exists()
 
 
 def test_a_published_repo_is_evaluated_into_a_folder_of_its_own(cli, run, hub, tmp_path, monkeypatch):
     folder = run()
     assert cli(folder, "--tasks", "cloze", "--bootstrap-iters", 50).code == 0
     lr.push(folder, repo_id="user/tiny")
+    assert f"metrics/{ITEMS}" in hub.repo("user/tiny").files()
+    assert f"metrics/{ITEMS}" in hub.repo("user/tiny").files("step-3")
     monkeypatch.chdir(tmp_path)
     assert cli("user/tiny@step-3", "--tasks", "pairs").code == 0
     output = tmp_path / "measured" / "user--tiny"

@@ -30,6 +30,8 @@ TASKS = Path(__file__).with_name("tasks")  # the folder in the package
 
 # Raised whenever other items come out of the same sources.
 _VERSION = 1
+# Raised whenever the files around the same items change.
+_FORM = 2
 _ITEMS = 400
 _SEED = 0
 _TASK = """\
@@ -54,7 +56,7 @@ metadata:
   version: {version}
   title: {title}
   chance: {chance}
-"""
+{more}"""
 _GROUP = """\
 # Written by python -m hf_lowrank.downstream.quick.generate; README.md describes the tasks.
 group: {group}
@@ -92,7 +94,9 @@ def write_folder(folder: Path, tasks: Mapping[str, list[dict]], source: Mapping[
     version = f"{_VERSION}+{source['corpus_hash'][:8]}"
     for name, items in tasks.items():
         chance = 1 / KINDS[name].answers
-        content = _TASK.format(name=name, version=version, title=KINDS[name].title, chance=chance)
+        # items that share their answers are drawn together
+        more = "  group_by: group\n" if any(_share_answers(*pair) for pair in pairwise(items)) else ""
+        content = _TASK.format(name=name, version=version, title=KINDS[name].title, chance=chance, more=more)
         _write(folder / f"{name}.yaml", content)
         _write(folder / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
     sizes = {name: len(items) for name, items in tasks.items()}
@@ -104,6 +108,10 @@ def write_folder(folder: Path, tasks: Mapping[str, list[dict]], source: Mapping[
     if folder.resolve() != TASKS.resolve():
         _write(folder / "loader.py", (TASKS / "loader.py").read_text(encoding="utf-8"))
     _write(folder / "source.json", json.dumps({"version": version, **source, "items": sizes}, indent=1) + "\n")
+
+
+def _share_answers(item: Mapping[str, Any], following: Mapping[str, Any]) -> bool:
+    return bool(item["choices"] == following["choices"])
 
 
 def task_folder(data: Mapping[str, Any] | None = None) -> Path:
@@ -120,7 +128,7 @@ def task_folder(data: Mapping[str, Any] | None = None) -> Path:
     if data is None or data.get("source") != "embedded":
         return TASKS
     corpus_hash, split_seed = data["revision_or_hash"], data["split_seed"]
-    kept = Path(constants.HF_HOME) / "hf_lowrank" / "tasks" / f"{_VERSION}-{corpus_hash[:16]}-{split_seed}"
+    kept = Path(constants.HF_HOME) / "hf_lowrank" / "tasks" / f"{_VERSION}.{_FORM}-{corpus_hash[:16]}-{split_seed}"
     for folder in (TASKS, kept):
         if _made_from(folder) == (f"{_VERSION}+{corpus_hash[:8]}", corpus_hash, split_seed):
             return folder
