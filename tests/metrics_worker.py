@@ -74,6 +74,11 @@ def difference(mine, expected):
                 return math.inf
             # a variance over directions may be far below the losses it is made of
             worst = max(worst, 0.0 if x is None else abs(x - y) / max(abs(y), 1e-6))
+    for x, y in ((r.samples, e.samples) for r, e in zip(mine.records, expected.records, strict=True)):
+        if (x is None) != (y is None) or (x is not None and (x.units, x.sums.shape) != (y.units, y.sums.shape)):
+            return math.inf
+        if x is not None:
+            worst = max(worst, float(abs(x.sums - y.sums).max() / max(abs(y.sums).max(), 1e-6)))
     return worst
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
@@ -12,11 +13,12 @@ from hf_lowrank.families.callback import BUDGET, SequenceCallback
 from hf_lowrank.families.family import Context, Family, Peer, RunStep, Unit, family
 from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.hub.fetch import fetch
-from hf_lowrank.metrics.activations import SIMILARITIES, compare_activations
+from hf_lowrank.metrics.activations import SIMILARITIES, GroupedEstimate, compare_activations
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.report.catalogue import ACTIVATION
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.model import Report
+from hf_lowrank.report.samples import Sampled, Samples, pseudo_values
 from hf_lowrank.sharding import raise_together
 
 __all__ = ["Activation", "ActivationCallback"]
@@ -48,12 +50,11 @@ class Activation(Family):
         with evaluating(at.model), evaluating(baseline):
             mean, layers = compare_activations(at.model, baseline, at.sequences, progress=at.progress)
         settings = {"baseline": name, "average": "mean over layers, embeddings included", **at.sequences.settings()}
-        about: dict[str, Any] = {"layers": len(layers), "stderr": "jackknife over groups of sequences"}
-        measured = Measurement()
+        measured, reference = Measurement(), {"baseline_step": step}
         for metric in SIMILARITIES:
-            number, reference = getattr(mean, metric), {"baseline_step": step}
+            number = _sampled(getattr(mean, metric))
             measured.records.append(
-                record(f"activation/{metric}", number, at.step, settings, reference=reference, **about)
+                record(f"activation/{metric}", number, at.step, settings, reference=reference, layers=len(layers))
             )
         for layer, similarity in enumerate(layers):
             row = {"step": at.step, "layer": layer, "baseline": name, "baseline_step": -1 if step is None else step}
@@ -138,6 +139,14 @@ class ActivationCallback(SequenceCallback):
             return self.measure_at(self.context(model, args, state, baseline=peer))
         finally:
             torch.nn.Module.to(baseline, home)
+
+
+def _sampled(number: GroupedEstimate) -> Sampled | float:
+    """The number with its pseudo-values; alone where groups could not be left out."""
+    parts = pseudo_values(number.value, number.left_out)
+    if len(parts) < 2 or not np.isfinite(parts).all():
+        return number.value
+    return Sampled(number.value, Samples.equal("group", range(len(parts)), parts))
 
 
 def _report(folder: Path) -> Report | None:

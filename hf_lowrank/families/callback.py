@@ -22,7 +22,14 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.families.family import Context, Family
-from hf_lowrank.families.records import Measurement, Record, metrics_folder, read_measurement, write_measurement
+from hf_lowrank.families.records import (
+    Measurement,
+    Record,
+    metrics_folder,
+    read_measurement,
+    remove_measurement,
+    write_measurement,
+)
 from hf_lowrank.families.spaces import SPACES, spaces_of
 from hf_lowrank.metrics.sequences import EvaluationSet, check_next_token, check_rows
 from hf_lowrank.report.model import Report
@@ -308,8 +315,7 @@ class MetricCallback(TrainerCallback):
                     self.records = [r for r in earlier.records if r.step <= step]
                     self._measured_at = max((r.step for r in self.records), default=None)
                     return
-        for suffix in (".parquet", ".json"):
-            (self.folder / f"{self.file}{suffix}").unlink(missing_ok=True)
+        remove_measurement(self.folder, self.file)
 
 
 class SequenceCallback(MetricCallback):

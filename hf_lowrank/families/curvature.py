@@ -7,9 +7,10 @@ from hf_lowrank.families.callback import BUDGET, SequenceCallback
 from hf_lowrank.families.family import Context, Family, family
 from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.families.spaces import in_space, unsharded
-from hf_lowrank.metrics.curvature import hessian_trace, top_eigenvalue
+from hf_lowrank.metrics.curvature import quadratic_forms, top_eigenvalue
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.report.catalogue import CURVATURE
+from hf_lowrank.report.samples import Sampled, Samples
 
 __all__ = ["Curvature", "CurvatureCallback", "CurvatureSettings"]
 
@@ -58,18 +59,20 @@ class Curvature(Family):
         model, space = in_space(at.model, at.space)
         model = unsharded(model)
         with evaluating(model):
-            trace = hessian_trace(model, few.differentiable, how.samples, how.seed, shared=few.shared)
+            forms = quadratic_forms(model, few.differentiable, how.samples, how.seed, shared=few.shared)
             at.progress()
             top = top_eigenvalue(model, few.differentiable, how.iterations, how.seed, shared=few.shared)
             at.progress()
+        trace = Sampled(float(forms.mean()), Samples.equal("vector", range(how.samples), forms))
         measured = Measurement(rows=[{"step": at.step, "space": space}])
-        for name, estimate, settings, stderr in (
-            ("curvature/top_eigenvalue", top, {"iterations": how.iterations}, "residual norm"),
-            ("curvature/trace", trace, {"samples": how.samples}, "over random vectors"),
-        ):
+        numbers: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
+            ("curvature/top_eigenvalue", top, {"iterations": how.iterations}, {"stderr": "residual norm"}),
+            ("curvature/trace", trace, {"samples": how.samples}, {}),
+        )
+        for name, number, settings, about in numbers:
             settings |= {"seed": how.seed, **few.settings()}
-            measured.records.append(record(name, estimate, at.step, settings, space, stderr=stderr))
-            measured.rows[0] |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+            measured.records.append(record(name, number, at.step, settings, space, **about))
+            measured.rows[0] |= {name: number.value, f"{name}_stderr": number.stderr}
         return measured
 
 

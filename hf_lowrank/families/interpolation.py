@@ -15,14 +15,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
 from hf_lowrank.families.family import Context, Family, Peer, Run, RunStep, Unit, family
+from hf_lowrank.families.loss import over_sequences
 from hf_lowrank.families.records import Measurement, Record, record
 from hf_lowrank.families.snapshots import Snapshot
 from hf_lowrank.families.spaces import in_space, no_dense_form
 from hf_lowrank.metrics.alignment import align
 from hf_lowrank.metrics.interpolation import barrier, barrier_weights, chord_weights, each_between
-from hf_lowrank.metrics.perplexity import Estimate, mean_loss
+from hf_lowrank.metrics.perplexity import mean_loss
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.report.catalogue import INTERPOLATION
+from hf_lowrank.report.samples import Sampled
 from hf_lowrank.sharding import all_gather_object, is_sharded, local, reshard
 
 __all__ = ["Interpolation", "InterpolationCallback", "InterpolationSettings", "loss_path_records"]
@@ -214,9 +216,12 @@ def loss_path_records(
     settings = {**settings, "points": len(alphas), "from": float(alphas[0]), "to": float(alphas[-1])}
     settings |= sequences.settings()
 
-    def weighted(weights: Grid) -> Estimate:
+    units = sequences.units()
+
+    def weighted(weights: Grid) -> Sampled:
         # a loss that does not count may be infinite
-        return mean_loss(torch.from_numpy(weights[weights != 0] @ sums[weights != 0]), tokens)
+        parts = torch.from_numpy(weights[weights != 0] @ sums[weights != 0])
+        return Sampled(mean_loss(parts, tokens).value, over_sequences(parts, tokens, units))
 
     numbers: dict[str, Any] = {
         "barrier": weighted(barrier_weights(alphas, values)),
@@ -225,9 +230,8 @@ def loss_path_records(
     }
     measured = Measurement()
     for key, number in numbers.items():
-        described = {**(about or {}), **({} if key == "barrier_alpha" else {"stderr": "over sequences"})}
         name = f"interpolation/{subject}/{key}"
-        measured.records.append(record(name, number, at.step, settings, space, reference, **described))
+        measured.records.append(record(name, number, at.step, settings, space, reference, **(about or {})))
     row = {"step": at.step, "space": space, "subject": subject, "other": {**settings, **reference}["other"]}
     row["other_step"] = reference["other_step"]
     for alpha, mean in zip(alphas, means, strict=True):

@@ -28,11 +28,13 @@ from hf_lowrank.metrics.landscape import (
     sharpness_weights,
     symmetric_grid,
     variance_over_directions,
+    variance_pseudo_values,
 )
 from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import each_point, evaluating
 from hf_lowrank.metrics.trajectory import TrajectoryPCA, trajectory_pca
 from hf_lowrank.report.catalogue import LANDSCAPE
+from hf_lowrank.report.samples import Kind, Sampled, Samples, pseudo_values
 
 __all__ = ["Landscape", "LandscapeCallback", "LandscapeSettings", "over_directions"]
 
@@ -139,8 +141,8 @@ class _Lines:
     def __init__(self, at: Context, model: nn.Module, space: str) -> None:
         assert at.sequences is not None
         self.at, self.model, self.space, self.sequences = at, model, space, at.sequences
-        center, self.tokens = at.sequences.losses(model)
-        self.center = center.numpy()
+        center, tokens = at.sequences.losses(model)
+        self.center, self.tokens, self.units = center.numpy(), tokens.double().numpy(), at.sequences.units()
 
     def along(self, direction: Mapping[str, Tensor], grid: Grid) -> Grid:
         """(p, n) losses."""
@@ -153,38 +155,33 @@ class _Lines:
         around = iter(each_point(self.model, direction, grid[grid != 0], measure))
         return np.stack([self.center if x == 0 else next(around) for x in grid])
 
-    def mean(self, losses: Grid) -> Estimate:
-        """Mean of (n,) sums over sequences, in nats a token."""
-        return mean_loss(torch.from_numpy(losses), self.tokens)
+    def mean(self, losses: Grid) -> Sampled:
+        """Mean of (n,) sums over sequences, or of (N, n) over directions as well, in nats a token."""
+        kind: Kind = "sequence" if losses.ndim == 1 else "direction x sequence"
+        samples = Samples(kind, self.units, losses, self.tokens)
+        return Sampled(samples.value, samples)
 
     def curve(self, grid: Grid, losses: Grid) -> LossCurve:
         """Losses (p, n) as a curve with standard errors over sequences."""
-        means = [self.mean(point) for point in losses]
+        means = [mean_loss(torch.from_numpy(point), torch.from_numpy(self.tokens)) for point in losses]
         return LossCurve(grid, np.array([m.value for m in means]), np.array([m.stderr for m in means]))
 
     def records(
         self,
         subject: str,
-        numbers: Mapping[str, Estimate],
+        numbers: Mapping[str, Sampled | float],
         curve: LossCurve,
         settings: Mapping[str, Any],
-        over: str = "over sequences",
         **about: Any,
     ) -> list[Record]:
-        """Records of `numbers`, whose errors are `over` something, and of the shape of the mean curve."""
+        """Records of `numbers` and of the shape of the mean curve."""
         settings = {**settings, **self.sequences.settings()}
-        step, prefix = self.at.step, f"landscape/{subject}"
-        records = [
-            record(f"{prefix}/{key}", number, step, settings, self.space, stderr=over, **about)
-            for key, number in numbers.items()
+        shape: dict[str, Sampled | float] = {"center_loss": self.mean(self.center)}
+        shape |= {key: getattr(curve, key) for key in ("min_loss", "center_to_min")}
+        return [
+            record(f"landscape/{subject}/{key}", number, self.at.step, settings, self.space, **about)
+            for key, number in {**numbers, **shape}.items()
         ]
-        center = self.mean(self.center)
-        records.append(
-            record(f"{prefix}/center_loss", center, step, settings, self.space, stderr="over sequences", **about)
-        )
-        for key in ("min_loss", "center_to_min"):
-            records.append(record(f"{prefix}/{key}", getattr(curve, key), step, settings, self.space, **about))
-        return records
 
     def rows(self, subject: str, curves: Mapping[int, LossCurve]) -> list[dict[str, Any]]:
         """The points of the curves, by the number of their direction."""
@@ -199,13 +196,22 @@ class _Lines:
 
 def _along_random_directions(lines: _Lines) -> Measurement:
     how = lines.at.settings
-    grid, curves = symmetric_grid(how.radius, how.points), []
-    for i in range(how.directions):
-        direction = random_direction(lines.model, how.seed + i, how.normalize)
-        curves.append(lines.curve(grid, lines.along(direction, grid)))
+    grid = symmetric_grid(how.radius, how.points)
+    directions = (random_direction(lines.model, how.seed + i, how.normalize) for i in range(how.directions))
+    losses = np.stack([lines.along(direction, grid) for direction in directions])
+    curves = [lines.curve(grid, along) for along in losses]
     mean = mean_curve(curves)
     settings = {key: getattr(how, key) for key in ("directions", "radius", "points", "normalize", "seed")}
-    records = lines.records("random", over_directions(curves), mean, settings, "over directions")
+    numbers: dict[str, Sampled | float] = {
+        "sharpness": lines.mean(sharpness_weights(grid) @ losses),
+        "variance": variance_over_directions(curves),
+    }
+    # a variance of fewer than three has no jackknife
+    if min(len(losses) - 1, len(lines.units)) > 1:
+        parts = variance_pseudo_values(losses, lines.tokens)
+        samples = Samples.equal("direction x sequence", lines.units, parts)
+        numbers["variance"] = Sampled(variance_over_directions(curves), samples)
+    records = lines.records("random", numbers, mean, settings)
     return Measurement(records, lines.rows("random", dict(enumerate(curves))) + lines.rows("random_mean", {0: mean}))
 
 
@@ -226,7 +232,9 @@ def over_directions(curves: Sequence[LossCurve]) -> dict[str, Estimate]:
     }
 
 
-def _along_one(lines: _Lines, direction: Mapping[str, Tensor], grid: Grid) -> tuple[LossCurve, dict[str, Estimate]]:
+def _along_one(
+    lines: _Lines, direction: Mapping[str, Tensor], grid: Grid
+) -> tuple[LossCurve, dict[str, Sampled | float]]:
     """The curve along one direction, and its sharpness with the standard error over sequences."""
     losses = lines.along(direction, grid)
     return lines.curve(grid, losses), {"sharpness": lines.mean(sharpness_weights(grid) @ losses)}
@@ -252,9 +260,9 @@ def _along_top_directions(lines: _Lines, singular: SingularDirections) -> Measur
     records: list[Record] = []
     for k in sorted(set(how.svd_k)):
         mean = losses[:k].mean(0)
-        numbers = {
+        numbers: dict[str, Sampled | float] = {
             "sharpness": lines.mean(sharpness_weights(grid) @ mean),
-            "variance": _variance(losses[:k], lines.tokens.numpy()),
+            "variance": _variance(losses[:k], lines.tokens, lines.units),
         }
         settings = {"K": k, "radius": how.svd_k_radius, "points": how.svd_k_points}
         settings |= {"sigma_weighted": True, "vectors": "zero"}
@@ -263,14 +271,15 @@ def _along_top_directions(lines: _Lines, singular: SingularDirections) -> Measur
     return Measurement(records, lines.rows("svd_k", curves))
 
 
-def _variance(losses: Grid, tokens: Grid) -> Estimate:
+def _variance(losses: Grid, tokens: Grid, units: Sequence[str] | None = None) -> Sampled | float:
     """Variance over directions (ddof 0), averaged over the grid, of losses (K, p, n); jackknife over sequences."""
     sums, total = losses.sum(-1), tokens.sum()
     value = float((sums / total).var(0).mean())
     if losses.shape[-1] < 2:
-        return Estimate(value, float("nan"))
+        return value
     others = (sums[..., None] - losses) / (total - tokens)
-    return jackknife(value, others.var(0).mean(0))
+    parts = pseudo_values(value, others.var(0).mean(0))
+    return Sampled(value, Samples.equal("sequence", range(len(parts)) if units is None else units, parts))
 
 
 def _along_trajectory(lines: _Lines) -> Measurement:

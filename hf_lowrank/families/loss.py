@@ -3,19 +3,39 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_lowrank.families.family import Context, Family, RunStep, Unit, family
 from hf_lowrank.families.records import Measurement, Record, record
-from hf_lowrank.metrics.perplexity import Estimate, mean_loss, perplexity
+from hf_lowrank.metrics.perplexity import mean_loss, perplexity
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.report.catalogue import LOSS
+from hf_lowrank.report.samples import Sampled, Samples
 
-__all__ = ["Loss", "loss_records"]
+__all__ = ["Loss", "loss_records", "over_sequences"]
 
 
-def loss_records(loss: Estimate, step: int, settings: Mapping[str, Any]) -> list[Record]:
-    """Validation loss (nats a token) and perplexity, with standard errors over sequences."""
-    named = {"validation_loss": loss, "perplexity": perplexity(loss)}
-    return [record(name, number, step, settings, stderr="over sequences") for name, number in named.items()]
+def over_sequences(losses: Tensor, tokens: Tensor, units: tuple[str, ...]) -> Samples:
+    """Losses (n,) in nats and numbers of predicted tokens (n,) of sequences, with an id for each."""
+    return Samples("sequence", units, losses.double().cpu().numpy(), tokens.double().cpu().numpy())
+
+
+def loss_records(losses: Samples, step: int, settings: Mapping[str, Any]) -> list[Record]:
+    """Validation loss (nats a token) and perplexity, with standard errors over sequences.
+
+    Raises:
+        ValueError: no token is predicted.
+    """
+    loss = mean_loss(*(torch.from_numpy(part) for part in (losses.sums[0], losses.weights)))
+    value = perplexity(loss).value
+    # to first order, as its error
+    shares = value + value * len(losses.units) * (losses.sums[0] - loss.value * losses.weights) / losses.weights.sum()
+    named = {
+        "validation_loss": Sampled(loss.value, losses),
+        "perplexity": Sampled(value, Samples.equal("sequence", losses.units, shares)),
+    }
+    return [record(name, number, step, settings) for name, number in named.items()]
 
 
 @family
@@ -32,5 +52,5 @@ class Loss(Family):
     def measure(self, at: Context) -> Measurement:
         assert at.sequences is not None
         with evaluating(at.model):
-            loss = mean_loss(*at.sequences.losses(at.model))
-        return Measurement(loss_records(loss, at.step, at.sequences.settings()))
+            losses = over_sequences(*at.sequences.losses(at.model), at.sequences.units())
+        return Measurement(loss_records(losses, at.step, at.sequences.settings()))

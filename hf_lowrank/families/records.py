@@ -1,13 +1,14 @@
 """What a measurement gives: records for the report and the log, rows for a table, and both on disk.
 
-In `<run>/publish/metrics/` every family has two files: `<file>.json` holds the records that go into the report,
-`<file>.parquet` the rows behind them. Results on downstream tasks have a file of another shape there.
+In `<run>/publish/metrics/` every family has three files: `<file>.json` holds the records that go into the report,
+`<file>.parquet` the rows behind them, and `<file>.samples.parquet` what the records' errors are made of (see
+`hf_lowrank.report.samples`). Results on downstream tasks have a file of another shape there.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import metric_entry
+from hf_lowrank.report.samples import Key, Sampled, Samples, read_samples, sample_key, samples_path, write_samples
 from hf_lowrank.report.version1 import upgrade_entry
 
 __all__ = [
     "EVALUATION", "EVALUATIONS", "Measurement", "PartialError", "Record", "finite", "forget", "jackknife",
-    "metrics_folder", "read_measurement", "read_records", "record", "write_measurement",
+    "metrics_folder", "read_measurement", "read_records", "record", "remove_measurement", "write_measurement",
 ]  # fmt: skip
 
 # the rows that a run was validated on, beside its checkpoints
@@ -44,6 +46,7 @@ class Record:
         space: `dense`, `linearised` (no dense matrix exists) or `native`.
         reference: what the number refers to at its own step, such as an earlier checkpoint.
         about: what describes the number and defines nothing, such as what its standard error is over.
+        samples: what its error is made of, None if it has none; not in report.json.
     """
 
     name: str
@@ -54,6 +57,12 @@ class Record:
     space: str | None = None
     reference: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    samples: Samples | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other records of a family."""
+        return sample_key(self.name, self.space, self.step, self.settings, self.reference)
 
 
 @dataclass
@@ -82,19 +91,29 @@ def finite(value: float) -> float | None:
 
 def record(
     name: str,
-    number: Estimate | float,
+    number: Estimate | Sampled | float,
     step: int,
     settings: Mapping[str, Any] | None = None,
     space: str | None = None,
     reference: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Record:
-    """A record of an estimate, or of a number that is exact; what is not finite becomes None with a note."""
-    estimate = number if isinstance(number, Estimate) else Estimate(number, math.nan)
-    value, stderr = finite(estimate.value), finite(estimate.stderr)
-    if value is None:
-        about, stderr = {**about, "note": f"not finite: {estimate.value}"}, None
-    return Record(name, value, stderr, step, dict(settings or {}), space, dict(reference or {}), about)
+    """A record of a number; what is not finite becomes None with a note.
+
+    The number is an estimate, or is exact, or comes with the samples that its error is made of: then `about` says what
+    the error is over, and has the degrees of freedom (`dof`) for its t quantile.
+    """
+    samples = number.samples if isinstance(number, Sampled) else None
+    value = number if isinstance(number, int | float) else number.value
+    stderr = number.stderr if isinstance(number, Estimate) else math.nan
+    if not math.isfinite(value):
+        about = {**about, "note": f"not finite: {value}"}
+        return Record(name, None, None, step, dict(settings or {}), space, dict(reference or {}), about)
+    if samples is not None:
+        stderr, dof = samples.error()
+        about = {"stderr": samples.over, **({"dof": round(dof, 2)} if math.isfinite(dof) else {}), **about}
+    where = (step, dict(settings or {}), space, dict(reference or {}), about)
+    return Record(name, value, finite(stderr), *where, samples)
 
 
 def jackknife(value: float, left_out: Sequence[float] | NDArray[np.float64]) -> Estimate:
@@ -123,8 +142,10 @@ def read_measurement(folder: Path, name: str) -> Measurement | None:
     if not records.is_file():
         return None
     rows = pd.read_parquet(table).to_dict("records") if table.is_file() else []
+    stored = [Record(**upgrade_entry(entry)) for entry in json.loads(records.read_text())]
+    samples = read_samples(samples_path(folder, name))
     return Measurement(
-        [Record(**upgrade_entry(entry)) for entry in json.loads(records.read_text())],
+        [replace(record, samples=samples.get(record.key)) for record in stored],
         [{str(key): value for key, value in row.items()} for row in rows],
     )
 
@@ -137,9 +158,18 @@ def write_measurement(folder: Path, name: str, measurement: Measurement) -> None
             pd.DataFrame(measurement.rows).to_parquet(path, index=False)
     else:
         (folder / f"{name}.parquet").unlink(missing_ok=True)
-    records = [metric_entry(**asdict(record)) for record in measurement.records]
+    samples = {record.key: record.samples for record in measurement.records if record.samples is not None}
+    write_samples(samples_path(folder, name), samples)
+    stored = [f.name for f in fields(Record) if f.name != "samples"]
+    entries = [metric_entry(**{name: getattr(record, name) for name in stored}) for record in measurement.records]
     with atomic_path(folder / f"{name}.json") as path:
-        path.write_text(json.dumps(records, indent=1) + "\n")
+        path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def remove_measurement(folder: Path, name: str) -> None:
+    """Remove the files of a family."""
+    for path in (folder / f"{name}.json", folder / f"{name}.parquet", samples_path(folder, name)):
+        path.unlink(missing_ok=True)
 
 
 def forget(folder: Path, name: str, is_gone: Callable[[int], bool]) -> None:
@@ -156,5 +186,4 @@ def forget(folder: Path, name: str, is_gone: Callable[[int], bool]) -> None:
     if kept.records:
         write_measurement(folder, name, kept)
     else:
-        for suffix in (".json", ".parquet"):
-            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+        remove_measurement(folder, name)

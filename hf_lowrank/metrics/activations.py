@@ -17,8 +17,8 @@ from hf_lowrank.metrics.sequences import EvaluationSet, check_rows, without_auto
 from hf_lowrank.sharding import all_reduce_sum, raise_together
 
 __all__ = [
-    "SIMILARITIES", "Similarity", "StreamingCKA", "compare_activations", "cosine_similarity", "hidden_states",
-    "linear_cka", "relative_l2",
+    "SIMILARITIES", "GroupedEstimate", "Similarity", "StreamingCKA", "compare_activations", "cosine_similarity",
+    "hidden_states", "linear_cka", "relative_l2",
 ]  # fmt: skip
 
 # most bytes that are kept for the standard errors of CKA
@@ -199,6 +199,17 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]
 
 
 @dataclass(frozen=True)
+class GroupedEstimate(Estimate):
+    """A number with its jackknife standard error.
+
+    Attributes:
+        left_out: the number without each group of sequences in turn; NaN where it cannot be told.
+    """
+
+    left_out: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Similarity:
     """Similarity of one layer's activations to the baseline's, or the mean over the layers.
 
@@ -208,12 +219,12 @@ class Similarity:
         norm, baseline_norm: mean length of a position's hidden state.
     """
 
-    relative_l2: Estimate
-    cosine: Estimate
-    cka: Estimate
-    cka_debiased: Estimate
-    norm: Estimate
-    baseline_norm: Estimate
+    relative_l2: GroupedEstimate
+    cosine: GroupedEstimate
+    cka: GroupedEstimate
+    cka_debiased: GroupedEstimate
+    norm: GroupedEstimate
+    baseline_norm: GroupedEstimate
 
 
 SIMILARITIES = tuple(Similarity.__dataclass_fields__)
@@ -337,7 +348,8 @@ def _similarities(sums: _Sums) -> tuple[Similarity, list[Similarity]]:
 
     def similarity(value: Tensor, others: Tensor) -> Similarity:
         spread = (factor * (others - others.mean(0)).square().sum(0)).sqrt()
-        return Similarity(*(Estimate(v, e) for v, e in zip(value.tolist(), spread.tolist(), strict=True)))
+        columns = (value.tolist(), spread.tolist(), map(tuple, others.T.tolist()))
+        return Similarity(*(GroupedEstimate(*each) for each in zip(*columns, strict=True)))
 
     return (
         similarity(values.mean(0), left_out.mean(1)),

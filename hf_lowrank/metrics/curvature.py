@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.sharding import all_reduce_sum, raise_together
 
-__all__ = ["hessian_trace", "top_eigenvalue"]
+__all__ = ["hessian_trace", "quadratic_forms", "top_eigenvalue"]
 
 LossFunction = Callable[[nn.Module], Tensor]
 
@@ -94,17 +95,24 @@ def hessian_trace(
     Raises:
         ValueError: nothing requires a gradient, the loss does not depend on it, or `samples` is below 1.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples!r}: give 1 or more")
-    generator = torch.Generator().manual_seed(seed)
-    with twice_differentiable(model):
-        hessian, quadratic_forms = raise_together(lambda: _Hessian(model, loss_fn, shared), shared), []
-        for _ in range(samples):
-            v = [_signs(p, generator) for p in hessian.parameters]
-            quadratic_forms.append(_dot(v, hessian @ v))
-    values = np.asarray(quadratic_forms)
+    values = quadratic_forms(model, loss_fn, samples, seed, shared)
     stderr = float(values.std(ddof=1) / math.sqrt(samples)) if samples > 1 else math.nan
     return Estimate(float(values.mean()), stderr)
+
+
+def quadratic_forms(
+    model: nn.Module, loss_fn: LossFunction, samples: int, seed: int = 0, shared: bool = False
+) -> NDArray[np.float64]:
+    """v^T H v of each random v in {-1, 1}, (samples,): their mean estimates the trace. See `hessian_trace`."""
+    if samples < 1:
+        raise ValueError(f"samples={samples!r}: give 1 or more")
+    generator, forms = torch.Generator().manual_seed(seed), []
+    with twice_differentiable(model):
+        hessian = raise_together(lambda: _Hessian(model, loss_fn, shared), shared)
+        for _ in range(samples):
+            v = [_signs(p, generator) for p in hessian.parameters]
+            forms.append(_dot(v, hessian @ v))
+    return np.asarray(forms)
 
 
 def _signs(p: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ from hf_lowrank.sharding import like, reshard, whole
 __all__ = [
     "NORMALIZATIONS", "LossCurve", "SingularDirections", "expected_sharpness", "loss_curve", "mean_curve",
     "random_direction", "sharpness_weights", "svd_direction", "symmetric_grid", "variance_over_directions",
+    "variance_pseudo_values",
 ]  # fmt: skip
 
 NORMALIZATIONS = ("none", "filter", "layer", "unit")
@@ -264,6 +265,30 @@ def mean_curve(curves: Sequence[LossCurve]) -> LossCurve:
 def variance_over_directions(curves: Sequence[LossCurve]) -> float:
     """Variance over directions (ddof 0, as in the study), averaged over the grid (H2, H5)."""
     return float(_stacked(curves).var(0).mean())
+
+
+def variance_pseudo_values(losses: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two-way jackknife pseudo-values of `variance_over_directions`: (N, n), one for each direction and sequence.
+
+    With theta the variance, and theta without direction i, sequence j, or both: N n theta - (N - 1) n theta_i
+    - N (n - 1) theta_j + (N - 1) (n - 1) theta_ij. Their mean has no first-order bias in either number.
+
+    Args:
+        losses: (N, points, n) summed losses, 3 directions or more and 2 sequences or more.
+        tokens: (n,) predicted tokens.
+    """
+    (N, _, n), total = losses.shape, tokens.sum()
+    sums = losses.sum(-1, keepdims=True)
+    every, without_one = sums / total, (sums - losses) / (total - tokens)
+
+    def without_each(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, k) variances without one direction each, of means (N, points, k)."""
+        apart = means - means.mean(0)
+        squares = (apart**2).sum(0) - apart**2
+        return (squares / (N - 1) - (apart / (N - 1)) ** 2).mean(1)
+
+    one_way = N * n * every.var(0).mean(0) - N * (n - 1) * without_one.var(0).mean(0)
+    return one_way + (N - 1) * ((n - 1) * without_each(without_one) - n * without_each(every))
 
 
 def _stacked(curves: Sequence[LossCurve]) -> NDArray[np.float64]:

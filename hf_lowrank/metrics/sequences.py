@@ -6,6 +6,7 @@ beyond the model does not grow with batch or vocabulary. Shapes: n sequences of 
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,8 @@ from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
 from hf_lowrank.sharding import all_reduce_sum, rank_and_world
 
 __all__ = [
-    "EvaluationSet", "check_next_token", "check_rows", "evaluation_settings", "predicts_next_token", "rows_digest",
-    "sequence_losses", "sequences_at_once", "unpacked", "without_autocast", "without_logits",
+    "EvaluationSet", "check_next_token", "check_rows", "evaluation_settings", "predicts_next_token", "row_ids",
+    "rows_digest", "sequence_losses", "sequences_at_once", "unpacked", "without_autocast", "without_logits",
 ]  # fmt: skip
 
 # logits held at once: 128 MB in float32
@@ -149,16 +150,34 @@ def rows_digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
     Args:
         batches: ids and labels, each (n, t); a row counts up to its last predicted token.
     """
-    digest = hashlib.sha256()
-    predicted = [labels != IGNORED for _, labels in batches]
-    # the column after each row's last predicted token; 0 for a row without one
-    ends = [((mask * torch.arange(1, mask.shape[1] + 1)).amax(1)).tolist() for mask in predicted]
+    digest, rows = hashlib.sha256(), list(_row_bytes(batches))
     for part in range(2):
-        for batch, lengths in zip(batches, ends, strict=True):
-            rows = batch[part].to(torch.int64).contiguous().numpy()
-            for row, length in zip(rows, lengths, strict=True):
-                digest.update(row[:length].tobytes())
+        for row in rows:
+            digest.update(row[part])
     return digest.hexdigest()
+
+
+def row_ids(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    """An id for every sequence that depends on its tokens alone; the n-th copy of one ends in `:n`.
+
+    Arguments as for `rows_digest`.
+    """
+    digests = [hashlib.sha256(ids + labels).hexdigest()[:12] for ids, labels in _row_bytes(batches)]
+    copies = Counter[str]()
+    for i, digest in enumerate(digests):
+        copies[digest] += 1
+        if copies[digest] > 1:
+            digests[i] = f"{digest}:{copies[digest]}"
+    return tuple(digests)
+
+
+def _row_bytes(batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[bytes, bytes]]:
+    """Ids and labels of each row as int64, up to its last predicted token."""
+    for ids, labels in batches:
+        # the column after each row's last predicted token; 0 for a row without one
+        ends = ((labels != IGNORED) * torch.arange(1, labels.shape[1] + 1)).amax(1).tolist()
+        for row, targets, end in zip(*(t.to(torch.int64).numpy() for t in (ids, labels)), ends, strict=True):
+            yield row[:end].tobytes(), targets[:end].tobytes()
 
 
 def evaluation_settings(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -254,6 +273,10 @@ class EvaluationSet:
     def digest(self) -> str:
         """SHA-256 (hex) of ids and labels, the same on every machine."""
         return rows_digest([(self.rows["input_ids"], self.rows["labels"])])
+
+    def units(self) -> tuple[str, ...]:
+        """An id for every sequence; see `row_ids`."""
+        return row_ids([(self.rows["input_ids"], self.rows["labels"])])
 
     def settings(self) -> dict[str, Any]:
         """The settings of a number that is measured on this set."""

@@ -347,9 +347,12 @@ class Report(Closed):
 
 
 def details(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that a report says about how a number was measured, to show it."""
+    """Return everything that a report says about how a number was measured, to show it.
+
+    The degrees of freedom (`dof`) belong to the error and are left out.
+    """
     parts = ("settings", "reference", "about")
-    return {key: value for part in parts for key, value in (entry.get(part) or {}).items()}
+    return {key: value for part in parts for key, value in (entry.get(part) or {}).items() if key != "dof"}
 
 
 class _WithoutTitles(GenerateJsonSchema):

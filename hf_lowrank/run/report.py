@@ -30,7 +30,7 @@ from hf_lowrank.downstream.results import (
     read_evaluations,
 )
 from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback, random_state_kept
-from hf_lowrank.families.loss import loss_records
+from hf_lowrank.families.loss import loss_records, over_sequences
 from hf_lowrank.families.records import (
     EVALUATION,
     Measurement,
@@ -46,7 +46,6 @@ from hf_lowrank.hub.background import PushQueue
 from hf_lowrank.hub.card import write_card
 from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
-from hf_lowrank.metrics.perplexity import Estimate, mean_loss
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.metrics.sequences import (
     IGNORED,
@@ -54,6 +53,7 @@ from hf_lowrank.metrics.sequences import (
     check_next_token,
     evaluation_settings,
     predicts_next_token,
+    row_ids,
     sequence_losses,
     unpacked,
 )
@@ -62,6 +62,7 @@ from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import ReportError, read_report, write_report
 from hf_lowrank.report.model import SCHEMA_VERSION, Run
+from hf_lowrank.report.samples import Samples
 from hf_lowrank.report.values import format_bytes, format_count, format_duration
 from hf_lowrank.run.facts import RunInfo, run_facts
 
@@ -132,13 +133,15 @@ class ReportCallback(TrainerCallback):
         # metric callbacks look after their own files
         theirs = {c.file for c in self.trainer.callback_handler.callbacks if isinstance(c, MetricCallback)}
         folder = metrics_folder(str(self.trainer.args.output_dir))
-        for path in folder.glob("*.*"):
-            if path.stem not in theirs and step == 0:
+        for path in list(folder.glob("*.*")):
+            # up to the first dot: samples are in `<file>.samples.parquet`
+            name = path.name.partition(".")[0]
+            if name not in theirs and step == 0:
                 path.unlink()
             elif path.name == EVALUATIONS:
                 forget_evaluations(folder, step)
-            elif path.stem not in theirs and path.suffix == ".json":
-                forget(folder, path.stem, lambda measured_at: measured_at > step)
+            elif name not in theirs and path.suffix == ".json":
+                forget(folder, name, lambda measured_at: measured_at > step)
 
     def _keep_evaluation(self) -> None:
         """Write what is validated on beside the checkpoints, so that they can be measured on the same rows later."""
@@ -206,8 +209,8 @@ class ReportCallback(TrainerCallback):
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
 
-    def _validation_loss(self) -> tuple[Estimate, dict[str, Any]] | None:
-        """Validation loss and the settings it depends on; every process evaluates its share."""
+    def _validation_loss(self) -> tuple[Samples, dict[str, Any]] | None:
+        """Losses of the validation rows and the settings they depend on; every process evaluates its share."""
         trainer, model = self.trainer, self._bare_model()
         dataset: Any = trainer.eval_dataset
         if dataset is None or isinstance(dataset, dict):
@@ -221,7 +224,7 @@ class ReportCallback(TrainerCallback):
             size, shared = trainer.args.per_device_eval_batch_size, trainer.args.world_size > 1
             sequences = EvaluationSet.from_dataset(dataset, None, size, self._collator(), shared)
             with evaluating(model):
-                return sequences.estimate(model), sequences.settings()
+                return over_sequences(*sequences.losses(model), sequences.units()), sequences.settings()
         wrapped: Any = trainer.model
         losses, tokens, rows = [], [], []
         with evaluating(wrapped):
@@ -242,7 +245,7 @@ class ReportCallback(TrainerCallback):
                 losses.append(sums)
                 tokens.append(counts)
                 rows.append((ids, labels))
-        return mean_loss(torch.cat(losses), torch.cat(tokens)), evaluation_settings(rows)
+        return over_sequences(torch.cat(losses), torch.cat(tokens), row_ids(rows)), evaluation_settings(rows)
 
     def _validation_records(self) -> list[Record]:
         """Validation loss and perplexity with standard errors."""

@@ -18,6 +18,7 @@ from hf_lowrank.checkpoints import load_model
 from hf_lowrank.families import Measurement, Record
 from hf_lowrank.families import callback as base
 from hf_lowrank.families.callback import MetricCallback
+from hf_lowrank.families.records import metrics_folder, read_measurement
 from hf_lowrank.metrics.activations import compare_activations
 from hf_lowrank.metrics.curvature import hessian_trace
 from hf_lowrank.metrics.interpolation import barrier, loss_path
@@ -32,6 +33,7 @@ from hf_lowrank.metrics.landscape import (
 )
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.catalogue import LANDSCAPE
+from hf_lowrank.report.samples import read_samples, samples_path
 
 FEW = dict(sequences=4, budget=None)
 SMALL = dict(directions=3, points=5, svd_1_points=5, svd_k=(2,), svd_k_points=5)
@@ -107,11 +109,11 @@ def test_landscapes(run):
     model, rows = load_model(folder / "checkpoint-4"), EvaluationSet.from_dataset(valid, 4)
     curves = [loss_curve(model, rows, random_direction(model, i), symmetric_grid(0.003, 5)) for i in range(3)]
     found = {r["name"]: r for r in records(folder, "landscape") if r["step"] == 4}
-    sharpness = [expected_sharpness(curve) for curve in curves]
     random = found["landscape/random/sharpness"]
     # losses are of float32 forward passes: 1e-7 of 4 nats
     assert random["value"] == pytest.approx(expected_sharpness(mean_curve(curves)), abs=2e-6)
-    assert random["stderr"] == pytest.approx(np.std(sharpness, ddof=1) / 3**0.5, abs=2e-6)
+    assert random["about"]["stderr"] == "over directions and sequences"
+    assert random["stderr"] > 0
     assert found["landscape/random/variance"]["value"] == pytest.approx(variance_over_directions(curves), rel=0.01)
     top = loss_curve(model, rows, svd_direction(model, 1), symmetric_grid(0.25, 5))
     assert found["landscape/svd_1/sharpness"]["value"] == pytest.approx(expected_sharpness(top), abs=2e-6)
@@ -206,6 +208,28 @@ def test_a_killed_run_measures_on_as_if_nothing_had_happened(run, tmp_path):
     trainer.train(resume_from_checkpoint=lr.last_checkpoint(tmp_path))
     for family in ("landscape", "interpolation", "activation", "curvature"):
         assert records(tmp_path, family) == records(whole, family), family
+        found, expected = (read_samples(samples_path(metrics_folder(f), family)) for f in (tmp_path, whole))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[key].sums, expected[key].sums) for key in found), family
+
+
+def test_numbers_with_a_sampling_error_have_the_samples_that_it_is_made_of(run):
+    folder, _, valid, _ = run
+    units = EvaluationSet.from_dataset(valid, 4).units()
+    for family in ("landscape", "interpolation", "activation", "curvature", "validation"):
+        for record in read_measurement(metrics_folder(folder), family).records:
+            over = record.about.get("stderr")
+            sampled = record.stderr is not None and over != "residual norm"
+            assert (record.samples is not None) == sampled, record.name
+            if sampled:
+                # a sharpness of several directions is kept in float32
+                stderr, dof = record.samples.error()
+                assert (stderr, record.samples.over) == (pytest.approx(record.stderr, rel=1e-5), over), record.name
+                assert record.about["dof"] == pytest.approx(dof, abs=0.02)
+                if record.name.endswith(("sharpness", "barrier", "barrier_chord", "center_loss", "trace", "loss")):
+                    assert record.samples.value == pytest.approx(record.value, rel=1e-6), record.name
+                if "sequence" in record.samples.kind and family != "validation":
+                    assert record.samples.units == units
 
 
 def test_a_resumed_run_without_them_drops_what_lies_beyond_its_checkpoint(run, tmp_path):
@@ -215,7 +239,8 @@ def test_a_resumed_run_without_them_drops_what_lies_beyond_its_checkpoint(run, t
     lr.attach(trainer)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert sorted(values(folder, "landscape/random/sharpness")) == [0, 2]
-    assert not (folder / "publish" / "metrics" / "interpolation.json").exists()
+    assert {key[2] for key in read_samples(samples_path(metrics_folder(folder), "landscape"))} == {0, 2}
+    assert not list((folder / "publish" / "metrics").glob("interpolation.*"))
 
 
 # The budget

@@ -41,6 +41,9 @@ class Exact:
     def settings(self):
         return {"sequences": 1}
 
+    def units(self):
+        return ("0",)
+
 
 def landscape(model, sequences, settings):
     return Landscape().measure(Context(model, 0, settings, sequences))

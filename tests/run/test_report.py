@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import hf_lowrank as lr
+from hf_lowrank.families.records import metrics_folder, read_measurement
 from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.io import read_report, validate_report
 from hf_lowrank.report.model import details
@@ -171,7 +172,13 @@ def test_perplexity_and_its_error(sltrain_run):
     # as `hf-lowrank measure` has it of the same rows
     assert loss["settings"] == EvaluationSet.from_dataset(dataset(8, seed=1)).settings()
     assert (loss["settings"]["sequences"], loss["settings"]["tokens"]) == (8, 8 * (LENGTH - 1))
-    assert loss["about"] == {"stderr": "over sequences"}
+    assert loss["about"] == {"stderr": "over sequences", "dof": 7}
+    samples = {
+        record.name: record.samples for record in read_measurement(metrics_folder(folder), "validation").records
+    }
+    assert samples["validation_loss"].value == loss["value"]
+    assert samples["validation_loss"].units == EvaluationSet.from_dataset(dataset(8, seed=1)).units()
+    assert samples["perplexity"].error()[0] == pytest.approx(perplexity["stderr"])
 
 
 def test_perplexity_is_that_of_the_models_own_loss(foreign_run):
@@ -197,6 +204,7 @@ def test_publish_is_complete(foreign_run, sltrain_run):
     common = {
         "README.md", "report.json", "config.json", "generation_config.json", "model.safetensors",
         "metrics/spectral.json", "metrics/spectral.parquet", "metrics/training.parquet", "metrics/validation.json",
+        "metrics/validation.samples.parquet",
     }  # fmt: skip
     figures = {f"figures/{name}.png" for name in ("loss", "spectra_over_depth", "spectra_over_steps")}
     native = {"native/config.json", "native/generation_config.json", "native/model.safetensors"}
