@@ -14,6 +14,7 @@ import pandas as pd
 
 from hf_lowrank.report.catalogue import entry_of, headline_metric, headline_metrics
 from hf_lowrank.report.comparability import EVALUATION_HASH, Kind, Number, latest, numbers
+from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.model import Report
 from hf_lowrank.report.values import describe
@@ -44,6 +45,7 @@ class ComparedRun:
         tables: its checked parquet tables by name (`training`, `landscape`, ...).
         repo: `user/name` or `user/name@revision` if it comes from the Hub.
         problems: a sentence for each table that could not be read.
+        kept: what the run keeps of its measurements, by which numbers are compared unit by unit.
     """
 
     label: str
@@ -51,6 +53,7 @@ class ComparedRun:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     repo: str | None = None
     problems: Sequence[str] = ()
+    kept: Kept = field(default_factory=Kept)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hf_lowrank.figures.tables import read_table
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.hub.listing import Listed, fetch_listed
 from hf_lowrank.report.catalogue import tables as catalogued_tables
+from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.markdown import one_line
 
@@ -111,7 +112,8 @@ def _read(folder: Path, repo: str | None, problems: Sequence[str] = ()) -> Compa
         raise FileNotFoundError(f"no report.json in {folder}: `hf-lowrank measure` writes one for any Trainer's run")
     report = read_report(folder)
     tables, broken = read_curves(folder / "metrics")
-    return ComparedRun(_name(report), report, tables, repo, [*problems, *broken])
+    kept = Kept.read(folder / "metrics")
+    return ComparedRun(_name(report), report, tables, repo, [*problems, *broken, *kept.problems], kept)
 
 
 def _keep(gathered: Gathered, run: ComparedRun, source: str, identity: str, seen: set[str]) -> None:

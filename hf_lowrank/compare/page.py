@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
+import pandas as pd
 from markupsafe import Markup
 
 from hf_lowrank.compare.charts import Chart
@@ -99,10 +100,11 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
                 "method": row.method,
                 "seeds": ", ".join(str(seed) for seed in row.seeds if seed is not None),
                 "differs": row.differs,
+                "tested": comparison.tested(index),
                 "notes": row.notes,
                 "text": " ".join(fact.text for fact in row.facts),
             }
-            for row in comparison.rows
+            for index, row in enumerate(comparison.rows)
         ],
         "columns": [
             {
@@ -121,11 +123,12 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
 
 
 def _cell(cell: Any) -> dict[str, Any]:
-    """Return a cell for the page's script: value, text, difference, note, marks."""
+    """Return a cell for the page's script: value, text, difference, note, marks, what was tested."""
     notes = [cell.note, "" if cell.why == "no standard error" else cell.why]
     value = None if math.isnan(cell.value) else cell.value
     note = "; ".join(one_line(each) for each in notes if each)
-    return {"v": value, "t": cell.text, "d": cell.delta_text, "n": note, "s": cell.marks}
+    test = "" if pd.isna(cell.test) else cell.test
+    return {"v": value, "t": cell.text, "d": cell.delta_text, "n": note, "s": cell.marks, "w": test}
 
 
 def _chart(chart: Chart) -> dict[str, Any]:

@@ -6,7 +6,7 @@ comparison are made from these two.
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,9 @@ import pandas as pd
 
 from hf_lowrank.compare.frame import Column, ComparedRun, collect, columns_of
 from hf_lowrank.compare.notices import Notice, metric_notices, run_notices
-from hf_lowrank.report.comparability import Difference, differences, settings_key
+from hf_lowrank.report.comparability import Difference, data_order, differences, settings_key
 from hf_lowrank.report.markdown import one_line
-from hf_lowrank.report.significance import Delta, Sample, difference, stars
+from hf_lowrank.report.significance import Delta, Sample, corrected, difference, tested_number
 from hf_lowrank.report.tables import Fact, fact_rows
 from hf_lowrank.report.values import format_bytes, format_count, format_duration, format_value
 
@@ -55,7 +55,8 @@ class Comparison:
         runs, rows, columns: what is compared; `baseline` is a row's index, `sort` a column's.
         points: all numbers, as `collect` gives them, with the `row` that they belong to.
         cells: the table, indexed by row and column: value, stderr, n_seeds, step, text, note, and the difference to
-            the baseline's cell with delta, delta_stderr, p, test, delta_text, why and marks.
+            the baseline's cell with delta, delta_stderr, dof, p, q, test, paired, size, delta_text, why and marks.
+        tests: how many numbers were tested.
         notices: what readers must know, conflicts first.
     """
 
@@ -69,11 +70,14 @@ class Comparison:
     grouped: bool
     sort: int | None = None
     descending: bool = False
+    tests: int = 0
 
-    @property
-    def tests(self) -> int:
-        """How many differences were tested."""
-        return int(self.cells["p"].count())
+    def tested(self, row: int) -> str:
+        """Return what a row's tests against the baseline are about; nothing for the baseline itself."""
+        if self.baseline in (None, row):
+            return ""
+        methods = all(len(self.rows[each].members) > 1 for each in (row, self.baseline))
+        return "Δ: the methods, over seeds" if methods else "Δ: these two models, not these two methods"
 
     @property
     def usual(self) -> list[int]:
@@ -144,7 +148,7 @@ def compare(
     against_usual = differences(reports, baseline)
     rows = [_row(runs, members, against_usual) for members in groups]
     chosen = None if sort is None else _sort_column(sort, columns, points)
-    cells = _cells(points, columns, rows)
+    cells = _cells(runs, points, columns, rows)
     if chosen is not None:
         values = cells["value"].xs(chosen, level="column").reindex(range(len(rows)))
         order = values.sort_values(ascending=not descending, kind="stable", na_position="last").index
@@ -152,6 +156,7 @@ def compare(
         cells = cells.rename(index={old: new for new, old in enumerate(order)}, level="row").sort_index()
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
     at = None if baseline is None else row_of[baseline]
+    cells, tests = _with_differences(cells, at, columns)
     notices = [
         *run_notices(differences(reports), labels),
         *metric_notices(points, labels),
@@ -164,12 +169,13 @@ def compare(
         rows=rows,
         columns=columns,
         points=points.assign(row=points["run"].map(row_of)),
-        cells=_with_differences(cells, at, columns),
+        cells=cells,
         notices=sorted(notices, key=lambda notice: notice.level != "conflict"),
         baseline=at,
         grouped=group_seeds,
         sort=chosen,
         descending=descending,
+        tests=tests,
     )
 
 
@@ -237,7 +243,9 @@ def _sort_column(name: str, columns: Sequence[Column], points: pd.DataFrame) -> 
 # ---- cells ----
 
 
-def _cells(points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row]) -> pd.DataFrame:
+def _cells(
+    runs: Sequence[ComparedRun], points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row]
+) -> pd.DataFrame:
     """Return the table's cells without differences; a cell of several seeds has their mean and its error."""
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
     # a run whose seed is there already has no row
@@ -248,7 +256,10 @@ def _cells(points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row])
             one_line(number.about.get("note") or "not measured") if math.isnan(value) else None
             for number, value in zip(lines["number"], lines["value"], strict=True)
         ],
-        sampling=[number.sampling for number in lines["number"]],
+        measured=[
+            None if math.isnan(value) else (run, number)
+            for run, number, value in zip(lines["run"], lines["number"], lines["value"], strict=True)
+        ],
     )
     cells = lines.groupby(["row", "column"]).agg(
         value=("value", "mean"),
@@ -260,16 +271,17 @@ def _cells(points: pd.DataFrame, columns: Sequence[Column], rows: Sequence[Row])
         last_step=("step", "max"),
         steps=("step", "count"),
         missing=("missing", lambda why: list(dict.fromkeys(why.dropna()))),
-        sampling=("sampling", "all"),
         seeds=("value", lambda values: values.dropna().tolist()),
+        measured=("measured", lambda pairs: pairs.dropna().tolist()),
     )
     same_step = (cells["first_step"] == cells["last_step"]) & (cells["steps"] == cells["runs"])
     cells["step"] = cells["first_step"].where(same_step).astype("Int64")
     cells["stderr"] = cells["spread"].where(cells["n_seeds"] > 1, cells["stderr"])
     cells["note"] = [_note(cell, len(rows[cell.Index[0]].members)) for cell in cells.itertuples()]
+    cells["sample"] = [_sample(runs, cell) for cell in cells.itertuples()]
     cells["n_seeds"] = cells["n_seeds"].where(cells["n_seeds"] > 0, cells["runs"])
     cells["text"] = [_text(columns[cell.Index[1]], cell.value, cell.stderr) for cell in cells.itertuples()]
-    return cells[["value", "stderr", "n_seeds", "step", "text", "note", "sampling", "seeds"]]
+    return cells[["value", "stderr", "n_seeds", "step", "text", "note", "sample", "measured"]]
 
 
 def _note(cell: Any, members: int) -> str:
@@ -281,6 +293,18 @@ def _note(cell: Any, members: int) -> str:
     return "; ".join(notes)
 
 
+def _sample(runs: Sequence[ComparedRun], cell: Any) -> Sample | None:
+    """Return what is compared of a cell, None if nothing was measured."""
+    if not cell.measured:
+        return None
+    stderr = None if math.isnan(cell.stderr) else float(cell.stderr)
+    if len(cell.measured) == 1:
+        run, number = cell.measured[0]
+        return Sample.of(replace(number, stderr=stderr), runs[run].kept.of(number))
+    orders = [data_order(runs[run].report) for run, _ in cell.measured]
+    return Sample(cell.value, stderr, cell.seeds, orders=orders)
+
+
 def _text(column: Column, value: float, stderr: float) -> str:
     if column.kind != "cost" or math.isnan(value):
         return format_value(value, stderr)
@@ -290,25 +314,37 @@ def _text(column: Column, value: float, stderr: float) -> str:
     return str(shown(value)) if shown else f"{value:.3g}"
 
 
-def _with_differences(cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]) -> pd.DataFrame:
-    """Return the cells with their differences to the baseline's cells, tested if errors and seeds allow it."""
+def _with_differences(
+    cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]
+) -> tuple[pd.DataFrame, int]:
+    """Return the cells with their differences to the baseline's cells, and how many numbers were tested."""
     base = {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
-    lines: list[tuple[Any, ...]] = []
-    for cell in cells.itertuples():
+    deltas = [Delta(math.nan, None, None, None)] * len(cells)
+    costs: list[str] = [""] * len(cells)
+    numbers: list[Hashable] = [None] * len(cells)
+    for place, cell in enumerate(cells.itertuples()):
         row, column = cell.Index
         there = base.get(column)
-        delta, text = Delta(math.nan, None, None, None), ""
-        if row != baseline and there is not None and not math.isnan(cell.value - there.value):
-            if columns[column].kind == "cost":
-                delta, text = replace(delta, value=cell.value - there.value), _percent(cell.value, there.value)
-            else:
-                delta = difference(_sample(cell), _sample(there))
-                text = delta.text
-        lines.append((delta.value, delta.stderr, delta.p, delta.test, text, delta.why or ""))
-    names = ["delta", "delta_stderr", "p", "test", "delta_text", "why"]
-    added = pd.DataFrame(lines, columns=names, index=cells.index)
-    added = added.astype({"delta": float, "delta_stderr": float, "p": float})
-    return cells.drop(columns=["sampling", "seeds"]).join(added.assign(marks=added["p"].map(stars)))
+        if row == baseline or there is None or cell.sample is None or there.sample is None:
+            continue
+        if columns[column].kind == "cost":
+            deltas[place] = replace(deltas[place], value=cell.value - there.value)
+            costs[place] = _percent(cell.value, there.value)
+        else:
+            deltas[place] = difference(cell.sample, there.sample)
+            numbers[place] = (row, tested_number(cell.measured[0][1], cell.sample, there.sample))
+    deltas = corrected(deltas, numbers)
+    fields = {
+        "delta": "value", "delta_stderr": "stderr", "dof": "dof", "p": "p", "q": "q", "test": "test",
+        "paired": "paired", "marks": "marks", "size": "size",
+    }  # fmt: skip
+    added = pd.DataFrame({name: [getattr(d, field) for d in deltas] for name, field in fields.items()}, cells.index)
+    added = added.astype(dict.fromkeys(("delta", "delta_stderr", "dof", "p", "q"), float))
+    added["why"] = [delta.why or "" for delta in deltas]
+    added["delta_text"] = [
+        cost or ("" if math.isnan(delta.value) else delta.text) for cost, delta in zip(costs, deltas, strict=True)
+    ]
+    return cells.drop(columns=["sample", "measured"]).join(added), sum(delta.counts for delta in deltas)
 
 
 def _percent(value: float, base: float) -> str:
@@ -316,7 +352,3 @@ def _percent(value: float, base: float) -> str:
         return ""
     change = 100 * (value / base - 1)
     return f"{change:+.1f} %".replace("-", "−") if change else "the same"
-
-
-def _sample(cell: Any) -> Sample:
-    return Sample(cell.value, None if math.isnan(cell.stderr) else cell.stderr, cell.seeds, cell.sampling)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hf_lowrank.compare.table import Comparison
 from hf_lowrank.report.markdown import Markdown, escape, one_line
+from hf_lowrank.report.significance import UNPAIRED
 from hf_lowrank.report.values import UNKNOWN
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
 _METRIC_FIELDS = [
     "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "step", "value", "stderr", "n_seeds",
-    "delta", "delta_stderr", "p", "test", "not_comparable_in", "note", "differs_in",
+    "delta", "delta_stderr", "dof", "p", "q", "test", "paired", "not_comparable_in", "note", "differs_in",
 ]  # fmt: skip
 ENVIRONMENT = Environment(
     loader=PackageLoader("hf_lowrank.compare", "templates"),
@@ -45,7 +46,8 @@ def significance_text(comparison: Comparison) -> list[str]:
         baseline=None if comparison.baseline is None else comparison.rows[comparison.baseline],
         grouped=comparison.grouped,
         tests=comparison.tests,
-        by_chance=max(1, round(0.05 * comparison.tests)),
+        unpaired=bool((comparison.cells["test"] == "unpaired").any()),
+        mark=UNPAIRED,
     )
     return text.split("\n\n")
 
@@ -119,7 +121,7 @@ def render_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
 
     cells = comparison.pivot(show).T.fillna("")
     cells.insert(0, "metric", [column.title for column in comparison.columns])
-    header = ["metric", *(row.label for row in comparison.rows)]
+    header = ["metric", *(_head(comparison, index) for index in range(len(comparison.rows)))]
     groups = pd.Series([column.group for column in comparison.columns])
     tables = [("Runs", *_runs_table(comparison))]
     for group in groups.unique():
@@ -134,6 +136,11 @@ def render_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
         reading=significance_text(comparison),
         figures=figures,
     )
+
+
+def _head(comparison: Comparison, index: int) -> str:
+    tested = comparison.tested(index)
+    return comparison.rows[index].label + (f" ({tested})" if tested else "")
 
 
 def _runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -194,7 +201,10 @@ def _terminal_metrics(comparison: Comparison, cells: pd.DataFrame) -> Table:
     table.add_column("metric", overflow="fold", max_width=_METRIC_WIDTH)
     for index in cells.index:
         row = comparison.rows[index]
-        table.add_column(Text(row.label + (" ≠" if row.differs else "")), justify="right", overflow="fold")
+        head = Text(row.label + (" ≠" if row.differs else ""))
+        if tested := comparison.tested(index):
+            head.append(f"\n{tested}", style="dim")
+        table.add_column(head, justify="right", overflow="fold")
     for column, texts in cells.items():
         if texts.notna().any():
             shown = [Text("") if text is None else text for text in texts]

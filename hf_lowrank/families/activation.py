@@ -103,6 +103,7 @@ class ActivationCallback(SequenceCallback):
         if not isinstance(baseline, PreTrainedModel):
             self._folder = Path(baseline) if Path(baseline).is_dir() else fetch(str(baseline))
             self.baseline_report = _report(self._folder)
+            self.baseline_metrics = (self._folder / "metrics", self._folder / "publish" / "metrics")
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)

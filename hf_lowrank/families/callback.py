@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -105,6 +106,8 @@ class MetricCallback(TrainerCallback):
     alternative: ClassVar[str] = "give one of them"
     # the report of the run that this one is compared with
     baseline_report: Report | None = None
+    # where that run keeps its metrics
+    baseline_metrics: tuple[Path, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

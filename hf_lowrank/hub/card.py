@@ -28,6 +28,7 @@ from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report, validate_report, write_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
 from hf_lowrank.report.model import Paper, Report
+from hf_lowrank.report.significance import UNPAIRED
 from hf_lowrank.report.tables import HeadlineRow, evaluation_rows, fact_rows, headline_rows, measured_with
 from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_value
 
@@ -47,6 +48,7 @@ class Baseline:
     Attributes:
         name, method, facts: what it was.
         rows: numbers of the two that compare.
+        reading: how their differences are to be read, a few sentences.
         conflicts: in what they differ so that their numbers are not of the same thing.
         notes: in what else they differ.
     """
@@ -55,6 +57,7 @@ class Baseline:
     method: str
     facts: Sequence[str]
     rows: Sequence[Pair]
+    reading: str
     conflicts: Sequence[str]
     notes: Sequence[str]
 
@@ -235,14 +238,34 @@ def _baseline(report: Report) -> Baseline | None:
     texts: dict[str, list[str]] = {"conflict": [], "note": []}
     for difference in differences([report, baseline], reference=1):
         texts[difference.level].append(_in_words(difference))
+    rows = beside_baseline(report)
     return Baseline(
         name=baseline.name,
         method=baseline.method_label or baseline.method,
         facts=facts,
-        rows=beside_baseline(report),
+        rows=rows,
+        reading=_reading(rows),
         conflicts=texts["conflict"],
         notes=texts["note"],
     )
+
+
+def _reading(rows: Sequence[Pair]) -> str:
+    """Return how the differences of run and baseline are to be read."""
+    tests = sum(row.delta.counts for row in rows)
+    sentences = ["A difference is this run's number minus the baseline's, ± one standard error."]
+    if any(row.delta.test == "unpaired" for row in rows):
+        sentences.append(
+            f"{UNPAIRED} marks an unpaired one: its error is as if the two were independent, which is too large on a "
+            "text that both share."
+        )
+    if tests:
+        sentences.append(
+            f"q is p corrected for {tests} test{'s' if tests > 1 else ''} (Benjamini-Hochberg; * q < 0.05, "
+            "** q < 0.01, *** q < 0.001); with one seed each it says whether these two models differ, not whether "
+            "the two methods do."
+        )
+    return " ".join(sentences)
 
 
 def _in_words(difference: Difference) -> str:

@@ -19,6 +19,7 @@ from hf_lowrank.data import DataArguments, DataError, load_validation
 from hf_lowrank.families.records import EVALUATION
 from hf_lowrank.hub.fetch import FetchError, fetch
 from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
+from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.model import Report
 
@@ -83,6 +84,7 @@ class RunSource:
         name: of the run, as the report has it, or the folder's or repository's.
         output: folder that gets `publish/` and the state of the measurement.
         root: the run's own folder, which keeps its validation rows; None for a repository.
+        snapshot: of its repository, with its report; None for a folder.
         checkpoints: by step; at least one.
         report: the run's report, None if it has none.
         config: config.json of its newest checkpoint.
@@ -94,6 +96,7 @@ class RunSource:
     report: Report | None
     config: dict[str, Any] = field(default_factory=dict)
     root: Path | None = None
+    snapshot: Path | None = None
 
     @property
     def method(self) -> str:
@@ -104,6 +107,12 @@ class RunSource:
     def seed(self) -> int | None:
         """The seed it was trained with, if that is known."""
         return None if self.report is None else self.report["run"]["seeds"]["seed"]
+
+    def kept(self) -> Kept:
+        """What it keeps of its measurements, those in `output` before what it came with."""
+        homes = [self.snapshot, self.root, self.output]
+        folders = [home / place for home in homes if home is not None for place in ("metrics", "publish/metrics")]
+        return Kept.read(*dict.fromkeys(folders))
 
     @property
     def tokenizer(self) -> str | None:
@@ -217,7 +226,9 @@ def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
         fetch(repo_id, token=token, allow_patterns=["config.json", "report.json"])
         tags = _tags(repo_id, token)
         steps = {int(found[1]): tag for tag in tags if (found := re.fullmatch(r"step-(\d+)", tag))}
-    folder = fetch(repo_id, revision=revision or None, token=token, allow_patterns=["config.json", "report.json"])
+    # the files of a baseline by which differences to it are paired
+    wanted = ["config.json", "report.json", "metrics/*.samples.parquet", "metrics/items.parquet"]
+    folder = fetch(repo_id, revision=revision or None, token=token, allow_patterns=wanted)
     report = _report(folder)
     if not steps or -1 in steps:
         steps = {0 if report is None else int(report["run"]["steps"]): revision}
@@ -226,7 +237,9 @@ def _on_hub(source: str, output: Path | None, token: str | None) -> RunSource:
         for step, tag in sorted(steps.items())
     ]
     name = repo_id if report is None else str(report["run"]["name"])
-    return RunSource(name, output or Path("measured") / repo_id.replace("/", "--"), checkpoints, report)
+    return RunSource(
+        name, output or Path("measured") / repo_id.replace("/", "--"), checkpoints, report, snapshot=folder
+    )
 
 
 def _report(folder: Path) -> Report | None:

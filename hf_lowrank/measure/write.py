@@ -21,7 +21,7 @@ from hf_lowrank.hub.card import write_card
 from hf_lowrank.measure.source import RunSource
 from hf_lowrank.methods import get_method
 from hf_lowrank.model_config import base_architecture
-from hf_lowrank.report.baseline import baseline_of
+from hf_lowrank.report.baseline import baseline_of, differences_to_baseline
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report, write_report
 from hf_lowrank.report.model import SCHEMA_VERSION, Report
@@ -42,8 +42,9 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     report = run.report or _report_of_checkpoints(run)
     report = {**report, "metrics": _metrics(run, folder), "evaluations": _evaluations(report, folder)}
     known = None if baseline is None or baseline is run else _report_now(baseline)
-    if known is not None:
+    if known is not None and baseline is not None:
         report["baseline"] = baseline_of(known)
+        report["baseline"]["differences"] = differences_to_baseline(report, run.kept(), baseline.kept())
     # found since the run was opened, or by an earlier command whose results lie elsewhere than the run
     elif (held := _report_now(run)) is not None and "baseline" in held:
         report["baseline"] = held["baseline"]

@@ -7,6 +7,7 @@ it as its baseline.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hf_lowrank.report.values import UNKNOWN, describe, format_count
 
 __all__ = [
     "EVALUATION_HASH", "FACTS", "PEER", "REMARKS", "Difference", "Kind", "Level", "Number", "SharedFact",
-    "data_identity", "differences", "latest", "numbers", "settings_key",
+    "data_identity", "data_order", "differences", "latest", "numbers", "settings_key",
 ]  # fmt: skip
 
 Level = Literal["conflict", "note"]
@@ -212,6 +213,19 @@ def data_identity(report: Report) -> str:
     return repr([value for fact, value in zip(FACTS, _values(report), strict=True) if fact.of_data])
 
 
+def data_order(report: Report) -> str | None:
+    """Return as text what runs share if they saw the same data in the same order from the same seed.
+
+    None if that is not known.
+    """
+    run, data = report.run, report.data
+    if run.seeds.seed is None or data is None or data.revision_or_hash is None or run.batch.global_sequences is None:
+        return None
+    # Trainer orders the data by the seed if there is no seed for the data
+    order = run.seeds.seed if run.seeds.data_seed is None else run.seeds.data_seed
+    return repr((run.seeds.seed, order, run.batch.global_sequences, data_identity(report)))
+
+
 def settings_key(report: Report) -> str:
     """Return as text what runs share if they differ only in their seed."""
     run = report.run
@@ -265,6 +279,12 @@ class Number:
     def sampling(self) -> bool:
         """Whether the standard error is that of sampling; a Lanczos residual bounds a numerical error."""
         return not str(self.about.get("stderr", "")).startswith("residual")
+
+    @property
+    def dof(self) -> float | None:
+        """Degrees of freedom of the standard error, None if they are not known."""
+        dof = self.about.get("dof")
+        return float(dof) if isinstance(dof, int | float) and 0 < dof < math.inf else None
 
     @property
     def comparable(self) -> bool:

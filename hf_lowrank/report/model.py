@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema
 
 __all__ = [
-    "SCHEMA_VERSION", "Baseline", "Batch", "CheckpointOf", "Data", "EvaluationEntry", "LearningRateSchedule",
-    "MetricEntry", "Model", "Optimizer", "OptimizerStateBytes", "Paper", "Part", "PeakMemory", "Report", "Run",
-    "Seeds", "Space", "details", "json_schema",
+    "SCHEMA_VERSION", "Baseline", "BaselineDifference", "Batch", "CheckpointOf", "Data", "EvaluationEntry",
+    "LearningRateSchedule", "MetricEntry", "Model", "Optimizer", "OptimizerStateBytes", "Paper", "Part", "PeakMemory",
+    "Report", "Run", "Seeds", "Space", "details", "json_schema",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -299,6 +299,35 @@ class EvaluationEntry(Closed):
     about: dict[str, Any] = {}
 
 
+class BaselineDifference(Closed):
+    """A number of the run minus its baseline's, both measured in the same way.
+
+    Attributes:
+        name, space, settings, reference: which number; the name of a downstream result is `task/metric`.
+        value, baseline: the numbers of the run and of its baseline from which it was taken.
+        difference, stderr: of the two; the error is null if nothing is known of one of them.
+        dof: degrees of freedom of the test; null for the normal distribution or an exact test.
+        p: two-sided, not corrected for the number of tests; null if nothing was tested.
+        test: for people, such as `paired over 128 sequences`; null if nothing was tested.
+        paired: whether the two were compared unit by unit; otherwise the error is as if they were independent.
+        why: why nothing was tested.
+    """
+
+    name: Name
+    space: Space | None = None
+    settings: dict[str, Any]
+    reference: dict[str, Any] = {}
+    value: float
+    baseline: float
+    difference: float
+    stderr: Nonnegative | None
+    dof: Nonnegative | None
+    p: Annotated[float, Field(ge=0, le=1)] | None
+    test: str | None
+    paired: bool
+    why: str | None = None
+
+
 class Baseline(Closed):
     """What is known of the run that this one was measured against: enough to tell whether the two compare.
 
@@ -306,6 +335,7 @@ class Baseline(Closed):
 
     Attributes:
         optimizer_state_bytes: measured, or else predicted.
+        differences: of the numbers that both have measured in the same way, run minus baseline.
     """
 
     name: Name
@@ -328,6 +358,7 @@ class Baseline(Closed):
     data: Data | None
     metrics: list[MetricEntry]
     evaluations: list[EvaluationEntry]
+    differences: list[BaselineDifference] = []
 
     stopped_early = property(_stopped_early)
 

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import time
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,9 @@ from hf_lowrank.metrics.sequences import (
     sequence_losses,
     unpacked,
 )
-from hf_lowrank.report.baseline import baseline_of
+from hf_lowrank.report.baseline import baseline_of, differences_to_baseline
 from hf_lowrank.report.catalogue import LOSS
+from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import ReportError, read_report, write_report
 from hf_lowrank.report.model import SCHEMA_VERSION, Run
@@ -281,20 +281,24 @@ class ReportCallback(TrainerCallback):
             "metrics": read_records(folder),
             "evaluations": evaluation_entries(read_evaluations(folder) or []),
         }
-        if (baseline := self._baseline()) is not None:
-            report["baseline"] = baseline
+        self._add_baseline(report, folder)
         write_report(report, self.publish / "report.json")
         self._foreign = False
 
-    def _baseline(self) -> Mapping[str, Any] | None:
-        """What is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
+    def _add_baseline(self, report: dict[str, Any], metrics: Path) -> None:
+        """Add what is known of the run that this one is compared with, here or by `hf-lowrank measure`."""
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, MetricCallback) and callback.baseline_report is not None:
-                return baseline_of(callback.baseline_report)
+                report["baseline"] = baseline_of(callback.baseline_report)
+                kept = Kept.read(metrics), Kept.read(*callback.baseline_metrics)
+                report["baseline"]["differences"] = differences_to_baseline(report, *kept)
+                return
         try:
-            return None if self._foreign else read_report(self.publish).baseline
+            earlier = None if self._foreign else read_report(self.publish).baseline
         except (ReportError, FileNotFoundError):
-            return None
+            return
+        if earlier is not None:
+            report["baseline"] = earlier
 
     def whole_model(self) -> torch.nn.Module | None:
         """The model on the main process, None on the others; all call this, since its weights may be sharded."""

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 from compared import ON, compared, report, runs, task, write_run
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.figures import draw_comparison
@@ -253,7 +253,10 @@ def test_z_of_two_measurements() -> None:
     assert loss.delta == pytest.approx(-0.2)
     assert loss.delta_stderr == pytest.approx(0.1 * math.sqrt(2))
     assert loss.p == pytest.approx(0.157299, abs=1e-6)  # of z = sqrt(2)
-    assert loss.delta_text == "−0.20 ± 0.14, p = 0.16"
+    # the sharpness differs by as much of its error, the task by less: 0.157 is the first and the second of three
+    assert loss.q == pytest.approx(0.157299 * 3 / 2, abs=1e-6)
+    assert loss.delta_text == "−0.20 ± 0.14, p = 0.16, q = 0.24"
+    assert (loss.test, loss.paired, loss.marks, found.tests) == ("unpaired", False, "†", 3)
     exact = cell(found, 1, column(found, "spectral/weight/stable_rank"))
     assert math.isnan(exact.p)
     assert exact.why == "no standard error"
@@ -276,9 +279,12 @@ def test_where_nothing_can_be_tested(ours: Sample, base: Sample, why: str) -> No
     assert (delta.value, delta.p, delta.why) == (-1, None, why)
 
 
-def test_seeds_are_grouped_and_tested_by_welch() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["welch", "paired"])
+def test_seeds_are_grouped_and_tested_in_pairs_if_they_share_their_data(shared: bool) -> None:
     galore = [report(f"g{seed}", seed=seed, loss=loss) for seed, loss in ((1, 4.0), (2, 4.2), (3, 4.1))]
     full = [report(f"f{seed}", "fullrank", seed=seed, loss=loss) for seed, loss in ((1, 4.6), (2, 5.0), (3, 4.7))]
+    for made in () if shared else full:
+        made["run"]["seeds"]["data_seed"] = 7
     found = compare(runs(*galore, *full, report("lone", "fira", seed=9)), baseline=4, group_seeds=True)
     assert [(row.label, row.seeds) for row in found.rows] == [
         ("g1 + 2 seeds", (1, 2, 3)), ("f1 + 2 seeds", (1, 2, 3)), ("lone", (9,)),
@@ -288,8 +294,14 @@ def test_seeds_are_grouped_and_tested_by_welch() -> None:
     mean = cell(found, 0, at)
     assert (mean.value, mean.n_seeds) == (pytest.approx(4.1), 3)
     assert mean.stderr == pytest.approx(0.1 / math.sqrt(3))
-    assert mean.test == "welch"
-    assert mean.p == pytest.approx(ttest_ind([4.0, 4.2, 4.1], [4.6, 5.0, 4.7], equal_var=False).pvalue)
+    values = [4.0, 4.2, 4.1], [4.6, 5.0, 4.7]
+    known = ttest_rel(*values) if shared else ttest_ind(*values, equal_var=False)
+    assert mean.test == ("paired over 3 seeds" if shared else "Welch over seeds")
+    assert (mean.p, mean.dof) == (pytest.approx(known.pvalue), pytest.approx(known.df))
+    assert (mean.paired, mean.delta) == (shared, pytest.approx(4.1 - 14.3 / 3))
+    assert [found.tested(row).partition(": ")[2] for row in range(3)] == [
+        "the methods, over seeds", "", "these two models, not these two methods",
+    ]  # fmt: skip
     assert cell(found, 2, at).why == "one side is a single seed"
     assert "Single seeds" in said(found, "note")
     [loss] = [chart for chart in charts(found) if chart.name == LOSS]

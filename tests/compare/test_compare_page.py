@@ -229,7 +229,7 @@ def test_choosing_metrics(at: Page) -> None:
 @needs_browser
 def test_differences_with_their_p_can_be_hidden(at: Page) -> None:
     cells = at.texts("#table tbody tr:nth-child(2) td")
-    assert cells[0] == "3.00 ± 0.10−1.00 ± 0.14, p < 0.001 ***"
+    assert cells[0] == "3.00 ± 0.10−1.00 ± 0.14, p < 0.001, q < 0.001 *** †"
     at.one("#differences").click()
     assert at.texts("#table tbody tr:nth-child(2) td")[0] == "3.00 ± 0.10"
 

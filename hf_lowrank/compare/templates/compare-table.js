@@ -43,6 +43,7 @@ function runCell(index) {
   const cell = element("th", { scope: "row" }, swatch(index), element("span", { class: "name" }, row.label));
   const about = [row.method, row.seeds ? `seed ${row.seeds}` : ""].filter(Boolean).join(", ");
   cell.append(element("span", { class: "sub" }, index === data.baseline ? `${about}, baseline` : about));
+  if (table.differences && row.tested) cell.append(element("span", { class: "sub" }, row.tested));
   if (row.differs.length) cell.append(element("span", { class: "differs" }, `≠ ${row.differs.join(", ")}`));
   return cell;
 }
@@ -53,7 +54,9 @@ function valueCell(cell, column) {
   const label = named.filter(Boolean).join(" ");
   if (!cell) return element("td", { class: "none" }, element("span", { class: "hidden" }, "not measured"));
   const made = element("td", { "data-label": label }, cell.t);
-  if (table.differences && cell.d) made.append(element("span", { class: "sub" }, cell.s ? `${cell.d} ${cell.s}` : cell.d));
+  if (table.differences && cell.d) {
+    made.append(element("span", { class: "sub", title: cell.w || null }, cell.s ? `${cell.d} ${cell.s}` : cell.d));
+  }
   if (cell.n) made.append(element("span", { class: "sub" }, cell.n));
   return made;
 }
