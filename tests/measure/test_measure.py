@@ -9,12 +9,15 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import t as student
 from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import load_model
 from hf_lowrank.cli import main
+from hf_lowrank.compare.gather import gather
+from hf_lowrank.compare.table import compare
 from hf_lowrank.data import DataError
 from hf_lowrank.families import CurvatureSettings, InterpolationSettings, LandscapeSettings, Preset
 from hf_lowrank.measure import MeasureOptions, measure, open_run
@@ -334,6 +337,30 @@ def test_the_report_knows_its_baseline(measured):
     assert found.baseline.value == loss["value"] != found.number.value
     assert "The baseline is full: full-rank training" in (measured / "sparse" / "publish" / "README.md").read_text()
     assert "baseline" not in full
+
+
+def test_the_difference_to_the_baseline_is_paired_in_the_report_the_card_and_a_comparison(runs):
+    names = ("again", "full")
+    run_it([runs / name for name in names], runs / "full", families=("loss", "landscape", "interpolation"))
+    rows = pd.read_parquet(runs / "full" / "evaluation.parquet").to_dict("records")
+    sequences = EvaluationSet.from_dataset(rows, None, 4)
+    of_run = [sequences.losses(load_model(runs / name / "checkpoint-4")) for name in names]
+    (ours, tokens), (base, _) = [(losses.numpy(), counts.numpy()) for losses, counts in of_run]
+    value = (ours - base).sum() / tokens.sum()
+    residual, count = ours - base - value * tokens, len(tokens)
+    stderr = np.sqrt(count / (count - 1) * (residual**2).sum()) / tokens.sum()
+    pairs = {pair.name: pair.delta for pair in beside_baseline(lr.load_report(runs / "again"))}
+    loss = pairs["validation_loss"]
+    assert (loss.value, loss.stderr) == (pytest.approx(value, rel=1e-6), pytest.approx(stderr, rel=1e-6))
+    assert (loss.test, loss.dof) == (f"paired over {count} sequences", pytest.approx(count - 1))
+    assert loss.p == pytest.approx(2 * student.sf(abs(value / stderr), count - 1))
+    assert f"paired over {count} sequences" in (runs / "again" / "publish" / "README.md").read_text()
+    assert pairs["landscape/random/sharpness"].test == "paired over 3 directions × 4 sequences"
+    assert pairs["interpolation/consecutive/barrier"].test == "paired over 4 sequences"
+    found = compare(gather([str(runs / name) for name in names]).runs, baseline=1)
+    (at,) = [place for place, column in enumerate(found.columns) if column.name == "validation_loss"]
+    cell = found.cells.loc[(0, at)]
+    assert (cell.delta, cell.delta_stderr, cell.p, cell.test) == (loss.value, loss.stderr, loss.p, loss.test)
 
 
 def test_a_baseline_among_the_runs_is_measured_first(runs):
