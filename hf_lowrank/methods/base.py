@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import PushToHubMixin
 
+from hf_lowrank.methods.derived_weight import derive
 from hf_lowrank.plugins import load_plugins
 
 __all__ = [
@@ -114,6 +115,7 @@ class ReparameterizedLinear(nn.Module, ABC):
         in_features, out_features: n and m.
         fan_in_fan_out: True if the layer it replaced stores W transposed (`Conv1D`), so that the dense form of
             the model gets its weight the way plain transformers expects it.
+        name: path of the layer in the model that it was put into.
     """
 
     has_dense_form: ClassVar[bool] = True
@@ -121,10 +123,34 @@ class ReparameterizedLinear(nn.Module, ABC):
     in_features: int
     out_features: int
     fan_in_fan_out: bool
+    name: str = ""
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """The matrix W: (m, n) this layer multiplies with, detached from the graph."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W as the replaced layer stores it, for models that read it instead of calling the layer.
+
+        Gradients flow to the layer's parameters. Reading its shape, dtype or device costs nothing.
+
+        Raises:
+            UncalledLayerError: when an operation takes it, if that is not what calling the layer computes.
+        """
+        return derive(self)
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        """What `compose` makes W of; the first one has W's dtype and device."""
+        return tuple(self.parameters())
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        """W: (m, n), differentiable; for layers that are not `unreadable`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no compose")
+
+    def unreadable(self) -> str | None:
+        """Why a product with `weight` is not what calling the layer computes, as a clause; None if it is."""
+        return f"and no matrix computes what a {type(self).__name__} does"
 
     def dense_state(self) -> dict[str, Tensor]:
         """State of the linear layer that computes the same function, under that layer's own names."""
@@ -213,7 +239,9 @@ class LowRankConfig(PushToHubMixin):
         Each layer draws from a generator of its own, so that a layer's values do not depend on the others.
         """
         for name, r in ranks.items():
-            model.set_submodule(name, self.replace_layer(model.get_submodule(name), r, seeded_generator(seed, name)))
+            layer = self.replace_layer(model.get_submodule(name), r, seeded_generator(seed, name))
+            layer.name = name
+            model.set_submodule(name, layer)
 
     def replace_layer(self, linear: nn.Module, r: int, generator: torch.Generator) -> ReparameterizedLinear:
         """The layer that takes the place of `linear` (`Linear` or `Conv1D`), with its bias, device and dtype."""

@@ -42,11 +42,11 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
     W is frozen, b trains if it did before. The state dict has PEFT's names: `base_layer.weight`,
     `lora_A.default.weight`, `lora_B.default.weight`.
 
-    Attributes:
-        name: path of the layer in the model it was put into; what is drawn for the layer depends on it.
+    What is drawn for the layer depends on its `name`.
     """
 
-    name: str
+    # PEFT's is the base weight, without the adapters
+    weight = ReparameterizedLinear.weight
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
@@ -68,10 +68,25 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
         """alpha / r."""
         return float(self.scaling[ADAPTER])
 
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen parameter W: (m, n), transposed in a `Conv1D`."""
+        return self.base_layer.get_parameter("weight")
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        return add_product(weight, self.B, self.A, self.factor)
+        return self.compose(*self.weight_parts())
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        return self.base_weight, self.A, self.B
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        weight, A, B = parts
+        return add_product(weight.T if self.fan_in_fan_out else weight, B, A, self.factor)
+
+    def unreadable(self) -> str | None:
+        dropped = self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout)
+        return "where no dropout reaches the adapters' input (dropout=0 is served)" if dropped else None
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
@@ -127,18 +142,20 @@ class LoRAConfig(LowRankConfig):
             rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != common},
         )
         config._register_custom_module({nn.Linear: LoRALinear, Conv1D: LoRALinear})
+        # PEFT refuses Mamba's layers by the model's type, because a model that reads their weight would read the base
+        # weight, which is not so here; and it would note on the model that its checkpoints are adapters
+        bare = nn.Module()
+        bare._modules = model._modules
         # PEFT draws values of its own, which are not used
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            peft.inject_adapter_in_model(config, model, ADAPTER)
-        # PEFT's note on the model; it would say that checkpoints are adapters
-        model.__dict__.pop("peft_config", None)
+            peft.inject_adapter_in_model(config, bare, ADAPTER)
         for p, trains in trained:
             p.requires_grad_(trains)
         for name in ranks:
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear), name
             layer.name = name
-            layer.weight.requires_grad_(False)
+            layer.base_weight.requires_grad_(False)
             layer.train(layer.base_layer.training)
             layer.draw(seeded_generator(seed, name))
 

@@ -16,6 +16,7 @@ from hf_lowrank.conversion import convert_when_loading
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
+from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
 from hf_lowrank.methods.summary import Summary, summarize
 from hf_lowrank.methods.targets import Target, find_targets, hidden_size, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
@@ -49,7 +50,8 @@ def prepare(
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
             weights, `args.optim` names an optimizer that takes no parameter groups, all layers that a method
-            projects are frozen, or DeepSpeed would shard them; `other_lr_scale` is not 1 and no target trains.
+            projects are frozen, or DeepSpeed would shard them; `other_lr_scale` is not 1 and no target trains; the
+            model uses a layer's weight in a way that the method's layer cannot serve. The model is then as it was.
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
@@ -63,17 +65,21 @@ def prepare(
     _optimizer(config, args)
     if config.optimizer(args) is not None and args.optim not in PLAIN_ADAMW:
         logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
-    if config.group_options(1):
-        _refuse_frozen(model, config)
-    apply_method(model, config, seed=args.seed, reinit=reinit)
-    config.before_training(model, args)
-    targets = find_targets(model, config.target_modules)
-    ranks = resolve_ranks(model, config, targets)
-    rated = _rated_parameters(model, config, targets)
+    with unchanged_on_error(model):
+        if config.group_options(1):
+            _refuse_frozen(model, config)
+        replaced = own_weights(find_targets(model, config.target_modules)) if config.replaces_layers else {}
+        apply_method(model, config, seed=args.seed, reinit=reinit)
+        unused = probe(model, replaced)
+        config.before_training(model, args)
+        targets = find_targets(model, config.target_modules)
+        ranks = resolve_ranks(model, config, targets)
+        rated = _rated_parameters(model, config, targets)
     convert_when_loading(model)
     _guard_loading(model, targets)
     if args.should_log:
         Console().print(summarize(model, config, targets, ranks).table())
+        warn_unused(model, unused or [], "a few tokens that prepare tried")
     options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
     plan = Plan(
         model,
@@ -83,6 +89,7 @@ def prepare(
         any_model=not (config.replaces_layers or config.group_options(1) or rated),
         targets=rated,
         other_lr_scale=config.other_lr_scale,
+        after_first_backward=functools.partial(check_first_batch, set(unused or ())),
     )
     trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}
     callbacks = config.callbacks(args)

@@ -50,7 +50,7 @@ def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
         The squared Frobenius norm of what was added to W, before rounding.
     """
     A, B = whole(layer.A), whole(layer.B)
-    stored, weight = layer.weight, local(layer.weight)
+    stored, weight = layer.base_weight, local(layer.base_weight)
     left, right = (A.T, B.T) if layer.fan_in_fan_out else (B, A)
     weight.copy_(add_product(weight, own_rows(left, stored, f"{layer.name}.weight"), right, layer.factor))
     dtype = torch.promote_types(A.dtype, torch.float32)

@@ -106,7 +106,17 @@ class SLTrainLinear(ReparameterizedLinear):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        return compose(self.A, self.B, self.sparse_values, self.sparse_support, self.scaling)
+        return self.compose(*self.weight_parts())
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        return self.A, self.B, self.sparse_values
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        A, B, values = parts
+        return compose(A, B, values, self.sparse_support, self.scaling)
+
+    def unreadable(self) -> str | None:
+        return None
 
     def fixed_structure(self) -> dict[str, Tensor]:
         return {"sparse_support": self.sparse_support}

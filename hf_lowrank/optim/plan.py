@@ -38,6 +38,7 @@ class Plan:
         any_model: whether the optimizer may get the parameters of a model that was not prepared.
         targets: names of the parameters that train at the learning rate itself; empty if all do.
         other_lr_scale: what the rate is multiplied with for all other parameters.
+        after_first_backward: called with model and Trainer's arguments before the optimizer's first step.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Plan:
         any_model: bool = False,
         targets: frozenset[str] = frozenset(),
         other_lr_scale: float = 1.0,
+        after_first_backward: Callable[[nn.Module, Any], None] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.options = options
@@ -56,6 +58,7 @@ class Plan:
         self.optimizer = optimizer
         self.any_model = any_model
         self.targets, self.other_lr_scale = targets, other_lr_scale
+        self.after_first_backward = after_first_backward
         # Trainer leaves these out of the optimizer
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         _PLANS[model] = self
@@ -164,6 +167,12 @@ class Plan:
             if id(p) in names
         }
 
+    def check_gradients(self, args: Any) -> None:
+        """Call `after_first_backward` if the model is still there."""
+        model = self._model()
+        if self.after_first_backward is not None and model is not None:
+            self.after_first_backward(model, args)
+
     def check_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Raise `ValueError` for a state that was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
@@ -225,6 +234,14 @@ def with_plan(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Op
             # a projected optimizer names parameters in its messages
             self.names = plan.names_of(self.param_groups)
             self.register_load_state_dict_pre_hook(plan.check_state)
+            self._started = False
+
+            def before_step(*_: Any) -> None:
+                if not self._started:
+                    self._started = True
+                    plan.check_gradients(args)
+
+            self.register_step_pre_hook(before_step)
 
     Planned.__name__ = Planned.__qualname__ = optimizer_cls.__name__
     Planned.__doc__ = optimizer_cls.__doc__

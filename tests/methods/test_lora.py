@@ -44,7 +44,7 @@ def equal(a, b):
 def test_forward_and_all_gradients_equal_the_formulas(kind):
     made, x = layer(kind), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 5, 20, dtype=torch.float64)
-    W = made.weight.T if kind == "conv1d" else made.weight
+    W = made.base_weight.T if kind == "conv1d" else made.base_weight
     assert (W.shape, made.A.shape, made.B.shape) == ((20, 12), (3, 12), (20, 3))
     parameters = [x, made.A, made.B, made.bias]
     mine = torch.autograd.grad((made(x) * upstream).sum(), parameters)
@@ -59,7 +59,7 @@ def test_forward_and_all_gradients_equal_the_formulas(kind):
 def test_the_dense_form_is_the_layer_it_replaced_with_the_product_in_it(kind):
     made, x = layer(kind, dropout=0.5), torch.randn(5, 12, dtype=torch.float64)
     assert (made.in_features, made.out_features, made.factor) == (12, 20, 8 / 3)
-    W = made.weight.T if kind == "conv1d" else made.weight
+    W = made.base_weight.T if kind == "conv1d" else made.base_weight
     torch.testing.assert_close(made.dense_weight(), W + 8 / 3 * made.B @ made.A, rtol=1e-12, atol=1e-12)
     assert not made.dense_weight().requires_grad
     plain = KINDS[kind]().double()
@@ -69,7 +69,7 @@ def test_the_dense_form_is_the_layer_it_replaced_with_the_product_in_it(kind):
 
 def test_dropout_is_on_the_adapters_input_while_training_alone():
     made, x = layer(dropout=0.5), torch.ones(4000, 12, dtype=torch.float64)
-    base = F.linear(x, made.weight, made.bias)
+    base = F.linear(x, made.base_weight, made.bias)
     torch.manual_seed(0)
     added = made.train()(x) - base
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_dropout_is_on_the_adapters_input_while_training_alone():
 def test_a_dense_form_in_bf16_is_rounded_once():
     made = layer(dtype=torch.bfloat16)
     assert made.A.dtype == made.B.dtype == torch.bfloat16
-    exact = made.weight.double() + 8 / 3 * made.B.double() @ made.A.double()
+    exact = made.base_weight.double() + 8 / 3 * made.B.double() @ made.A.double()
     # half a unit in the last of 8 bits
     torch.testing.assert_close(made.dense_weight().double(), exact, rtol=1.001 * 2**-8, atol=0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -78,7 +78,7 @@ def test_a_merge_leaves_the_function(make, tmp_path):
         added = 32 / 4 * B @ A
         squared += added.square().sum().item()
         assert B.abs().max() > 0
-        torch.testing.assert_close(made.weight, W + (added.T if make is gpt2 else added), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(made.base_weight, W + (added.T if make is gpt2 else added), rtol=1e-5, atol=1e-6)
         assert made.B.abs().max() == 0
         bound = made.in_features**-0.5
         drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=seeded_generator(trainer.args.seed, name, 1))
@@ -96,11 +96,11 @@ def test_a_merge_in_bf16_rounds_once():
     lr.ReLoRAConfig(r=3).replace_layers(model, {"only": 3}, 0)
     made = model["only"]
     nn.init.normal_(made.B)
-    exact = made.weight.double() + made.factor * made.B.double() @ made.A.double()
-    squared = (exact - made.weight.double()).square().sum().float()
+    exact = made.base_weight.double() + made.factor * made.B.double() @ made.A.double()
+    squared = (exact - made.base_weight.double()).square().sum().float()
     torch.testing.assert_close(fold(made, seeded_generator(0, "only")), squared, rtol=1e-4, atol=0)
     # half a unit in the last of 8 bits
-    torch.testing.assert_close(made.weight.double(), exact, rtol=1.001 * 2**-8, atol=0)
+    torch.testing.assert_close(made.base_weight.double(), exact, rtol=1.001 * 2**-8, atol=0)
 
 
 def test_each_restart_draws_anew_and_leaves_the_global_generator(tmp_path):
@@ -349,7 +349,7 @@ def test_adapters_learn_from_the_first_step(tmp_path):
     trainer.train()
     for name, made in layers(trainer.model).items():
         assert made.B.abs().max() > 0, name
-        assert made.weight.grad is None
+        assert made.base_weight.grad is None
 
 
 def test_the_contracts_defaults():

@@ -1,0 +1,162 @@
+"""The weight of a layer that keeps something else, for models that read the weight where others call the layer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+__all__ = ["Composed", "DerivedWeight", "UncalledLayerError", "collect_unserved", "derive"]
+
+# what a kernel takes that computes with addresses, and what would put other numbers in W's place
+MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.data.__set__}  # type: ignore[attr-defined]
+
+
+class Composed(Protocol):
+    """What is needed of a layer; see `hf_lowrank.methods.base.ReparameterizedLinear`."""
+
+    name: str
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+
+    def dense_weight(self) -> Tensor: ...
+
+    def weight_parts(self) -> tuple[Tensor, ...]: ...
+
+    def compose(self, *parts: Tensor) -> Tensor: ...
+
+    def unreadable(self) -> str | None: ...
+
+
+class UncalledLayerError(ValueError):
+    """A model uses the weight of layers without calling them, in a way that they cannot serve.
+
+    Args:
+        use: what the model does; `{}` stands for the layers' names.
+        layers: one or more.
+        way_out: what to do about it.
+    """
+
+    def __init__(self, use: str, layers: Sequence[Composed], way_out: str = "") -> None:
+        names = [layer.name or type(layer).__name__ for layer in layers]
+        text = "layer " + names[0] if len(names) == 1 else "layers " + ", ".join(names[:8])
+        if len(names) > 8:
+            text += f" and {len(names) - 8} more"
+        super().__init__(f"the model {use.format(text)}: leave such layers out with target_modules{way_out}")
+
+
+_UNSERVED: ContextVar[list[Composed] | None] = ContextVar("_UNSERVED", default=None)
+
+
+@contextmanager
+def collect_unserved() -> Iterator[list[Composed]]:
+    """Inside, a read that cannot be served gives `dense_weight` and notes the layer in this list; it is no error."""
+    layers: list[Composed] = []
+    token = _UNSERVED.set(layers)
+    try:
+        yield layers
+    finally:
+        _UNSERVED.reset(token)
+
+
+def derive(layer: Composed) -> Tensor:
+    """W as the replaced layer stores it, (m, n) or transposed; gradients flow to the layer's `weight_parts`.
+
+    Shape, dtype and device cost nothing: W is made when an operation takes it, and each time anew, so that no W
+    outlives the operation.
+    """
+    parts = layer.weight_parts()
+    # a compiler leaves out what is not used
+    if torch.compiler.is_compiling() and layer.unreadable() is None:
+        return _stored(layer, parts)
+    weight: Tensor = _Derive.apply(layer, *parts)
+    return weight
+
+
+def _stored(layer: Composed, parts: tuple[Tensor, ...]) -> Tensor:
+    reason, unserved = layer.unreadable(), _UNSERVED.get()
+    if reason is None:
+        W = layer.compose(*parts)
+    elif unserved is None:
+        raise UncalledLayerError(f"computes with the weight of {{}} without calling the layer, {reason}", [layer])
+    else:
+        unserved.append(layer)
+        W = layer.dense_weight()
+    return W.T.contiguous() if layer.fan_in_fan_out else W
+
+
+class DerivedWeight(Tensor):
+    """A tensor without storage that stands for a layer's W.
+
+    Every operation gets W itself. Writing to it is an error, since the layer keeps no W.
+    """
+
+    layer: Composed
+    parts: tuple[Tensor, ...]
+    # transformers' initialisation leaves it alone
+    _is_hf_initialized = True
+
+    @staticmethod
+    def __new__(cls, layer: Composed, parts: tuple[Tensor, ...]) -> "DerivedWeight":
+        m, n = layer.out_features, layer.in_features
+        shape = (n, m) if layer.fan_in_fan_out else (m, n)
+        weight: DerivedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].dtype, device=parts[0].device)
+        weight.layer, weight.parts = layer, parts
+        return weight
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DerivedWeight(of={self.layer.name or type(self.layer).__name__}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MEMORY:
+            weight = next(value for value in args if isinstance(value, cls))
+            raise UncalledLayerError("takes the memory of the weight of {}, which has none", [weight.layer])
+        # torch's fused paths (nn.TransformerEncoder, nn.MultiheadAttention) are not taken with a tensor that has such
+        # a method, and call the layers instead
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].layer, args[0].parts)
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise UncalledLayerError("writes to the weight of {}, which has none", [value.layer])
+        with torch.no_grad():
+            args, kwargs = tree_map(lambda x: _stored(x.layer, x.parts) if isinstance(x, cls) else x, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+class _Derive(torch.autograd.Function):
+    """(layer, parts) -> W without storage; the backward pass goes through `compose`, and can be differentiated."""
+
+    @staticmethod
+    def forward(layer: Composed, *parts: Tensor) -> Tensor:
+        return DerivedWeight(layer, parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.layer = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if not again:
+            parts = tuple(part.detach().requires_grad_(part.requires_grad) for part in parts)
+        with torch.enable_grad():
+            W = _stored(ctx.layer, parts)
+        wanted = [part for part, needed in zip(parts, ctx.needs_input_grad[1:], strict=True) if needed]
+        gradients = iter(torch.autograd.grad(W, wanted, grad_outputs[0], create_graph=again))
+        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
