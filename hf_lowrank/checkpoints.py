@@ -27,7 +27,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from hf_lowrank.conversion import check_names, convert_when_loading, own_names
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.prepare import apply_method, method_of, structure_hash
-from hf_lowrank.model_config import CheckpointError, base_architecture, mark_native, read_config, read_json
+from hf_lowrank.model_config import (
+    NATIVE_FOLDER,
+    CheckpointError,
+    base_architecture,
+    mark_native,
+    read_config,
+    read_json,
+)  # fmt: skip
 from hf_lowrank.optim.plan import changed_settings
 from hf_lowrank.sharding import reshard
 
@@ -38,7 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-NATIVE_FOLDER = "native"
 # config entries that decide the shapes of the weights
 SIZE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -9,18 +9,20 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.model_config import CheckpointError
+from hf_lowrank.running import running_trainer
 
-__all__ = ["check_names", "convert_when_loading", "own_names", "stored_names"]
+__all__ = ["check_names", "convert_when_loading", "own_names", "refuse_incomplete", "stored_names"]
 
 
 @torch.no_grad()
@@ -69,15 +71,19 @@ def own_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
 def _quiet() -> Iterator[None]:
     """No progress bar and no report from transformers: what does not fit becomes an error here."""
     logger, shown = logging.getLogger("transformers.modeling_utils"), transformers_logging.is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # not its level: above that of warnings, transformers says which of its rules for tensor parallelism are not used
+    logger.addFilter(_dropped)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_dropped)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _dropped(record: logging.LogRecord) -> bool:
+    return False
 
 
 def check_names(model: nn.Module, state: Mapping[str, Tensor], where: Any) -> None:
@@ -93,8 +99,8 @@ def check_names(model: nn.Module, state: Mapping[str, Tensor], where: Any) -> No
     for what, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", wrong)):
         if names:
             raise CheckpointError(
-                f"{where} {what} {min(names)} ({len(names)} in all): its weights do not fit the model and method in "
-                "config.json, so nothing was loaded"
+                f"{where} {what} {min(names)} ({len(names)} in all): its weights do not fit the model and the method "
+                "in config.json; take another checkpoint, or the model and method that this one was made with"
             )
 
 
@@ -102,14 +108,29 @@ def convert_when_loading(model: nn.Module) -> None:
     """Have `load_state_dict` take a checkpoint's names, as Trainer needs it to resume and to load its best model.
 
     What has to be converted must then be whole: `load_state_dict` raises `CheckpointError` where something is missing
-    or left over, before it changes the model.
+    or left over, before it changes the model. A Trainer that loads a checkpoint which lacks something raises it too,
+    where it would only warn.
     """
     if isinstance(model, PreTrainedModel) and not getattr(model, "_converts_when_loading", False):
         model.register_load_state_dict_pre_hook(_convert)
         model._converts_when_loading = True  # type: ignore[assignment]
 
 
+def refuse_incomplete(trainer: Trainer) -> None:
+    """Have a Trainer raise `CheckpointError` where it would warn that the checkpoint it has loaded lacks something."""
+    trainer._issue_warnings_after_load = partial(_check_loaded, trainer)  # type: ignore[method-assign]
+
+
+def _check_loaded(trainer: Trainer, load_result: Any) -> None:
+    model = trainer.model
+    assert model is not None
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if name not in load_result.missing_keys}
+    check_names(model, loaded, "the checkpoint that Trainer loads")
+
+
 def _convert(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if (trainer := running_trainer(model)) is not None:
+        refuse_incomplete(trainer)
     stored = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
     converted = own_names(model, stored)
     if stored.keys() <= converted.keys():

@@ -1,13 +1,19 @@
 """config.json of a checkpoint or a published folder: reading it safely, and marking what only hf_lowrank can load."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-__all__ = ["CheckpointError", "base_architecture", "mark_native", "read_config", "read_json"]
+__all__ = [
+    "NATIVE_FOLDER", "CheckpointError", "base_architecture", "mark_native", "read_config", "read_json", "remove_model",
+]  # fmt: skip
+
+# the model as trained, in a published folder that holds its dense form
+NATIVE_FOLDER = "native"
 
 # transformers downloads the kernel that one of these names and runs its code
 KERNELS = frozenset(
@@ -30,6 +36,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path.parent} is cut short: {path.name} is no valid JSON ({error})") from None
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the model of an earlier run from a published folder."""
+    shutil.rmtree(folder / NATIVE_FOLDER, ignore_errors=True)
+    for path in (folder / "config.json", *folder.glob("model*.safetensors*")):
+        path.unlink(missing_ok=True)
 
 
 def base_architecture(values: dict[str, Any]) -> str | None:

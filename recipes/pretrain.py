@@ -29,6 +29,7 @@ from hf_lowrank.cli import fail
 from hf_lowrank.data import Data, load_data
 from hf_lowrank.downstream.quick.generate import task_folder
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
+from hf_lowrank.hub.card import set_card_aside
 from hf_lowrank.machine import keep_freed_memory, use_cores
 from hf_lowrank.models import build_model, model_config, needed_vocabulary
 from hf_lowrank.report.io import read_report
@@ -88,7 +89,7 @@ def is_finished(args: TrainingArguments, checkpoint: str | None) -> bool:
         return False
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
     try:
-        written = read_report(Path(str(args.output_dir)))["run"]["steps"]
+        written = read_report(Path(str(args.output_dir))).run.steps_done
     except (OSError, ValueError):
         return False
     return bool(step >= args.max_steps and written >= step)
@@ -101,7 +102,10 @@ def run_files(folder: Path) -> list[Path]:
 
 def remove_run(args: TrainingArguments) -> None:
     """Remove an earlier run for `--overwrite`; called when the set-up of the new run has succeeded."""
-    for path in run_files(Path(str(args.output_dir))) if args.process_index == 0 else []:
+    if args.process_index != 0:
+        return
+    set_card_aside(Path(str(args.output_dir)) / "publish")
+    for path in run_files(Path(str(args.output_dir))):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

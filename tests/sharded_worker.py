@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from toy_models import toy_model
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
@@ -139,16 +140,17 @@ def batches():
 
 
 def shard(model):
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh())
     fully_shard(model, mesh=mesh())
 
 
-def make(method, dtype, sharded, order="after"):
+def make(method, dtype, sharded, order="after", model=None):
     """A prepared model and its optimizer, which is made before or after sharding."""
     torch.manual_seed(0)
+    model = llama(**SIZES) if model is None else model
     args = arguments(os.environ["SCRATCH"], log_level="error", weight_decay=0.1, learning_rate=2e-3)
-    model, kwargs = lr.prepare(llama(**SIZES).to(dtype), METHODS[method], args)
+    model, kwargs = lr.prepare(model.to(dtype), METHODS[method], args)
     optimizer_cls, options = kwargs["optimizer_cls_and_kwargs"]
     options = {**options, "weight_decay": 0.1}
     if not sharded:
@@ -191,8 +193,7 @@ def methods(folder):
                 model, optimizer = make(method, dtype, sharded=True, order=order)
                 train(model, optimizer, range(STEPS // 2), my_share())
                 if dtype is torch.float64 and order == "after":
-                    weights, state = get_state_dict(model, optimizer)
-                    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / method))
+                    save(model, optimizer, folder / method)
                 train(model, optimizer, range(STEPS // 2, STEPS), my_share())
                 name = f"{method}, {str(dtype).removeprefix('torch.')}, optimizer made {order} sharding"
                 results[name] = difference(model.state_dict(), expected)
@@ -226,10 +227,7 @@ def resume(folder):
     for method in METHODS:
         expected = torch.load(folder / f"{method}.pt", weights_only=True)
         model, optimizer = make(method, torch.float64, sharded=dist.get_world_size() > 1)
-        weights, state = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optimizer": state}
-        dcp.load(saved, checkpoint_id=str(folder / method))
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        load(model, optimizer, folder / method)
         train(model, optimizer, range(STEPS // 2, STEPS), my_share())
         results[method] = difference(model.state_dict(), expected)
     return results
@@ -257,14 +255,64 @@ def ddp(folder):
     return results
 
 
+def save(model, optimizer, folder):
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder))
+
+
+def load(model, optimizer, folder):
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=str(folder))
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
+def converted(folder):
+    """Architectures with other names on disk: resumed with DDP and with FSDP2, and published from shards."""
+    results = {}
+    for model_type, method in (("mixtral", "sltrain"), ("gpt_neox", "galore")):
+
+        def trained(name, model_type=model_type, method=method, **given):
+            args = arguments(
+                folder / f"{model_type}-{name}",
+                max_steps=4,
+                save_strategy="steps",
+                save_steps=2,
+                ddp_backend="gloo",
+                log_level="error",
+            )
+            trainer = make_trainer(METHODS[method], args, model=toy_model(model_type))
+            trainer.train(**given)
+            return {k: v.detach() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
+
+        expected = trained("whole")
+        checkpoint = str(folder / f"{model_type}-whole" / "checkpoint-2")
+        results[f"{model_type}, DDP"] = difference(trained("resumed", resume_from_checkpoint=checkpoint), expected)
+
+        model, optimizer = make(method, torch.float32, True, model=toy_model(model_type))
+        train(model, optimizer, range(2), my_share())
+        save(model, optimizer, folder / f"{model_type}-shards")
+        train(model, optimizer, range(2, 4), my_share())
+        expected = {k: whole(v).clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+        resumed, its_optimizer = make(method, torch.float32, True, model=toy_model(model_type, seed=1))
+        load(resumed, its_optimizer, folder / f"{model_type}-shards")
+        train(resumed, its_optimizer, range(2, 4), my_share())
+        results[f"{model_type}, FSDP2"] = difference(resumed.state_dict(), expected)
+        gathered = gather_model(resumed, keep=dist.get_rank() == 0)
+        if gathered is not None:
+            export(gathered, folder / f"{model_type}-publish")
+            loaded = lr.from_pretrained(folder / f"{model_type}-publish").state_dict()
+            results[f"{model_type}, published"] = difference(loaded, expected)
+    return results
+
+
 def main():
     folder, part = Path(sys.argv[1]), sys.argv[2]
     os.environ["SCRATCH"] = str(folder)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {"matrices": matrices, "methods": methods, "resume": resume, "ddp": ddp, "publish": publish}[part](
-        folder
-    )
+    parts = (matrices, methods, resume, ddp, publish, converted)
+    results = {function.__name__: function for function in parts}[part](folder)
     if dist.get_rank() == 0:
         (folder / f"{part}-{dist.get_world_size()}.json").write_text(json.dumps(results, indent=1))
     dist.barrier()

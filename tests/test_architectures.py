@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_runs import METHODS, arguments, dataset, make_trainer, weights
+from tiny_tasks import tokenizer, write_tasks
 from torch import nn
 from toy_models import size, toy_config, toy_model
 from transformers import (
@@ -27,6 +28,8 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import check_resume, export, load_model
 from hf_lowrank.cli import main
 from hf_lowrank.conversion import convert_when_loading
+from hf_lowrank.downstream.model import LowRankLM
+from hf_lowrank.hub.push import _write_step
 from hf_lowrank.methods.prepare import apply_method
 
 # what transformers makes no model of, with what its error says
@@ -216,6 +219,32 @@ def test_measure_reads_a_runs_checkpoints(tmp_path, monkeypatch):
     assert unmeasured <= {"interpolation/cross_seed_aligned/barrier"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "method"), [("gpt_neox", "galore"), ("mixtral", "sltrain")])
+def test_evaluate_and_push_read_a_runs_checkpoints(model_type, method, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lowrank.run.report.draw_figures", lambda publish: [])
+    monkeypatch.setattr("hf_lowrank.hub.push.draw_figures", lambda publish: [])
+    tasks, run = write_tasks(tmp_path / "tasks"), tmp_path / "run"
+    args = arguments(run, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = make_trainer(METHODS[method], args, model=toy_model(model_type), processing_class=tokenizer())
+    lr.attach(trainer)
+    trainer.train()
+    for form in ("native", "dense"):
+        command = ["hf-lowrank", "evaluate", str(run), "--tasks", "pairs", "--include-path", str(tasks)]
+        monkeypatch.setattr("sys.argv", [*command, "--checkpoints", "all", "--form", form, "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    results = {(e.step, e.about["form"]) for e in lr.load_report(run).evaluations if e.value is not None}
+    assert {step for step, _ in results} == {2, 4}
+    assert_same(LowRankLM(str(run)).model, load_model(run / "checkpoint-4"))
+    (tmp_path / "step").mkdir()
+    _write_step(run / "publish", run / "checkpoint-2", tmp_path / "step")
+    expected = load_model(run / "checkpoint-2")
+    assert_same(lr.from_pretrained(tmp_path / "step"), expected)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "step"), lr.to_dense(expected))
+
+
 class Pixels(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -239,12 +268,13 @@ def test_trainer_resumes_a_vision_model(tmp_path):
     assert_same(load_model(tmp_path / "whole" / "checkpoint-4"), expected)
 
 
-def test_check_resume_makes_a_plain_trainer_exact(tmp_path):
+def test_check_resume_makes_a_plain_trainer_exact(tmp_path, capfd):
     toy_model("mixtral").save_pretrained(tmp_path)
     trainer = Trainer(model=toy_model("mixtral", seed=1), args=TrainingArguments(str(tmp_path), report_to="none"))
     check_resume(tmp_path, trainer.model)
     trainer._load_from_checkpoint(str(tmp_path))
     assert_same(trainer.model, toy_model("mixtral"))
+    assert "TP rules" not in capfd.readouterr().err
 
 
 # What is refused
@@ -282,13 +312,30 @@ def test_what_is_missing_is_named_and_nothing_is_loaded(model_type, tmp_path):
         assert_same(model, before)
 
 
-def test_attached_trainers_refuse_a_checkpoint_that_lacks_a_weight(tmp_path):
-    trainer = trainer_of("gpt_neox", "attached", tmp_path / "run")
-    trainer.train()
-    without(tmp_path / "run" / "checkpoint-2", "embed_out.weight")
-    resumed = trainer_of("gpt_neox", "attached", tmp_path / "resumed")
-    with pytest.raises(lr.CheckpointError, match=r"the checkpoint that Trainer loads lacks lm_head\.weight"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+LACKING = {"gpt_neox": ("embed_out.weight", r"lm_head\.weight"), "llama": ("norm.weight", r".*norm\.weight")}
+
+
+@pytest.mark.parametrize("load", ["_load_from_checkpoint", "_load_best_model", "in several files"])
+@pytest.mark.parametrize(("model_type", "method"), [("gpt_neox", "attached"), ("llama", "lora")])
+def test_a_trainer_refuses_a_checkpoint_that_lacks_a_weight(model_type, method, load, tmp_path):
+    """Attached, or with a model that was prepared."""
+    part, name = LACKING[model_type]
+    trainer = trainer_of(model_type, method, tmp_path / "run")
+    trainer.model.save_pretrained(tmp_path)
+    without(tmp_path, part)
+    if load == "in several files":
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(tmp_path / "model-1.safetensors"), "model-1.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    trainer.state.best_model_checkpoint = str(tmp_path)
+    given = () if load == "_load_best_model" else (str(tmp_path),)
+    with pytest.raises(lr.CheckpointError, match=rf"the checkpoint that Trainer loads lacks {name}"):
+        getattr(trainer, load if load.startswith("_") else "_load_from_checkpoint")(*given)
+
+
+def test_a_state_dict_that_a_user_loads_may_lack_a_weight(tmp_path):
+    trainer = trainer_of("llama", "lora", tmp_path)
+    trainer.model.load_state_dict({"lm_head.weight": trainer.model.lm_head.weight}, strict=False)
 
 
 def test_experts_in_several_files(tmp_path):

@@ -189,12 +189,22 @@ def test_somebody_elses_repo_needs_yes(refusal, cli, hub, run):
     assert held_by(hub.repo("user/x")) == published(run) | {"model.bin": b"\0theirs"}
 
 
+@pytest.fixture
+def answering(monkeypatch):
+    """A terminal on which somebody gives an answer."""
+
+    def answer(text):
+        terminal = io.StringIO(f"{text}\n")
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", terminal)
+
+    return answer
+
+
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0)])
-def test_on_a_terminal_it_asks(answer, code, cli, hub, run, monkeypatch):
+def test_on_a_terminal_it_asks(answer, code, cli, hub, run, answering):
     hub.plant("user/x", {"model.bin": b"\0theirs"})
-    terminal = io.StringIO(f"{answer}\n")
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdin", terminal)
+    answering(answer)
     done = cli("push", run, "--repo-id", "user/x")
     assert done.code == code
     assert "model.bin" in done.err
@@ -344,6 +354,45 @@ def test_card_writes_the_card_again(inside, cli, run):
     assert path.read_text() == expected
     assert cli("card", run, "--repo-id", "org/other").code == 0
     assert '"org/other"' in path.read_text()
+
+
+def edited(card):
+    """A sentence of somebody's in a card."""
+    text = card.read_text()
+    card.write_text(text.replace("## Limits\n", "## Limits\n\nMine.\n"))
+    assert card.read_text() != text
+    return text
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_edited_card_is_replaced_only_if_asked_to(stored, cli, refusal, answering, run, tmp_path):
+    into = ["--output", tmp_path / "cards"] if stored else []
+    path = Path(cli("card", run, *into).out.replace("\n", ""))
+    before = edited(path)
+    assert re.search(r"README\.md was edited .*hf-lowrank card .* --yes", refusal("card", run, *into))
+    path.write_text("# Mine.\n")
+    assert "somebody else wrote it" in refusal("card", run, *into)
+    answering("n")
+    assert cli("card", run, *into).code == 1
+    assert "Mine." in path.read_text()
+    answering("y")
+    assert cli("card", run, *into).code == 0
+    assert path.read_text() == before
+    edited(path)
+    assert cli("card", run, *into, "--yes").code == 0
+    assert path.read_text() == before
+
+
+def test_an_edited_card_stays_where_numbers_are_new_and_is_pushed(cli, hub, run, caplog):
+    path = run / "publish" / "README.md"
+    edited(path)
+    measured = cli("measure", run, "--only", "spectral", "--device", "cpu")
+    assert measured.code == 0
+    assert cli("push", run, "--repo-id", "user/x").code == 0
+    assert caplog.text.count("it stays as it is, without the newest numbers") == 2
+    assert b"Mine." in hub.repo("user/x").files()["README.md"]
+    # a card that we wrote from other numbers is ours
+    assert cli("card", run, "--repo-id", "user/x", "--yes").code == cli("card", run).code == 0
 
 
 def test_a_card_without_a_report_or_with_a_bad_name_is_one_line(refusal, run, tmp_path):

@@ -29,12 +29,12 @@ MAY_IMPORT = {
     "optim": {"sharding"},
     "report": {"plugins"},
     "figures": {"report"},
-    "methods": {"conversion", "options", "optim", "plugins", "report", "sharding"},
+    "methods": {"conversion", "options", "optim", "plugins", "report", "running", "sharding"},
     "hub": {"checkpoints", "figures", "methods", "model_config", "report"},
     "families": {"checkpoints", "conversion", "hub", "methods", "metrics", "plugins", "report", "sharding"},
     "run": {
-        *("checkpoints", "conversion", "downstream", "families", "figures", "hub", "methods", "metrics", "optim"),
-        "report",
+        *("checkpoints", "conversion", "downstream", "families", "figures", "hub", "methods", "metrics"),
+        *("model_config", "optim", "report"),
     },
     "measure": {
         *("checkpoints", "data", "downstream", "families", "figures", "hub", "machine", "methods", "metrics"),

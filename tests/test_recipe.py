@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hf_lowrank as lr
 import hf_lowrank.run.report
 from hf_lowrank.methods import METHODS as ALL_METHODS
-from hf_lowrank.report.io import read_report
+from hf_lowrank.report.io import read_report, write_report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain.py"
 METHODS = ("fullrank", "galore", "sltrain")
@@ -141,10 +141,16 @@ def held(finished, tmp_path):
     return tmp_path / "held"
 
 
-def test_a_finished_run_is_left_alone(recipe, inputs, held):
+@pytest.mark.parametrize("best", [False, True])
+def test_a_finished_run_is_left_alone(best, recipe, inputs, held):
     def state():
         return {path.relative_to(held): path.read_bytes() for path in held.rglob("*") if path.is_file()}
 
+    if best:
+        # its report is of an earlier step than its last
+        report = read_report(held / "publish")
+        facts = {"steps": 2, "best_of": {"steps": STEPS, "metric": "eval_loss"}}
+        write_report({**report, "run": {**report.run, **facts}}, held / "publish" / "report.json")
     before = state()
     done = call(recipe, flags(inputs, "galore", output_dir=held, resume_from_checkpoint="last"))
     assert (done.code, state() == before) == (0, True)
@@ -488,10 +494,14 @@ def test_a_run_goes_on_from_its_last_checkpoint_and_can_be_overwritten(method, r
     before = load_file(folder / "publish" / "model.safetensors")
     argv = flags(inputs, method, output_dir=folder, overwrite="true", seed=3, save_steps=3, max_steps=3, eval_steps=3)
     (folder / "notes.txt").write_text("mine")
+    card = folder / "publish" / "README.md"
+    card.write_text(card.read_text() + "Mine.\n")
     done = call(recipe, argv)
     assert done.code == 0, done.err
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3"]
     assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "README.edited.md").read_text().endswith("Mine.\n")
+    assert "Mine." not in card.read_text()
     report = read_report(folder / "publish")
     assert (report["run"]["steps"], report["run"]["seeds"]["seed"]) == (3, 3)
     assert report["run"]["tokens_seen"] == 3 * BATCH * LENGTH

@@ -69,3 +69,11 @@ def test_every_method_with_ddp_equals_one_process(folder):
     results = launch(folder, "ddp", 2)
     assert len(results) == 2 * len(METHODS)
     assert {case: error for case, error in results.items() if not error < tolerance(case)} == {}
+
+
+@pytest.mark.slow
+def test_architectures_with_other_names_on_disk_resume_and_are_published(folder):
+    results = launch(folder, "converted", 2)
+    assert len(results) == 6
+    assert {case: error for case, error in results.items() if not error < 1e-6} == {}
+    assert results["mixtral, DDP"] == results["gpt_neox, DDP"] == 0

@@ -162,8 +162,10 @@ def card(
     output: Annotated[
         Path | None, typer.Option(help="Folder that gets report, figures and card of each run, without its weights.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Replace cards that somebody has edited, too.")] = False,
 ) -> None:
-    """Write the model cards of stored reports again."""
+    """Write the model cards of stored reports again; a card that somebody has edited is replaced only if asked to."""
+    from hf_lowrank.hub.asking import ask_first
     from hf_lowrank.hub.card import store_card, write_card
 
     if repo_id is not None and len(runs) > 1:
@@ -171,9 +173,8 @@ def card(
     # a shell's * finds the README.md beside the runs as well
     for run in [run for run in runs if len(runs) == 1 or not run.is_file()]:
         folder = run / "publish" if (run / "publish").is_dir() else run
-        typer.echo(
-            write_card(folder, repo_id=repo_id) if output is None else store_card(folder, output, repo_id=repo_id)
-        )
+        write = partial(write_card, folder) if output is None else partial(store_card, folder, output)
+        typer.echo(ask_first(partial(write, repo_id=repo_id), yes))
 
 
 @app.command()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.frame import ComparedRun, collect
 from hf_lowrank.compare.table import compare
-from hf_lowrank.figures.tables import read_table
+from hf_lowrank.figures.tables import read_table, table_up_to
 from hf_lowrank.hub.fetch import fetch
 from hf_lowrank.hub.listing import Listed, fetch_listed
 from hf_lowrank.report.catalogue import tables as catalogued_tables
@@ -112,6 +112,7 @@ def _read(folder: Path, repo: str | None, problems: Sequence[str] = ()) -> Compa
         raise FileNotFoundError(f"no report.json in {folder}: `hf-lowrank measure` writes one for any Trainer's run")
     report = read_report(folder)
     tables, broken = read_curves(folder / "metrics")
+    tables = {name: table_up_to(report.run.last_step(), name, table) for name, table in tables.items()}
     kept = Kept.read(folder / "metrics")
     return ComparedRun(_name(report), report, tables, repo, [*problems, *broken, *kept.problems], kept)
 

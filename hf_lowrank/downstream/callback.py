@@ -156,6 +156,9 @@ class EvaluationCallback(MetricCallback):
         rows = read_evaluations(self.folder) or []
         write_evaluations(self.folder, replace_evaluations(rows, found.rows))
 
+    def holds(self, step: int) -> bool:
+        return any(row["step"] == step for row in read_evaluations(self.folder) or [])
+
     def _read_back(self, step: int) -> None:
         """Keep what was evaluated up to `step`; a new run starts without a file."""
         forget_evaluations(self.folder, step if step > 0 else -1)

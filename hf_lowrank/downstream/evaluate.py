@@ -126,7 +126,7 @@ def _unseen(runs: Sequence[RunSource], requests: list[Request], options: Evaluat
 
 def _chosen(run: RunSource, checkpoints: str | tuple[int, ...]) -> list[Checkpoint]:
     if isinstance(checkpoints, str):
-        return run.checkpoints if checkpoints == "all" else run.checkpoints[-1:]
+        return run.checkpoints if checkpoints == "all" else [run.final]
     run.check_steps(checkpoints)
     return [c for c in run.checkpoints if c.step in checkpoints]
 

@@ -116,7 +116,7 @@ class LowRankLM(HFLM):
                 raise ValueError(f"model_args {name}{nearest(name, known)}: hf-lowrank takes {', '.join(known)}")
         if isinstance(pretrained, str):
             source = pretrained if revision in (None, "main") else f"{pretrained}@{revision}"
-            checkpoint = open_run(source).checkpoints[-1]
+            checkpoint = open_run(source).final
             # the harness's command line says cuda:0 where nobody asked for anything
             if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
                 device = "cuda" if torch.cuda.is_available() else "cpu"

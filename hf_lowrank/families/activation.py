@@ -38,8 +38,8 @@ class Activation(Family):
 
     def units(self, here: RunStep) -> Iterator[Unit]:
         if here.baseline is not None:
-            # of the same step, or the newest
-            checkpoint = here.baseline.at(here.now.step) or here.baseline.checkpoints[-1]
+            # of the same step, or what the baseline ended as
+            checkpoint = here.baseline.at(here.now.step) or here.baseline.final
             yield Unit(self.entry.name, here.now, baseline=checkpoint)
 
     def measure(self, at: Context) -> Measurement:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.families.best import best_model, state_at
 from hf_lowrank.families.family import Context, Family
 from hf_lowrank.families.records import (
     Measurement,
@@ -174,7 +175,14 @@ class MetricCallback(TrainerCallback):
         """Write a measurement; called on the main process."""
         self.records += measured.records
         self.rows += measured.rows
+        # the best model is measured last
+        self.records.sort(key=lambda record: record.step)
+        self.rows.sort(key=lambda row: int(row["step"]))
         write_measurement(self.folder, self.file, Measurement(self.records, self.rows))
+
+    def holds(self, step: int) -> bool:
+        """Whether something was measured at a step; asked on the main process."""
+        return any(record.step == step for record in self.records)
 
     def restore(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         """Called once when training starts or is resumed; subclasses restore what they carry along."""
@@ -212,8 +220,13 @@ class MetricCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._measured_at != state.global_step and not args.load_best_model_at_end:
-            self._run(args, state, kwargs["model"], exempt=True)
+        best = best_model(args, state)
+        if best is None:
+            if self._measured_at != state.global_step:
+                self._run(args, state, kwargs["model"], exempt=True)
+        elif not all_gather_object(self.holds(best.step))[0]:
+            # the log is at a later step
+            self._run(args, state_at(state, best.step), kwargs["model"], exempt=True, log=False)
         _clocks.pop(str(args.output_dir), None)
 
     def _join_clock(self, output_dir: str, state: TrainerState) -> None:
@@ -242,7 +255,14 @@ class MetricCallback(TrainerCallback):
             self.skipped += 1
         return fits
 
-    def _run(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, exempt: bool = False) -> None:
+    def _run(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: torch.nn.Module,
+        exempt: bool = False,
+        log: bool = True,
+    ) -> None:
         if self.failed is not None:
             return
         started = time.monotonic()
@@ -259,7 +279,7 @@ class MetricCallback(TrainerCallback):
         self._guarded(measure_and_write, state)
         self._cost = time.monotonic() - started
         self._charge(self._cost, exempt)
-        if self.failed is None:
+        if self.failed is None and log:
             self._log({r.name: r.value for r in measured.records if r.value is not None}, state)
 
     def _charge(self, seconds: float, exempt: bool = False) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.io import metric_entry
+from hf_lowrank.report.io import EVALUATIONS, metric_entry, read_records
 from hf_lowrank.report.samples import Key, Sampled, Samples, read_samples, sample_key, samples_path, write_samples
 from hf_lowrank.report.version1 import upgrade_entry
 
@@ -29,8 +29,6 @@ __all__ = [
 
 # the rows that a run was validated on, beside its checkpoints
 EVALUATION = "evaluation.parquet"
-# results on downstream tasks, in the folder of the metrics
-EVALUATIONS = "evaluations.json"
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,6 @@ def jackknife(value: float, left_out: Sequence[float] | NDArray[np.float64]) -> 
 def metrics_folder(output_dir: str | Path) -> Path:
     """Where a run keeps its metrics."""
     return Path(output_dir) / "publish" / "metrics"
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records in a metrics folder as plain data, by file and then in the order in which they were measured."""
-    paths = [path for path in sorted(folder.glob("*.json")) if path.name != EVALUATIONS]
-    return [record for path in paths for record in json.loads(path.read_text())]
 
 
 def read_measurement(folder: Path, name: str) -> Measurement | None:

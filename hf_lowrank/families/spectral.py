@@ -275,6 +275,9 @@ class SpectralCallback(MetricCallback):
         kept: dict[str, Tensor] | None = {} if args.local_process_index == 0 else None
         peers = {"previous": _kept_in(previous, self._last, step), "initial": _kept_in(initial, 0, step)}
         measured = self.measure_at(self.context(model, args, state, kept=kept, **peers))
+        # the best model is of an earlier step than the last: a run that goes on does so from the last
+        if self._last is not None and step < self._last:
+            return measured
         if kept is not None:
             previous.save(kept, step)
             if step == 0:

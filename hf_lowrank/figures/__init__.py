@@ -13,9 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hf_lowrank.figures.drawing import STYLE
-from hf_lowrank.figures.tables import read_records, read_table
+from hf_lowrank.figures.tables import read_records, read_table, table_up_to
 from hf_lowrank.report.catalogue import entries, tables
 from hf_lowrank.report.files import atomic_path
+from hf_lowrank.report.io import ReportError, read_report
 
 __all__ = ["draw_figures", "save_figure"]
 
@@ -25,11 +26,15 @@ _DPI = 150
 def draw_figures(publish: Path) -> list[Path]:
     """Draw every picture whose data are in `publish/metrics` into `publish/figures` and return the paths.
 
+    Where the report is of the best step, metrics of later ones are left out; the training curve is shown as a whole.
+
     An earlier picture whose data are missing now is removed, so that no card shows it. Raises `ValueError`, before
     anything is drawn, if a table cannot be read or lacks a required column.
     """
     pictures = [(entry, picture) for entry in entries() for picture in entry.pictures]
-    data = {source: _read(publish / "metrics" / source) for source in {picture.source for _, picture in pictures}}
+    last_step = _last_step(publish)
+    sources = {picture.source for _, picture in pictures}
+    data = {source: _read(publish / "metrics" / source, last_step) for source in sources}
     paths = []
     with matplotlib.rc_context(STYLE):
         for entry, picture in pictures:
@@ -51,5 +56,13 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> pd.DataFrame:
-    return read_table(path, tables()[path.stem]) if path.suffix == ".parquet" else read_records(path)
+def _last_step(publish: Path) -> int | None:
+    try:
+        return read_report(publish).run.last_step()
+    except (FileNotFoundError, ReportError):
+        return None
+
+
+def _read(path: Path, last_step: int | None) -> pd.DataFrame:
+    table = read_table(path, tables()[path.stem]) if path.suffix == ".parquet" else read_records(path)
+    return table_up_to(last_step, path.stem, table)

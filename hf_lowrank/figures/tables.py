@@ -11,7 +11,7 @@ import pandas as pd
 from hf_lowrank.report.catalogue import Table
 from hf_lowrank.report.values import describe
 
-__all__ = ["lines", "one_space", "read_records", "read_table"]
+__all__ = ["lines", "one_space", "read_records", "read_table", "table_up_to"]
 
 _RECORD = ("name", "value", "stderr", "step", "settings", "space")
 
@@ -36,6 +36,13 @@ def read_table(path: Path, form: Table) -> pd.DataFrame:
     for column in form.texts:
         table[column] = _texts(table[column])
     return table[table[form.numbers[0]].notna()]
+
+
+def table_up_to(last_step: int | None, name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of a table of metrics up to a step, all for None; the training curve is the whole run's."""
+    if last_step is None or name == "training" or "step" not in table:
+        return table
+    return table[~(table["step"] > last_step)]
 
 
 def read_records(path: Path) -> pd.DataFrame:

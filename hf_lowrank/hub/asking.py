@@ -12,14 +12,14 @@ __all__ = ["ask_first"]
 Result = TypeVar("Result", covariant=True)
 
 
-class Push(Protocol[Result]):
-    """A push that can be told to overwrite."""
+class Replacing(Protocol[Result]):
+    """What replaces something and can be told to overwrite it."""
 
     def __call__(self, *, overwrite: bool) -> Result: ...
 
 
-def ask_first(push: Push[Result], yes: bool) -> Result:
-    """Push; where that would replace other people's work, ask on a terminal and refuse elsewhere.
+def ask_first(replace: Replacing[Result], yes: bool) -> Result:
+    """Push or write; where that would replace other people's work, ask on a terminal and refuse elsewhere.
 
     Args:
         yes: the answer was given on the command line.
@@ -29,9 +29,9 @@ def ask_first(push: Push[Result], yes: bool) -> Result:
         typer.Abort: the answer is no.
     """
     try:
-        return push(overwrite=yes)
+        return replace(overwrite=yes)
     except OverwriteError as problem:
         if not sys.stdin.isatty():
             raise
-        typer.confirm(f"{problem}.\nPush all the same?", abort=True, err=True)
-        return push(overwrite=True)
+        typer.confirm(f"{problem}.\nGo on all the same?", abort=True, err=True)
+        return replace(overwrite=True)

@@ -4,7 +4,9 @@ Collecting (`CardData.from_report`), rendering (`render_card`, pure) and writing
 stored report can be rendered again at any time. Whatever the template prints is escaped unless it is `Markdown`.
 """
 
+import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -21,18 +23,21 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_lowrank.hub.metadata import card_metadata, evaluation_results, headline_results, write_benchmarks
+from hf_lowrank.hub.ownership import OverwriteError, is_edited, signed
 from hf_lowrank.report.baseline import Pair, beside_baseline
 from hf_lowrank.report.catalogue import entries
 from hf_lowrank.report.comparability import Difference, differences
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report, validate_report, write_report
 from hf_lowrank.report.markdown import Markdown, code, escape, fenced, one_line, slug
-from hf_lowrank.report.model import Paper, Report
+from hf_lowrank.report.model import Paper, Report, Run
 from hf_lowrank.report.significance import UNPAIRED
-from hf_lowrank.report.tables import HeadlineRow, evaluation_rows, fact_rows, headline_rows, measured_with
+from hf_lowrank.report.tables import Fact, HeadlineRow, evaluation_rows, fact_rows, headline_rows, measured_with
 from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_value
 
-__all__ = ["STUDY", "CardData", "render_card", "store_card", "write_card"]
+__all__ = ["STUDY", "CardData", "render_card", "set_card_aside", "store_card", "update_card", "write_card"]
+
+logger = logging.getLogger(__name__)
 
 STUDY = Paper(
     title="Beyond Perplexity: A Geometric and Spectral Study of Low-Rank Pre-Training",
@@ -93,18 +98,21 @@ class CardData:
 
 
 def render_card(data: CardData) -> str:
-    """Return the card, YAML metadata and Markdown; equal data give equal text."""
+    """Return the card, YAML metadata and Markdown, with its signature; equal data give equal text."""
     report, run = data.report, data.report.run
     headline, evaluations, facts = headline_rows(report), evaluation_rows(report), fact_rows(report)
     name, paper = one_line(run.name) or "unnamed run", run.method_paper
     metadata = ModelCardData(**card_metadata(run, report.data))
     results = [*headline_results(headline, report.data), *evaluation_results(evaluations)]
+    if run.model.loaded_by != "AutoModelForCausalLM":
+        for result in results:
+            result.task_type, result.task_name = "other", "Other"
     if results:
         metadata.model_name, metadata.eval_results = name, results
     papers = {"hf_lowrank_study": STUDY} | ({slug(run.method): paper} if paper else {})
     label = escape(run.method_label or run.method)
     embedded = report.data is not None and report.data.source == "embedded"
-    return (
+    return signed(
         _environment()
         .get_template("card.md.jinja")
         .render(
@@ -115,12 +123,16 @@ def render_card(data: CardData) -> str:
             method=Markdown(f"[{label}]({_address(paper)})") if paper else label,
             # a method that does not tell has the form that most have
             dense=run.dense_form is not False,
+            published=run.weights_published is not False,
+            loader=Markdown(run.model.loaded_by) if (run.model.loaded_by or "").isidentifier() else None,
+            is_causal=run.model.loaded_by == "AutoModelForCausalLM",
             headline=headline,
             evaluations=evaluations,
             facts=facts,
             fact={fact.key: fact.text for fact in facts},
             known={fact.key for fact in facts if fact.text != UNKNOWN},
             limits=_limits(report, headline),
+            chosen=_chosen(run, facts),
             repo=Markdown(json.dumps(data.repo_id or f"user/{slug(run.name)}")),
             has_tokenizer=report.data is not None and report.data.tokenizer_hash is not None,
             prompt=Markdown(json.dumps("def " if embedded else "Once upon a time")),
@@ -131,24 +143,59 @@ def render_card(data: CardData) -> str:
     )
 
 
-def write_card(publish: Path | str, repo_id: str | None = None) -> Path:
+def write_card(publish: Path | str, repo_id: str | None = None, *, overwrite: bool = False) -> Path:
     """Render the card of the run in `publish` from its report.json and figures/ into README.md; return its path.
 
-    Results on registered benchmarks go beside it into `.eval_results/`, where the Hub's leaderboards find them. Raises
-    what `read_report` raises, and `ValueError` for a `repo_id` that the Hub would refuse.
+    Results on registered benchmarks go beside it into `.eval_results/`, where the Hub's leaderboards find them.
+
+    Raises:
+        OverwriteError: somebody has edited README.md, or written it; `overwrite=True` replaces it.
+        ValueError: the Hub would refuse `repo_id`.
+        What `read_report` raises.
     """
     publish = Path(publish)
-    report = read_report(publish / "report.json")
-    figures = sorted(path.name for path in (publish / "figures").glob("*.png"))
-    text = render_card(CardData.from_report(report, figures, repo_id))
     path = publish / "README.md"
+    report = read_report(publish / "report.json")
+    figures = sorted(figure.name for figure in (publish / "figures").glob("*.png"))
+    text = render_card(CardData.from_report(report, figures, repo_id))
+    if not overwrite:
+        _refuse_edited(path)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_benchmarks(publish, report)
     return path
 
 
-def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
+def update_card(publish: Path | str, repo_id: str | None = None) -> Path:
+    """Write a card where numbers are new; one that somebody has edited stays as it is, with a warning."""
+    try:
+        return write_card(publish, repo_id)
+    except OverwriteError as edited:
+        logger.warning("it stays as it is, without the newest numbers: %s", edited)
+        write_benchmarks(Path(publish), read_report(Path(publish) / "report.json"))
+        return Path(publish) / "README.md"
+
+
+def set_card_aside(publish: Path) -> None:
+    """Move a card that somebody has edited out of a folder that another run is going to fill."""
+    path = publish / "README.md"
+    if not is_edited(path):
+        return
+    names = (f"README.edited{number or ''}.md" for number in itertools.count())
+    aside = next(publish.parent / name for name in names if not (publish.parent / name).exists())
+    path.replace(aside)
+    logger.warning("%s, which was edited, is of an earlier run: it is %s now", path, aside)
+
+
+def _refuse_edited(path: Path) -> None:
+    if is_edited(path):
+        raise OverwriteError(
+            f"{path} was edited since hf_lowrank wrote it, or somebody else wrote it: keep it, or write it anew with "
+            f"`hf-lowrank card {shlex.quote(str(path.parent))} --yes` (in Python: overwrite=True)"
+        )
+
+
+def store_card(publish: Path, output: Path, repo_id: str | None = None, *, overwrite: bool = False) -> Path:
     """Store report, figures and card of the run in `publish` under `output/<run's name>`; return the card.
 
     It is an example: without weights, its figures reduced to a palette of 32 colours, a quarter of their size. What
@@ -167,6 +214,8 @@ def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
             "by a relative path, from the folder that holds it"
         )
     folder = output / slug(report.run.name)
+    if not overwrite:
+        _refuse_edited(folder / "README.md")
     if folder.resolve() != publish.resolve():
         shutil.rmtree(folder / "figures", ignore_errors=True)
         write_report(report, folder / "report.json")
@@ -174,7 +223,7 @@ def store_card(publish: Path, output: Path, repo_id: str | None = None) -> Path:
             with Image.open(figure) as image, atomic_path(folder / "figures" / figure.name) as path:
                 # the figures' flat colours survive so few; a photograph's would not
                 image.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
-    return write_card(folder, repo_id=repo_id)
+    return write_card(folder, repo_id=repo_id, overwrite=True)
 
 
 def _place_named(report: Report, publish: Path) -> str | None:
@@ -278,6 +327,13 @@ def _in_words(difference: Difference) -> str:
     return f"{difference.fact.title.lower()} ({values})"
 
 
+def _chosen(run: Run, facts: Sequence[Fact]) -> str | None:
+    """Return which of its steps a run published and why, if it chose; an underscore inside a word is no markup."""
+    text = next((fact.text for fact in facts if fact.key == "best_of"), None)
+    is_word = run.best_of is not None and re.fullmatch(r"[^\W_]+(_+[^\W_]+)*", run.best_of.metric)
+    return Markdown(text) if text is not None and is_word else text
+
+
 def _captioned(figures: Sequence[str]) -> list[tuple[str, str]]:
     """Return (file name, caption), the figures that this package draws first."""
     captions = {picture.file: picture.caption for entry in entries() for picture in entry.pictures}
@@ -302,8 +358,15 @@ def _limits(report: Report, headline: Sequence[HeadlineRow]) -> list[str]:
             f"It has {format_count(parameters)} parameters and saw {format_count(tokens)} tokens, "
             f"{tokens / parameters:.2g} tokens a parameter."
         )
+    done = run.steps_done
     if run.stopped_early:
-        limits.append(f"Training stopped at step {run.steps:,} of {run.max_steps:,}.")
+        limits.append(f"Training stopped at step {done:,} of {run.max_steps:,}.")
+    if run.best_of is not None:
+        limits.append(
+            f"Weights and numbers are of step {run.steps:,}, the best of {done:,} steps by {run.best_of.metric}: on "
+            "the data that decided this they are a little better than on others. Wall time and peak memory are the "
+            "whole run's."
+        )
     elif run.checkpoint_of is not None:
         end = run.checkpoint_of.steps
         later = "training was under way" if end is None else f"training went on to step {end:,}"

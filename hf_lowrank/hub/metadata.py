@@ -39,9 +39,13 @@ _BENCHMARKS = {
 
 def card_metadata(run: Run, data: Data | None) -> dict[str, Any]:
     """Return the arguments of `ModelCardData` that do not depend on results."""
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+    metadata: dict[str, Any] = {}
+    # the Hub would say how to load weights that are not there
+    if run.weights_published is not False:
+        metadata["library_name"] = "hf_lowrank" if run.model.loaded_by is None else "transformers"
+        if run.model.loaded_by == "AutoModelForCausalLM":
+            metadata["pipeline_tag"] = "text-generation"
+    metadata |= {
         "tags": ["hf-lowrank", f"lowrank-method:{slug(run.method)}", slug(run.model.architecture)],
     }
     if run.license:

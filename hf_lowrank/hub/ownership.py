@@ -1,4 +1,4 @@
-"""Who owns a repository on the Hub: what a push may replace or delete in it, and when it must ask first."""
+"""Who owns a card, and a repository on the Hub: what may be replaced or deleted, and when somebody is asked first."""
 
 from __future__ import annotations
 
@@ -11,14 +11,37 @@ from pathlib import Path
 from huggingface_hub import GitCommitInfo, HfApi, ModelInfo
 from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["MARK", "OverwriteError", "State", "deletable", "objections", "read_state", "run_of"]
+__all__ = [
+    "MARK", "OverwriteError", "State", "deletable", "is_edited", "objections", "read_state", "run_of", "signed",
+]  # fmt: skip
 
 MARK = "Pushed by hf_lowrank"
 """Begins the description of our commits."""
 
+_SIGNATURE = "<!-- Written by hf_lowrank, SHA-256 of the text above: "
+
 
 class OverwriteError(ValueError):
-    """A push would change what somebody else, or another run, has put on the Hub; `overwrite=True` does it."""
+    """What somebody else, or another run, has written would be replaced; `overwrite=True` does it."""
+
+
+def signed(card: str) -> str:
+    """Return a card with a last line, which Markdown does not show, by which `is_edited` knows it as ours."""
+    card = card.rstrip("\n")
+    return f"{card}\n\n{_SIGNATURE}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def is_edited(card: Path) -> bool:
+    """Tell whether a file holds a card that is not as this package wrote it, whatever report it was written from."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    # somebody's own text, whatever its encoding
+    except ValueError:
+        return True
+    body = text.rpartition(_SIGNATURE)[0]
+    return text.strip("\n") != signed(body).strip("\n")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hf_lowrank.checkpoints import CheckpointError, export, list_checkpoints, load_model
 from hf_lowrank.figures import draw_figures
-from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.card import update_card, write_card
 from hf_lowrank.hub.commit import (
     Hub,
     OverwriteError,
@@ -26,7 +26,7 @@ from hf_lowrank.hub.commit import (
 )
 from hf_lowrank.hub.fetch import download
 from hf_lowrank.hub.ownership import run_of
-from hf_lowrank.report.io import read_report, write_report
+from hf_lowrank.report.io import read_records, read_report, up_to, write_report
 
 __all__ = ["OverwriteError", "PushError", "push", "push_folder"]
 
@@ -65,34 +65,38 @@ def push(
     """
     folder = publish_folder(Path(run).expanduser())
     check_names(repo_id, revision, tag)
-    steps = read_report(folder).run.steps
-    _add_model(folder, steps)
+    report = read_report(folder)
+    steps = report.run.steps
+    published = _add_model(folder, steps)
+    if report.run.weights_published not in (None if published else False, published):
+        write_report({**report, "run": {**report.run, "weights_published": published}}, folder / "report.json")
     hub = Hub(repo_id, token)
     if "/" not in repo_id:
         # the card names the repository in full
         repo_id = f"{hub.asked('the account cannot be read', hub.api.whoami)['name']}/{repo_id}"
         hub = Hub(repo_id, token)
-    write_card(folder, repo_id=repo_id)
+    update_card(folder, repo_id=repo_id)
     commit = commit_folder(folder, hub, revision, private, commit_message, tag, f"step-{steps}", overwrite)
     if checkpoints:
         _push_checkpoints(folder, hub, revision or "main", overwrite)
     return commit
 
 
-def _add_model(publish: Path, steps: int) -> None:
-    """Put the model of the report's step beside a report that `measure` has written without one."""
+def _add_model(publish: Path, steps: int) -> bool:
+    """Put the model of the report's step beside a report that `measure` has written without one, if it is there."""
     if (publish / "config.json").is_file():
-        return
+        return True
     checkpoint = publish.parent / f"checkpoint-{steps}"
     # the checkpoint of a model outside transformers has weights and no config.json
     if (checkpoint / "config.json").is_file():
         _write_model(checkpoint, publish)
-    else:
-        logger.warning(
-            "%s holds no model (config.json, weights), and there is no %s: the report is published alone",
-            publish,
-            checkpoint,
-        )
+        return True
+    logger.warning(
+        "%s holds no model (config.json, weights), and there is no %s: the report is published alone",
+        publish,
+        checkpoint,
+    )
+    return False
 
 
 def _push_checkpoints(publish: Path, hub: Hub, branch: str, overwrite: bool) -> None:
@@ -155,22 +159,23 @@ def _write_step(publish: Path, checkpoint: Path, folder: Path) -> None:
         raise CheckpointError(f"{checkpoint} is incomplete: trainer_state.json cannot be read ({error})") from error
     _write_model(checkpoint, folder)
     report = read_report(publish)
+    best, done = report.run.best_of, report.run.steps_done
     facts = {
         "steps": step,
-        "checkpoint_of": {"steps": report.run.steps} if step < report.run.steps else report.run.checkpoint_of,
+        "checkpoint_of": {"steps": done} if step < done else report.run.checkpoint_of,
+        "best_of": best if step == report.run.steps else None,
         "tokens_seen": state.get("num_input_tokens_seen") or None,
         "flops": state.get("total_flos") or None,
         # nobody read the clock at the checkpoint
         "wall_time_seconds": None,
     }
-    kept = {
-        part: [entry for entry in report[part] if entry.step is None or entry.step <= step]
-        for part in ("metrics", "evaluations")
-    }
-    write_report({**report, **kept, "run": {**report.run, **facts}}, folder / "report.json")
     if (publish / "metrics").is_dir():
         shutil.copytree(publish / "metrics", folder / "metrics")
         _cut(folder / "metrics", step)
+    # the report of the best step lacks what was measured later
+    metrics = report.metrics if step <= report.run.steps else read_records(folder / "metrics")
+    kept = {"metrics": up_to(step, metrics), "evaluations": up_to(step, report.evaluations)}
+    write_report({**report, **kept, "run": {**report.run, **facts}}, folder / "report.json")
     draw_figures(folder)
 
 

@@ -139,6 +139,13 @@ class RunSource:
                 known = ", ".join(str(c.step) for c in self.checkpoints)
                 raise ValueError(f"{self.name} has no checkpoint of step {step}; it has {known}")
 
+    @property
+    def final(self) -> Checkpoint:
+        """The checkpoint that the run's report is of: the best one where it was chosen so, the last one otherwise."""
+        step = None if self.report is None else self.report.run.last_step()
+        best = None if step is None else self.at(step)
+        return best or self.checkpoints[-1]
+
     def at(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step."""
         return next((c for c in self.checkpoints if c.step == step), None)
@@ -192,6 +199,12 @@ def _local(folder: Path, output: Path | None) -> RunSource:
     ]
     report = _report(folder)
     root = folder
+    best = None if report is None else report.run.last_step()
+    removed = checkpoints and best is not None and all(c.step != best for c in checkpoints)
+    if removed and (folder / "publish" / "config.json").is_file():
+        # the best checkpoint is what was published
+        checkpoints.append(Checkpoint(int(best or 0), partial(Path, folder / "publish")))
+        checkpoints.sort(key=lambda checkpoint: checkpoint.step)
     if not checkpoints:
         named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
         published = folder / "publish" if (folder / "publish" / "config.json").is_file() else folder

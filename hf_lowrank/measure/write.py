@@ -17,13 +17,13 @@ from hf_lowrank.downstream.results import evaluation_entries, read_evaluations
 from hf_lowrank.families import Measurement, families
 from hf_lowrank.families.records import metrics_folder, read_measurement, read_records
 from hf_lowrank.figures import draw_figures
-from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.card import update_card
 from hf_lowrank.measure.source import RunSource
 from hf_lowrank.methods import get_method
 from hf_lowrank.model_config import base_architecture
 from hf_lowrank.report.baseline import baseline_of, differences_to_baseline
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.io import read_report, write_report
+from hf_lowrank.report.io import read_report, up_to, write_report
 from hf_lowrank.report.model import SCHEMA_VERSION, Report
 
 __all__ = ["write_run", "write_tables_across_runs"]
@@ -40,7 +40,9 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     """
     publish, folder = run.output / "publish", metrics_folder(run.output)
     report = run.report or _report_of_checkpoints(run)
-    report = {**report, "metrics": _metrics(run, folder), "evaluations": _evaluations(report, folder)}
+    last_step = None if run.report is None else run.report.run.last_step()
+    numbers = {"metrics": _metrics(run, folder), "evaluations": _evaluations(report, folder)}
+    report = {**report, **{part: up_to(last_step, entries) for part, entries in numbers.items()}}
     known = None if baseline is None or baseline is run else _report_now(baseline)
     if known is not None and baseline is not None:
         report["baseline"] = baseline_of(known)
@@ -56,7 +58,7 @@ def write_run(run: RunSource, figures: bool = True, baseline: RunSource | None =
     write_report(report, publish / "report.json")
     if figures:
         draw_figures(publish)
-    write_card(publish)
+    update_card(publish)
     return publish
 
 
@@ -185,4 +187,4 @@ def write_tables_across_runs(among: list[RunSource], into: list[RunSource]) -> N
             with atomic_path(metrics_folder(run.output) / f"{name}.parquet") as path:
                 pd.DataFrame(rows).to_parquet(path, index=False)
         draw_figures(run.output / "publish")
-        write_card(run.output / "publish")
+        update_card(run.output / "publish")

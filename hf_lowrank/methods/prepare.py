@@ -14,12 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowrank.conversion import convert_when_loading
 from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_deepspeed
+from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
 from hf_lowrank.methods.summary import Summary, summarize
 from hf_lowrank.methods.targets import Target, find_targets, hidden_size, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
+from hf_lowrank.running import running_trainer
 
 __all__ = [
     "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare", "resolve_ranks",
@@ -52,6 +54,7 @@ def prepare(
             weights, `args.optim` names an optimizer that takes no parameter groups, all layers that a method
             projects are frozen, or DeepSpeed would shard them; `other_lr_scale` is not 1 and no target trains; the
             model uses a layer's weight in a way that the method's layer cannot serve. The model is then as it was.
+            Before the first optimizer step: something else than the method would train the model.
     """
     if not isinstance(config, LowRankConfig):
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
@@ -91,8 +94,9 @@ def prepare(
         other_lr_scale=config.other_lr_scale,
         after_first_backward=functools.partial(check_first_batch, set(unused or ())),
     )
-    trainer_kwargs: dict[str, Any] = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}
-    callbacks = config.callbacks(args)
+    trainer_kwargs, callbacks = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}, config.callbacks(args)
+    if callbacks or rated or config.optimizer(args) is not None:
+        before_first_step(model, functools.partial(_check_optimizer, args))
     return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
 
 
@@ -217,9 +221,12 @@ def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
 
 
 def check_handed_on(
-    model: nn.Module, optimizer_cls: type | None, callbacks: Iterable[TrainerCallback], args: TrainingArguments
+    model: nn.Module,
+    optimizer_cls: type | None,
+    callbacks: Iterable[TrainerCallback] | None,
+    args: TrainingArguments,
 ) -> None:
-    """Compare the optimizer's class (None: not known yet) and the callbacks with the method in a model's config.
+    """Compare the optimizer's class and the callbacks (None: not known) with the method in a model's config.
 
     Raises:
         ValueError: they are others than the method's. The message names the method, what would run, and the way out.
@@ -230,6 +237,8 @@ def check_handed_on(
         return
     if own is not None and optimizer_cls is not None and not issubclass(optimizer_cls, own[0]):
         raise ValueError(_method_not_run(config, f"{optimizer_cls.__name__} would train it"))
+    if callbacks is None:
+        return
     for expected in config.callbacks(args):
         present = [callback for callback in callbacks if isinstance(callback, type(expected))]
         if not any(callback.config == expected.config for callback in present):
@@ -238,9 +247,12 @@ def check_handed_on(
 
 
 def check_method(
-    model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[TrainerCallback], args: TrainingArguments
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    callbacks: Iterable[TrainerCallback] | None,
+    args: TrainingArguments,
 ) -> None:
-    """Compare what trains a model with the method in its config, when training starts.
+    """Compare what trains a model with the method in its config, when training starts; callbacks as there.
 
     The dense form of a finished run is recorded as full-rank from here on.
 
@@ -273,6 +285,13 @@ def check_method(
         for key, value in options.items():
             if group.get(key) != value:
                 raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
+
+
+def _check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """`check_method` before an optimizer's first step; a loop of the user's own has no callbacks to compare."""
+    trainer = running_trainer(model)
+    callbacks = None if trainer is None else trainer.callback_handler.callbacks
+    check_method(model, optimizer, callbacks, args if trainer is None else trainer.args)
 
 
 def _trained_method(model: nn.Module) -> LowRankConfig | None:

@@ -103,13 +103,15 @@ def _planned_steps(run: Run | Baseline, data: Data | None) -> Parts:
 
 
 def _checkpoint(run: Run | Baseline, data: Data | None) -> Parts:
+    if run.best_of is not None:
+        return {"at": f"best step by {run.best_of.metric}"}
     # checkpoints of two runs at one step compare, whatever the runs did afterwards
     return {"at": "end of the run" if run.checkpoint_of is None else f"checkpoint of step {run.steps:,}"}
 
 
 def _unfinished(run: Run | Baseline, data: Data | None) -> Parts:
     stopped = run.stopped_early
-    return {"end": f"stopped at step {run.steps:,} of {run.max_steps:,}" if stopped else "complete"}
+    return {"end": f"stopped at step {run.steps_done:,} of {run.max_steps:,}" if stopped else "complete"}
 
 
 def _fields(name: str, *keys: str) -> Callable[[Run | Baseline, Data | None], Parts]:
@@ -229,10 +231,13 @@ def data_order(report: Report) -> str | None:
 def settings_key(report: Report) -> str:
     """Return as text what runs share if they differ only in their seed."""
     run = report.run
-    shared = [value for fact, value in zip(FACTS, _values(report), strict=True) if fact.of_setting]
+    # seeds reach their best at different steps
+    chosen = run.best_of is not None
+    facts = [fact for fact in FACTS if fact.of_setting and not (chosen and fact.key == "tokens")]
+    shared = [fact.find(run, report.data) for fact in facts]
     # the rate of the other parameters is one of the facts, and configs of older reports lack it
     method_config = {key: value for key, value in run.method_config.items() if key != "other_lr_scale"}
-    return repr((run.method, describe(method_config), run.steps, shared))
+    return repr((run.method, describe(method_config), None if chosen else run.steps, shared))
 
 
 # ---- numbers of the same quantity ----

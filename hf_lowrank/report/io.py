@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,13 @@ from hf_lowrank.report.model import SCHEMA_VERSION, Report, json_schema
 from hf_lowrank.report.secrets import TOKEN
 from hf_lowrank.report.version1 import upgrade
 
-__all__ = ["ReportError", "metric_entry", "read_report", "validate_report", "write_report"]
+__all__ = [
+    "EVALUATIONS", "ReportError", "metric_entry", "read_records", "read_report", "up_to", "validate_report",
+    "write_report",
+]  # fmt: skip
+
+# results on downstream tasks, in the folder of the metrics
+EVALUATIONS = "evaluations.json"
 
 _SHOWN = 80  # characters of a value in an error message
 
@@ -106,6 +112,17 @@ def read_report(path_or_folder: Path | str) -> Report:
             f"{path}: not readable as JSON ({error}); write the report again or fetch it anew"
         ) from error
     return validate_report(report, where=str(path))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records in a metrics folder as plain data, by file and then in the order in which they were measured."""
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != EVALUATIONS]
+    return [record for path in paths for record in json.loads(path.read_text())]
+
+
+def up_to(last_step: int | None, entries: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Return the entries of a report that were measured at `last_step` or before; all of them for None."""
+    return [e for e in entries if last_step is None or e["step"] is None or e["step"] <= last_step]
 
 
 def _locate(path: Path) -> Path:

@@ -12,61 +12,23 @@ a curve. `about` only describes, and decides nothing.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic.json_schema import GenerateJsonSchema
 
+from hf_lowrank.report.part import Closed, Count, Name, Nonnegative, Part, Positive
+
 __all__ = [
-    "SCHEMA_VERSION", "Baseline", "BaselineDifference", "Batch", "CheckpointOf", "Data", "EvaluationEntry",
+    "SCHEMA_VERSION", "Baseline", "BaselineDifference", "Batch", "BestOf", "CheckpointOf", "Data", "EvaluationEntry",
     "LearningRateSchedule", "MetricEntry", "Model", "Optimizer", "OptimizerStateBytes", "Paper", "Part", "PeakMemory",
     "Report", "Run", "Seeds", "Space", "details", "json_schema",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
 
-Name = Annotated[str, Field(pattern=r"\S")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Nonnegative = Annotated[float, Field(ge=0)]
 Space = Literal["native", "dense", "linearised"]
-
-
-class Part(BaseModel, Mapping[str, Any]):
-    """A part of a report: a model that is also a mapping of the fields that were given."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-    def __getitem__(self, key: str) -> Any:
-        if key in type(self).model_fields:
-            return getattr(self, key)
-        return (self.model_extra or {})[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        setattr(self, key, value)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.model_fields_set
-
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        yield from (name for name in type(self).model_fields if name in self.model_fields_set)
-        yield from self.model_extra or ()
-
-    def __len__(self) -> int:
-        return len(self.model_fields_set)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self, **other}
-
-
-class Closed(Part):
-    """A part that has no fields but its own; the others hold whatever else a run wants to keep."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Paper(Closed):
@@ -88,6 +50,8 @@ class Model(Part):
     Attributes:
         architecture: the model type of the base model, such as llama.
         parameters: all parameters of the model as trained, tied ones once.
+        loaded_by: the class of transformers that loads the published weights, null if none does; reports of older
+            versions leave it out, and are of causal language models.
     """
 
     architecture: Name
@@ -95,6 +59,7 @@ class Model(Part):
     parameters: Count
     parameters_trained: Count
     config_hash: str | None = None
+    loaded_by: str | None = "AutoModelForCausalLM"
 
 
 class OptimizerStateBytes(Part):
@@ -179,12 +144,31 @@ class CheckpointOf(Closed):
     steps: Count | None
 
 
+class BestOf(Closed):
+    """How the step was chosen whose model a report is of.
+
+    Attributes:
+        steps: optimizer steps that the run did in all.
+        metric: decided which step is the best, such as eval_loss.
+        value: of that metric at the best step.
+    """
+
+    steps: Count
+    metric: Name
+    value: float | None = None
+
+
+def _steps_done(run: "Run | Baseline") -> int:
+    """Optimizer steps of the whole run, whichever its model is of."""
+    return run.steps if run.best_of is None else run.best_of.steps
+
+
 def _stopped_early(run: "Run | Baseline") -> bool:
     """Whether training ended before its planned last step.
 
     A checkpoint (`checkpoint_of`) has fewer steps than its run because the run went on.
     """
-    return run.max_steps is not None and run.steps < run.max_steps and run.checkpoint_of is None
+    return run.max_steps is not None and run.steps_done < run.max_steps and run.checkpoint_of is None
 
 
 class Run(Part):
@@ -194,11 +178,13 @@ class Run(Part):
         method_label: the method's name for people.
         dense_form: whether dense weights compute the same function; null if that is not known.
         method_config: the method's configuration, field by field.
-        steps: optimizer steps done.
+        steps: optimizer steps that the model has done.
         max_steps: optimizer steps planned.
         checkpoint_of: set if this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
             `steps`.
         learning_rate: peak learning rate, of the targets if they have another than the other parameters.
+        best_of: set if the weights and numbers are of the best step and not of the last (`load_best_model_at_end`).
+        weights_published: whether the weights are beside the report; null if that is not known.
         command: the command that repeats the run, one argument an item.
         date: when the run ended, ISO 8601.
     """
@@ -217,6 +203,8 @@ class Run(Part):
     steps: Count
     max_steps: Count | None
     checkpoint_of: CheckpointOf | None = None
+    best_of: BestOf | None = None
+    weights_published: bool | None = None
     seeds: Seeds
     learning_rate: Nonnegative | None
     lr_schedule: LearningRateSchedule
@@ -232,7 +220,12 @@ class Run(Part):
     license: str | None
     date: str | None
 
+    steps_done = property(_steps_done)
     stopped_early = property(_stopped_early)
+
+    def last_step(self) -> int | None:
+        """The step beyond which numbers are not of this model but of a later one; None if there is none."""
+        return None if self.best_of is None else self.steps
 
 
 class Data(Part):
@@ -275,8 +268,8 @@ class MetricEntry(Closed):
     step: Count | None
     settings: dict[str, Any]
     space: Space | None
-    reference: dict[str, Any] = {}
-    about: dict[str, Any] = {}
+    reference: dict[str, Any] = Field({})
+    about: dict[str, Any] = Field({})
 
 
 class EvaluationEntry(Closed):
@@ -295,8 +288,8 @@ class EvaluationEntry(Closed):
     limit: Annotated[int | float, Field(ge=0)] | None
     step: Count | None
     task_version: str | int | float | None
-    settings: dict[str, Any] = {}
-    about: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
+    about: dict[str, Any] = Field({})
 
 
 class BaselineDifference(Closed):
@@ -316,7 +309,7 @@ class BaselineDifference(Closed):
     name: Name
     space: Space | None = None
     settings: dict[str, Any]
-    reference: dict[str, Any] = {}
+    reference: dict[str, Any] = Field({})
     value: float
     baseline: float
     difference: float
@@ -345,6 +338,7 @@ class Baseline(Closed):
     steps: Count
     max_steps: Count | None = None
     checkpoint_of: CheckpointOf | None = None
+    best_of: BestOf | None = None
     tokens_seen: Count | None
     parameters: Count
     optimizer_state_bytes: Count | None
@@ -358,8 +352,9 @@ class Baseline(Closed):
     data: Data | None
     metrics: list[MetricEntry]
     evaluations: list[EvaluationEntry]
-    differences: list[BaselineDifference] = []
+    differences: list[BaselineDifference] = Field([])
 
+    steps_done = property(_steps_done)
     stopped_early = property(_stopped_early)
 
 

@@ -117,9 +117,15 @@ def _data_facts(data: Data | None) -> list[tuple[str, str, str | None]]:
 
 def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
     planned = "" if run.max_steps is None else f" of {run.max_steps:,}"
+    chosen = []
+    if (best := run.best_of) is not None:
+        value = "" if best.value is None else f" ({best.value:.4g})"
+        text = f"step {run.steps:,}, the best of {best.steps:,} steps by {best.metric}{value}"
+        chosen.append(("best_of", "Published step", text))
     peak, kind = format_bytes(run.peak_memory_bytes.value), run.peak_memory_bytes.kind
     return [
         ("steps", "Optimizer steps", f"{run.steps:,}{planned}"),
+        *chosen,
         ("tokens_seen", "Tokens seen", format_count(run.tokens_seen)),
         ("batch", "Batch", _batch(run.batch)),
         ("learning_rate", "Peak learning rate", _rate(run)),

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.conversion import check_names, convert_when_loading
+from hf_lowrank.conversion import convert_when_loading, refuse_incomplete
 from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
 from hf_lowrank.methods.prepare import check_handed_on, check_method, method_of
@@ -180,14 +180,8 @@ def _load_exactly(trainer: Trainer) -> None:
         convert_when_loading(model)
         return model
 
-    def refuse_incomplete(load_result: Any) -> None:
-        model = trainer.model
-        assert model is not None
-        loaded = {name: t for name, t in model.state_dict().items() if name not in load_result.missing_keys}
-        check_names(model, loaded, "the checkpoint that Trainer loads")
-
     trainer.call_model_init = converting_model_init  # type: ignore[method-assign]
-    trainer._issue_warnings_after_load = refuse_incomplete  # type: ignore[method-assign]
+    refuse_incomplete(trainer)
 
 
 def _check(callbacks: Sequence[TrainerCallback]) -> None:

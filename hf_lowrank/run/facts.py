@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+import transformers
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_lowrank.families.best import BestModel
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
+from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.methods.prepare import method_of, summary_of
 from hf_lowrank.methods.summary import Summary, optimizer_state_bytes, summarize
 from hf_lowrank.optim.plan import IDENTITY_KEY
@@ -102,6 +106,7 @@ def _model_facts(model: Any, info: RunInfo, trained: int, total: int) -> dict[st
         "parameters": total,
         "parameters_trained": trained,
         "config_hash": None if config is None else digest,
+        "loaded_by": _loaded_by(model),
     }
 
 
@@ -129,13 +134,48 @@ def _optimizer_facts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict[str, Any]:
+def _is_predicted(optimizer: Any, method: LowRankConfig, args: TrainingArguments) -> bool:
+    """Whether an optimizer keeps the state that a method's summary has the size of."""
+    own = method.optimizer(args)
+    if not isinstance(optimizer, torch.optim.Adam if own is None else own[0]):
+        return False
+    # a third moment
+    return not any(group.get("amsgrad") for group in optimizer.param_groups)
+
+
+def _tokens(model: Any, seen: int | None) -> int | None:
+    """What Trainer has counted, where that is tokens: of a model of images it counts the pixels."""
+    return seen or None if getattr(model, "main_input_name", "input_ids") == "input_ids" else None
+
+
+def _best_facts(model: Any, best: BestModel | None, steps: int) -> dict[str, Any]:
+    """What a run with the best model has in the place of the facts of the last one, after so many steps."""
+    if best is None:
+        return {}
+    chosen = {"steps": steps, "metric": best.metric, "value": best.value}
+    tokens = _tokens(model, best.tokens_seen)
+    return {"steps": best.step, "tokens_seen": tokens, "flops": best.flops, "best_of": chosen}
+
+
+def _loaded_by(model: Any) -> str | None:
+    """The class of transformers that loads what is published of a model; None if none does."""
+    name = next((c.__name__ for c in type(model).__mro__ if getattr(transformers, c.__name__, None) is c), None)
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM"
+    has_code = any(isinstance(m, ReparameterizedLinear) and not m.has_dense_form for m in model.modules())
+    return "AutoModel" if name is not None and has_code else name
+
+
+def run_facts(
+    trainer: Trainer, info: RunInfo, wall_time_seconds: float, best: BestModel | None = None
+) -> dict[str, Any]:
     """The report's `run` for the state a Trainer is in.
 
     Args:
         trainer: any Trainer, during or after training.
         info: what Trainer does not know.
         wall_time_seconds: time spent training, earlier parts of a resumed run included.
+        best: the model that the Trainer has, where that is not the last step's.
     """
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -145,22 +185,21 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
     accumulation, world = args.gradient_accumulation_steps, args.world_size
     # auto_find_batch_size may have lowered what args asks for
     process_batch = trainer._train_batch_size
-    measured = None
-    if trainer.optimizer is not None:
-        measured = optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return {
         "name": info.name or Path(str(args.output_dir)).resolve().name,
         "method": method.method,
         **method.facts(),
         "method_config": method.to_dict(),
+        "weights_published": isinstance(model, PreTrainedModel),
         "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
         "optimizer_state_bytes": {
-            "predicted": summary.state_bytes if "AdamW" in str(optimizer["name"]) else None,
-            "measured": measured,
+            "predicted": summary.state_bytes if _is_predicted(inner, method, args) else None,
+            "measured": None if inner is None else optimizer_state_bytes(inner),
             "adamw": summary.adamw_state_bytes,
         },
         "peak_memory_bytes": peak_memory(),
-        "tokens_seen": state.num_input_tokens_seen or None,
+        "tokens_seen": _tokens(model, state.num_input_tokens_seen),
         "flops": state.total_flos or None,
         "steps": state.global_step,
         "max_steps": state.max_steps,
@@ -187,4 +226,5 @@ def run_facts(trainer: Trainer, info: RunInfo, wall_time_seconds: float) -> dict
         "command": None if info.command is None else without_secrets(info.command),
         "license": info.license,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_best_facts(model, best, state.global_step),
     }

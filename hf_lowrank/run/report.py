@@ -28,6 +28,7 @@ from hf_lowrank.downstream.results import (
     forget_evaluations,
     read_evaluations,
 )
+from hf_lowrank.families.best import BestModel, best_model
 from hf_lowrank.families.callback import MODEL_INPUTS, MetricCallback, random_state_kept
 from hf_lowrank.families.loss import loss_records, over_sequences
 from hf_lowrank.families.records import (
@@ -42,7 +43,7 @@ from hf_lowrank.families.records import (
 )
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.background import PushQueue
-from hf_lowrank.hub.card import write_card
+from hf_lowrank.hub.card import set_card_aside, update_card
 from hf_lowrank.hub.network import describe_error
 from hf_lowrank.hub.push import push
 from hf_lowrank.metrics.perturb import evaluating
@@ -56,11 +57,12 @@ from hf_lowrank.metrics.sequences import (
     sequence_losses,
     unpacked,
 )
+from hf_lowrank.model_config import remove_model
 from hf_lowrank.report.baseline import baseline_of, differences_to_baseline
 from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.io import ReportError, read_report, write_report
+from hf_lowrank.report.io import ReportError, read_report, up_to, write_report
 from hf_lowrank.report.model import SCHEMA_VERSION, Run
 from hf_lowrank.report.samples import Samples
 from hf_lowrank.report.values import format_bytes, format_count, format_duration
@@ -99,6 +101,8 @@ class ReportCallback(TrainerCallback):
         # facts that stay as they were when training ended, however often the report is written afterwards
         self._ended: dict[str, Any] = {}
         self._training = False
+        # the model that Trainer has loaded at the end, where that is the best one
+        self._best: BestModel | None = None
         # whether the report in the folder may be of an earlier run
         self._foreign = True
 
@@ -115,11 +119,13 @@ class ReportCallback(TrainerCallback):
             if isinstance(callback, MetricCallback):
                 callback.trainer = self.trainer
         self._started, self._ended, self._foreign = time.monotonic(), {}, state.global_step == 0
-        self._training = True
+        self._training, self._best = True, None
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0
         if state.is_world_process_zero:
             self.pushes.clear(self.publish.parent)
             self._forget_after(state.global_step)
+            if state.global_step == 0:
+                set_card_aside(self.publish)
             self._keep_evaluation()
 
     def _seconds_before(self) -> float:
@@ -191,6 +197,7 @@ class ReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training = False
+        self._best = best_model(args, state)
         try:
             records = self._validation_records()
         # like any metric, this one must never end somebody's run
@@ -247,17 +254,22 @@ class ReportCallback(TrainerCallback):
                 rows.append((ids, labels))
         return over_sequences(torch.cat(losses), torch.cat(tokens), row_ids(rows)), evaluation_settings(rows)
 
+    @property
+    def _step(self) -> int:
+        """The step of the Trainer's model."""
+        return self.trainer.state.global_step if self._best is None else self._best.step
+
     def _validation_records(self) -> list[Record]:
         """Validation loss and perplexity with standard errors."""
         measured = self._validation_loss()
         if measured is None:
             return []
         loss, settings = measured
-        return loss_records(loss, self.trainer.state.global_step, settings)
+        return loss_records(loss, self._step, settings)
 
     def _write_records(self, records: list[Record]) -> None:
         folder, name = self.publish / "metrics", LOSS.file
-        step = self.trainer.state.global_step
+        step = self._step
         # what was measured of earlier checkpoints stays
         forget(folder, name, lambda measured_at: measured_at == step)
         earlier = read_measurement(folder, name)
@@ -271,15 +283,16 @@ class ReportCallback(TrainerCallback):
         curve = curve.groupby("step", as_index=False).first()
         with atomic_path(folder / "training.parquet") as path:
             curve.to_parquet(path, index=False)
-        run = run_facts(self.trainer, self.info, seconds) | self._ended
+        run = run_facts(self.trainer, self.info, seconds, self._best) | self._ended
         if self._training and run["steps"] < run["max_steps"]:
             run["checkpoint_of"] = {"steps": None}
+        last_step = None if self._best is None else self._best.step
         report = {
             "schema_version": SCHEMA_VERSION,
             "run": run,
             "data": self.info.data,
-            "metrics": read_records(folder),
-            "evaluations": evaluation_entries(read_evaluations(folder) or []),
+            "metrics": up_to(last_step, read_records(folder)),
+            "evaluations": up_to(last_step, evaluation_entries(read_evaluations(folder) or [])),
         }
         self._add_baseline(report, folder)
         write_report(report, self.publish / "report.json")
@@ -314,8 +327,9 @@ class ReportCallback(TrainerCallback):
             export(model, self.publish, self.trainer.processing_class)
         else:
             logger.warning("%s is no PreTrainedModel: its weights are not published", type(model).__name__)
+            remove_model(self.publish)
         draw_figures(self.publish)
-        write_card(self.publish, repo_id=repo_id or self._repo_id())
+        update_card(self.publish, repo_id=repo_id or self._repo_id())
 
     def _repo_id(self) -> str | None:
         return self.trainer.hub_model_id or self.trainer.args.hub_model_id

@@ -16,7 +16,7 @@ from PIL import Image
 from hf_lowrank.figures import draw_figures
 from hf_lowrank.figures.drawing import STYLE, evenly, short_names
 from hf_lowrank.figures.loss import loss as loss_figure
-from hf_lowrank.figures.tables import one_space
+from hf_lowrank.figures.tables import one_space, table_up_to
 from hf_lowrank.report.catalogue import HEADLINE_METRICS
 
 LLAMA = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -170,3 +170,9 @@ def test_names_stay_short_and_different() -> None:
 def test_evenly_keeps_both_ends() -> None:
     assert evenly([1, 2, 3], 6) == [1, 2, 3]
     assert evenly(range(0, 1001, 10), 6) == [0, 200, 400, 600, 800, 1000]
+
+
+def test_figures_of_metrics_end_at_the_best_step():
+    table = pd.DataFrame({"step": [0, 2, 4], "value": [1.0, 2.0, 3.0]})
+    assert list(table_up_to(2, "spectral", table)["step"]) == [0, 2]
+    assert list(table_up_to(2, "training", table)["step"]) == list(table_up_to(None, "spectral", table)["step"])

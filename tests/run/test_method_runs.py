@@ -1,10 +1,13 @@
 """What trains a model is what its config, report and card say, or training does not start."""
 
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer, projected, restarted
 from toy_method import ToyConfig
 from transformers import (
@@ -17,6 +20,7 @@ from transformers import (
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import export
+from hf_lowrank.methods.first_step import _UNCHECKED, _check
 from hf_lowrank.methods.prepare import method_of
 from hf_lowrank.methods.targets import find_targets
 
@@ -82,6 +86,82 @@ def test_a_method_without_its_callback_is_refused_by_attach(tmp_path):
         lr.attach(trainer)
 
 
+# Without attach
+
+
+NOT_HANDED_ON = {name: config for name, config in CONFIGS.items() if projected(config) or restarted(config)}
+NOT_HANDED_ON["rated"] = lr.LoRAConfig(r=4, other_lr_scale=0.1)
+
+
+@pytest.mark.parametrize("method", NOT_HANDED_ON)
+@pytest.mark.parametrize("trainer_cls", [Trainer, OwnOptimizer])
+def test_a_method_that_was_not_handed_on_makes_no_step(method, trainer_cls, tmp_path):
+    config = NOT_HANDED_ON[method]
+    args = arguments(tmp_path)
+    model, _ = lr.prepare(llama(), config, args)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = trainer_cls(model=model, args=args, train_dataset=dataset(), eval_dataset=dataset())
+    trainer.evaluate()
+    why = "the optimizer knows nothing of other_lr_scale=0.1"
+    if projected(config) or restarted(config):
+        why = "AdamW would train it" if projected(config) else "the Trainer's .* is missing"
+    with pytest.raises(ValueError, match=rf"config says {config.label}, but {why}: .*FullRankConfig"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As optimizers that average weights or look ahead are made: it shares the groups of the optimizer inside."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+WRAPPED = {
+    "bare": lambda optimizer: optimizer,
+    "accelerate": lambda optimizer: Accelerator(cpu=True).prepare(optimizer),
+    "wrapper": Wrapper,
+}
+
+
+def step(model, optimizer):
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_loop_of_ones_own_steps_with_the_methods_optimizer_alone(wrapped, tmp_path):
+    config = METHODS["galore"]
+    model, trainer_kwargs = lr.prepare(llama(), config, arguments(tmp_path))
+    with pytest.raises(ValueError, match="config says GaLore, but AdamW would train it"):
+        step(model, WRAPPED[wrapped](torch.optim.AdamW(model.parameters())))
+    # another model's optimizer
+    other = llama()
+    step(other, torch.optim.AdamW(other.parameters()))
+    optimizer_cls, kwargs = trainer_kwargs["optimizer_cls_and_kwargs"]
+    optimizer = WRAPPED[wrapped](optimizer_cls(model.parameters(), **kwargs))
+    torch.optim.lr_scheduler.LambdaLR(getattr(optimizer, "optimizer", optimizer), lambda step: 1.0)
+    step(model, optimizer)
+    assert model not in _UNCHECKED
+    # nothing is left in PyTorch once every model is checked
+    _UNCHECKED.clear()
+    step(model, optimizer)
+    assert _check not in torch.optim.optimizer._global_optimizer_pre_hooks.values()
+
+
+def test_a_model_that_awaits_its_first_step_is_not_kept_alive(tmp_path):
+    model, _ = lr.prepare(llama(), METHODS["galore"], arguments(tmp_path))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
 def test_an_optimizer_of_the_method_with_other_settings_does_not_start(tmp_path):
     args = arguments(tmp_path)
     model, _ = lr.prepare(llama(), lr.GaLoreConfig(r=4), args)
@@ -143,15 +223,17 @@ def test_what_prepare_returned_for_another_method_is_refused(tmp_path):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_model_init_that_prepares_is_trained_with_the_arguments_of_that_time(method, tmp_path):
-    args = arguments(tmp_path, max_steps=1)
+    args = arguments(tmp_path, max_steps=1, warmup_steps=0)
 
     def model_init():
         return lr.prepare(llama(), CONFIGS[method], args)[0]
 
     _, trainer_kwargs = lr.prepare(llama(), CONFIGS[method], args)
-    trainer = Trainer(model_init=model_init, args=args, train_dataset=dataset(), **trainer_kwargs)
+    data = dict(train_dataset=dataset(), eval_dataset=dataset(8))
+    trainer = Trainer(model_init=model_init, args=args, **data, **trainer_kwargs)
     lr.attach(trainer)
-    for rate, beta in ((1e-3, 0.5), (1e-4, 0.6)):
+    losses = set()
+    for rate, beta in ((1e-9, 0.5), (1e-2, 0.6)):
         # as a search does between its trials
         args.learning_rate, args.adam_beta1, args.weight_decay = rate, beta, rate
         trainer.train()
@@ -161,6 +243,8 @@ def test_a_model_init_that_prepares_is_trained_with_the_arguments_of_that_time(m
         assert {group["betas"][0] for group in groups} == {beta}
         assert {group["weight_decay"] for group in groups} == {rate, 0.0}
         assert any("r" in group for group in groups) == projected(CONFIGS[method])
+        losses.add(trainer.evaluate()["eval_loss"])
+    assert len(losses) == 2
 
 
 def test_an_optimizer_that_is_named_after_prepare_is_refused(tmp_path):
@@ -229,16 +313,18 @@ def test_what_is_frozen_after_prepare_is_named(tmp_path):
 # What a model and a run keep
 
 
-@pytest.mark.parametrize("method", ["galore", "lora", "relora", "sltrain"])
+@pytest.mark.parametrize("method", ["fullrank", "galore", "lora", "relora", "sltrain", "cola"])
 def test_several_ends_of_sequence_survive(method, tmp_path):
     model, _ = lr.prepare(llama(), CONFIGS[method], arguments(tmp_path))
     model.generation_config.eos_token_id = [3, 5]
     export(model, tmp_path / "publish")
     loaded = lr.from_pretrained(tmp_path / "publish")
     assert loaded.generation_config.eos_token_id == [3, 5]
-    for dense in (lr.to_dense(model), lr.from_pretrained(tmp_path / "publish", dense=True)):
-        assert dense.generation_config.eos_token_id == [3, 5]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "publish").generation_config.eos_token_id == [3, 5]
+    if CONFIGS[method].has_dense_form:
+        for dense in (lr.to_dense(model), lr.from_pretrained(tmp_path / "publish", dense=True)):
+            assert dense.generation_config.eos_token_id == [3, 5]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "publish", trust_remote_code=True)
+    assert plain.generation_config.eos_token_id == [3, 5]
 
 
 def test_tokens_are_counted_and_the_log_is_that_of_a_plain_trainer(tmp_path):
@@ -275,6 +361,35 @@ def test_a_run_that_saves_its_models_alone_does_not_start_anew_without_a_word(tm
     Trainer(model=llama(), args=args, train_dataset=dataset()).train()
     with pytest.raises(lr.CheckpointError, match="checkpoint-2 was saved with save_only_model"):
         lr.last_checkpoint(tmp_path)
+
+
+SGDNotAdamW = type("SGDNotAdamW", (torch.optim.SGD,), {})
+OwnOne = type("OwnOne", (torch.optim.AdamW,), {})
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer_cls", "options", "predicted"),
+    [
+        ("fullrank", torch.optim.Adam, {}, True),
+        ("fullrank", OwnOne, {}, True),
+        ("fullrank", torch.optim.AdamW, {"amsgrad": True}, False),
+        ("fullrank", SGDNotAdamW, {}, False),
+        ("lora", torch.optim.AdamW, {}, True),
+        ("galore", None, {}, True),
+    ],
+)
+def test_state_is_predicted_of_what_the_optimizer_is(method, optimizer_cls, options, predicted, tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    model, trainer_kwargs = lr.prepare(llama(), METHODS[method], args)
+    if optimizer_cls is not None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trainer_kwargs = {"optimizers": (optimizer_cls(trained, lr=1e-3, **options), None)}
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(), **trainer_kwargs)
+    lr.attach(trainer)
+    trainer.train()
+    state = lr.load_report(tmp_path).run.optimizer_state_bytes
+    assert (state.predicted == state.measured) == predicted
+    assert predicted or state.predicted is None
 
 
 def test_all_linear_leaves_a_classification_head_out():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +26,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -34,6 +37,7 @@ from hf_lowrank.metrics.sequences import EvaluationSet
 from hf_lowrank.report.io import read_report, validate_report
 from hf_lowrank.report.model import details
 from hf_lowrank.run import facts
+from hf_lowrank.run.report import ReportCallback
 
 SAVING = dict(save_strategy="steps", save_steps=2)
 NO_FIGURES = ("hf_lowrank.run.report.draw_figures", lambda publish: [])
@@ -557,3 +561,48 @@ def test_llama_in_bf16(tmp_path, no_figures):
     assert run["precision"] == "bfloat16"
     assert run["optimizer_state_bytes"]["measured"] == run["optimizer_state_bytes"]["predicted"]
     assert lr.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+# The card
+
+
+def test_an_edited_card_stays_when_a_run_goes_on_and_is_set_aside_for_a_new_one(tmp_path, no_figures, caplog):
+    card, aside = tmp_path / "publish" / "README.md", tmp_path / "README.edited.md"
+    foreign(arguments(tmp_path, max_steps=2, **SAVING)).train()
+    card.write_text(card.read_text() + "Mine.\n")
+    foreign(arguments(tmp_path, max_steps=4, **SAVING)).train(resume_from_checkpoint=lr.last_checkpoint(tmp_path))
+    assert card.read_text().endswith("Mine.\n")
+    assert "README.md was edited since" in caplog.text
+    assert not aside.exists()
+    for name in ("README.edited.md", "README.edited1.md"):
+        foreign(arguments(tmp_path, max_steps=2, save_strategy="no")).train()
+        assert (tmp_path / name).read_text().endswith("Mine.\n")
+        assert name in caplog.text
+        assert "Mine." not in card.read_text()
+        card.write_text(card.read_text() + "Mine.\n")
+
+
+def test_a_card_says_how_to_load_what_is_there(tmp_path, no_figures):
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8)
+    )
+    seen = {}
+    for name, model in (("llama", llama()), ("wrapped", wrapped), ("vit", vit)):
+        # one folder: what an earlier run has published is not taken for a later one's
+        trainer = foreign(arguments(tmp_path, max_steps=0), model)
+        report = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReportCallback))
+        report.write_all(report.whole_model())
+        seen[name] = (tmp_path / "publish" / "README.md").read_text()
+        assert (tmp_path / "publish" / "model.safetensors").exists() == (name != "wrapped")
+    assert "AutoModelForCausalLM.from_pretrained(" in seen["llama"]
+    assert "pipeline_tag: text-generation" in seen["llama"]
+    assert "from_pretrained(" not in seen["wrapped"]
+    assert "The weights are not published." in seen["wrapped"]
+    assert "lr.load_report(" in seen["wrapped"]
+    assert "library_name" not in seen["wrapped"]
+    assert "ViTForImageClassification.from_pretrained(" in seen["vit"]
+    assert "lr.from_pretrained(" in seen["vit"]
+    assert "Causal" not in seen["vit"]
+    assert "pipeline_tag" not in seen["vit"]
+    assert "text-generation" not in seen["vit"]

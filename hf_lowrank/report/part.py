@@ -1,0 +1,49 @@
+"""What the parts of report.json are made of: models that are mappings as well, and the types of their fields."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Closed", "Count", "Name", "Nonnegative", "Part", "Positive"]
+
+Name = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Nonnegative = Annotated[float, Field(ge=0)]
+
+
+class Part(BaseModel, Mapping[str, Any]):
+    """A part of a report: a model that is also a mapping of the fields that were given."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    def __getitem__(self, key: str) -> Any:
+        if key in type(self).model_fields:
+            return getattr(self, key)
+        return (self.model_extra or {})[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.model_fields_set
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        yield from (name for name in type(self).model_fields if name in self.model_fields_set)
+        yield from self.model_extra or ()
+
+    def __len__(self) -> int:
+        return len(self.model_fields_set)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and dict(self) == dict(other)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+
+class Closed(Part):
+    """A part that has no fields but its own; the others hold whatever else a run wants to keep."""
+
+    model_config = ConfigDict(extra="forbid")
