@@ -222,6 +222,9 @@ class CompareOptions(_Checked):
     baseline: str | None = option(None, "Run to take differences to: name or source.")
     sort: str | None = option(None, "Metric to sort by: validation_loss, H9, task/acc, ...; default: as given.")
     descending: bool = option(False, "The largest first.")
+    at: str | None = option(
+        None, "Take each run at loss=3.9, matched (the worst final loss), step=200 or tokens=819200."
+    )
     group_seeds: bool = option(False, "Runs that differ only in their seed as one, mean and error.")
     output: Path = option(Path("comparison"), "Folder for page, tables and figures.")
     push_to_space: str | None = option(None, "Publish the page as this Space, user/name.")

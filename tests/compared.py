@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from hf_lowrank.compare.frame import ComparedRun
+from hf_lowrank.compare.table import Comparison
 from hf_lowrank.report.io import metric_entry, validate_report, write_report
 
 FULL = json.loads((Path(__file__).parent / "report" / "full_report.json").read_text())
+LOSS = "validation_loss"
 ON = {"evaluation_hash": "e1", "sequences": 32, "tokens": 8160}
 
 
@@ -72,3 +75,25 @@ def write_run(folder: Path, made: dict[str, Any], curves: bool = True) -> Path:
         ]
         pd.DataFrame(rows).to_parquet(publish / "metrics" / "landscape.parquet")
     return folder
+
+
+# ---- what a comparison shows ----
+
+
+def column(comparison: Comparison, name: str, distinct: str | None = None) -> int:
+    """The only column of that name, or the one told apart by `distinct`."""
+    found = [i for i, c in enumerate(comparison.columns) if c.name == name and distinct in (None, c.distinct)]
+    assert len(found) == 1, [comparison.columns[i] for i in found]
+    return found[0]
+
+
+def cell(comparison: Comparison, row: int, at: int) -> pd.Series:
+    return comparison.cells.loc[(row, at)]
+
+
+def values(comparison: Comparison, at: int) -> list[float | None]:
+    return comparison.pivot(lambda cell: None if math.isnan(cell.value) else cell.value)[at].tolist()
+
+
+def said(comparison: Comparison, level: str = "conflict") -> str:
+    return "\n".join(notice.line for notice in comparison.notices if notice.level == level)

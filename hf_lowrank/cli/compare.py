@@ -10,6 +10,7 @@ from rich.text import Text
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.figures import draw_comparison
 from hf_lowrank.compare.gather import Gathered, gather
+from hf_lowrank.compare.matched import parse_at
 from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import Comparison, compare
 from hf_lowrank.compare.text import heading, metrics_csv, print_comparison, render_markdown, runs_csv
@@ -35,6 +36,7 @@ def run_compare(sources: list[str], options: CompareOptions) -> int:
         raise ValueError(f"--output {output} is a file: give a folder")
     if options.push_to_space is not None:
         validate_repo_id(options.push_to_space)
+    place = None if options.at is None else parse_at(options.at)
     console = Console()
     listed = [] if tag is None else published_runs(tag, options.limit, token)
     gathered = gather(sources, listed, token)
@@ -45,7 +47,12 @@ def run_compare(sources: list[str], options: CompareOptions) -> int:
     if not gathered.runs:
         raise ValueError(_nothing_left(gathered, tag))
     comparison = compare(
-        gathered.runs, baseline=at, sort=options.sort, descending=options.descending, group_seeds=options.group_seeds
+        gathered.runs,
+        baseline=at,
+        sort=options.sort,
+        descending=options.descending,
+        group_seeds=options.group_seeds,
+        at=place,
     )
     _print_left_out(gathered, console)
     print_comparison(comparison, console)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from hf_lowrank.compare.matched import Taken
 from hf_lowrank.report.catalogue import entry_of, headline_metric, headline_metrics
 from hf_lowrank.report.comparability import EVALUATION_HASH, Kind, Number, latest, numbers
 from hf_lowrank.report.evidence import Kept
@@ -32,7 +33,11 @@ COSTS: Mapping[str, tuple[str, str]] = {
     "peak_memory_bytes": ("Peak memory", "bytes"),
     "flops": ("Floating-point operations", "flops"),
     "wall_time_seconds": ("Wall time", "seconds"),
+    "steps_taken": ("Steps to get there", "count"),
+    "tokens_taken": ("Tokens to get there", "count"),
 }
+# of the whole run, not of the place at which it is taken
+_OF_THE_END = ("flops", "wall_time_seconds")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class ComparedRun:
         repo: `user/name` or `user/name@revision` if it comes from the Hub.
         problems: a sentence for each table that could not be read.
         kept: what the run keeps of its measurements, by which numbers are compared unit by unit.
+        taken: where in its training it is taken; None for its end.
     """
 
     label: str
@@ -54,6 +60,7 @@ class ComparedRun:
     repo: str | None = None
     problems: Sequence[str] = ()
     kept: Kept = field(default_factory=Kept)
+    taken: Taken | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,11 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     `run` is the run's index, `number` the number itself; `kind`, `metric`, `space`, `step`, `value` and `stderr` are
     its fields. Numbers of one `series` are points of one curve. `column` is -1 for numbers that are not in the table.
     """
-    of_runs = _placed([[*numbers(run.report), *_costs(run.report)] for run in runs])
+    of_runs = _placed([[*numbers(run.report), *_interpolated(run), *_costs(run)] for run in runs])
     series: dict[tuple[Any, ...], Number] = {}
     lines = []
     for run, measured in enumerate(of_runs):
-        speaking = {id(number) for number in latest(measured)}
+        speaking = {id(number) for number in _speaking(runs[run], measured)}
         for number in measured:
             # a number on an unknown text has a series and a column of its own
             owner = () if number.comparable else (run,)
@@ -130,8 +137,21 @@ def collect(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     return points
 
 
-def _costs(report: Report) -> Iterator[Number]:
-    run = report.run
+def _interpolated(run: ComparedRun) -> Sequence[Number]:
+    return () if run.taken is None else run.taken.numbers
+
+
+def _speaking(run: ComparedRun, measured: Sequence[Number]) -> list[Number]:
+    """Return the numbers that stand in the table for a run: the latest, or those of where it is taken."""
+    if run.taken is None:
+        return latest(measured)
+    there = {id(number) for number in run.taken.numbers}
+    exact = [n for n in measured if n.kind == "cost" or (n.step is not None and n.step == run.taken.exact)]
+    return [*latest(exact), *(number for number in measured if id(number) in there)]
+
+
+def _costs(of_run: ComparedRun) -> Iterator[Number]:
+    run, taken = of_run.report.run, of_run.taken
     values = {
         "parameters": run.model.parameters,
         "parameters_trained": run.model.parameters_trained,
@@ -140,6 +160,10 @@ def _costs(report: Report) -> Iterator[Number]:
         "flops": run.flops,
         "wall_time_seconds": run.wall_time_seconds,
     }
+    if taken is not None:
+        values |= {"steps_taken": taken.step, "tokens_taken": taken.tokens}
+        if taken.exact != run.steps:
+            values |= dict.fromkeys(_OF_THE_END)
     for name, value in values.items():
         if value is not None:
             # peaks compare only if they were taken in the same way

@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from hf_lowrank.compare.matched import Taken
 from hf_lowrank.report.catalogue import headline_metric
 from hf_lowrank.report.comparability import PEER, REMARKS, Difference, Level, Number
 from hf_lowrank.report.values import UNKNOWN, describe
 
-__all__ = ["Notice", "metric_notices", "run_notices"]
+__all__ = ["Notice", "metric_notices", "place_notices", "run_notices"]
 
 _MOST_LABELS = 8  # of runs in one part of a notice
 
@@ -76,7 +77,7 @@ def _parts(values: Sequence[str], labels: Sequence[str]) -> Parts:
     return tuple((value, tuple(members)) for value, members in ordered)
 
 
-def metric_notices(points: pd.DataFrame, labels: Sequence[str]) -> list[Notice]:
+def metric_notices(points: pd.DataFrame, labels: Sequence[str], one_place: bool = False) -> list[Notice]:
     """Return notices on metrics that were measured in different ways, at different steps or on unknown texts.
 
     Metrics with the same problem share a notice.
@@ -84,6 +85,7 @@ def metric_notices(points: pd.DataFrame, labels: Sequence[str]) -> list[Notice]:
     Args:
         points: all numbers of a comparison (`hf_lowrank.compare.frame.collect`).
         labels: the runs' names.
+        one_place: whether the runs are taken at one place, which need not be the same step.
     """
     metrics: dict[tuple[Any, ...], list[str]] = {}
 
@@ -96,7 +98,7 @@ def metric_notices(points: pd.DataFrame, labels: Sequence[str]) -> list[Notice]:
         numbers = list(zip(of_metric["run"], of_metric["number"], strict=True))
         for _, of_series in of_metric.groupby("series"):
             last = of_series.drop_duplicates("run", keep="last")
-            for text, parts in _within(last["number"].tolist(), [labels[run] for run in last["run"]]):
+            for text, parts in _within(last["number"].tolist(), [labels[run] for run in last["run"]], one_place):
                 say(level, metric, text, parts)
         unknown = dict.fromkeys(labels[run] for run, number in numbers if not number.comparable)
         if unknown:
@@ -112,6 +114,32 @@ def metric_notices(points: pd.DataFrame, labels: Sequence[str]) -> list[Notice]:
 def _titles(names: Sequence[str]) -> str:
     shown = [metric.label if (metric := headline_metric(name)) else name for name in dict.fromkeys(names)]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 5 else ", ".join(["", *shown[4:]]))
+
+
+def place_notices(taken: Sequence[tuple[str, Taken]], words: str) -> list[Notice]:
+    """Return notices on where runs, each with its label, are taken, and on what that means for their numbers."""
+    text = "a run that is taken before its end has not finished its schedule"
+    if any(place.loss is not None for _, place in taken):
+        text = (
+            "between two checkpoints every number is interpolated linearly in the loss, and so is its error; how far "
+            f"the error of the loss moves the place is not part of it; {text}"
+        )
+    notices = [
+        Notice("note", f"Taken at {words}", text, _parts([t.text for _, t in taken], [label for label, _ in taken]))
+    ]
+    others: dict[tuple[str, ...], list[str]] = {}
+    for label, place in taken:
+        others.setdefault(place.other, []).append(label)
+    for names, labels in others.items():
+        if names:
+            why = "refers to another checkpoint on either side, so nothing is interpolated"
+            notices.append(Notice("note", _titles(names), why, ((", ".join(names), tuple(labels)),)))
+    between = tuple(label for label, place in taken if place.exact is None)
+    if between:
+        why = "curves along directions, paths and depth are those of the nearer checkpoint"
+        nearer = [f"step {place.nearer:,}" for _, place in taken if place.exact is None]
+        notices.append(Notice("note", "Curves", why, _parts(nearer, between)))
+    return notices
 
 
 def _ways(measured: Sequence[tuple[int, Number]], labels: Sequence[str]) -> Parts:
@@ -132,11 +160,11 @@ def _ways(measured: Sequence[tuple[int, Number]], labels: Sequence[str]) -> Part
     return tuple((way, tuple(labels[run] for run in sorted(runs))) for way, runs in ways.items())
 
 
-def _within(numbers: Sequence[Number], labels: Sequence[str]) -> list[tuple[str, Parts]]:
+def _within(numbers: Sequence[Number], labels: Sequence[str], one_place: bool) -> list[tuple[str, Parts]]:
     """Return in what the numbers of one column differ: their steps, and what describes them."""
     said = []
     steps = _parts(["no step" if n.step is None else f"step {n.step:,}" for n in numbers], labels)
-    if len(steps) > 1:
+    if len(steps) > 1 and not one_place:
         said.append(("not measured at the same step", steps))
     told: list[tuple[tuple[str, ...], ...]] = []
     for key in sorted({key for number in numbers for key in number.about} - REMARKS):

@@ -28,7 +28,7 @@ __all__ = ["render_page"]
 _SCRIPTS = ("compare-base.js", "compare-table.js", "compare-chart.js", "compare-start.js")
 _NAMED = 8  # runs in the page's head
 _SHARED = ("model", "data", "tokens_seen", "steps", "sequence_length", "precision")
-_SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes")
+_SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "steps_taken", "tokens_taken")
 
 
 def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
@@ -102,6 +102,7 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
                 "differs": row.differs,
                 "tested": comparison.tested(index),
                 "notes": row.notes,
+                "place": next((fact.text for fact in row.facts if fact.key == "taken_at"), ""),
                 "text": " ".join(fact.text for fact in row.facts),
             }
             for index, row in enumerate(comparison.rows)

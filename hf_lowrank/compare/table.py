@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from hf_lowrank.compare.frame import Column, ComparedRun, collect, columns_of
-from hf_lowrank.compare.notices import Notice, metric_notices, run_notices
+from hf_lowrank.compare.matched import At, parse_at, take
+from hf_lowrank.compare.notices import Notice, metric_notices, place_notices, run_notices
 from hf_lowrank.report.comparability import Difference, data_order, differences, settings_key
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.significance import Delta, Sample, corrected, difference, tested_number
@@ -54,10 +55,12 @@ class Comparison:
     Attributes:
         runs, rows, columns: what is compared; `baseline` is a row's index, `sort` a column's.
         points: all numbers, as `collect` gives them, with the `row` that they belong to.
-        cells: the table, indexed by row and column: value, stderr, n_seeds, step, text, note, and the difference to
-            the baseline's cell with delta, delta_stderr, dof, p, q, test, paired, size, delta_text, why and marks.
+        cells: the table, indexed by row and column: value, stderr, n_seeds, step (from_step, to_step and weight if it
+            is interpolated), text, note, and the difference to the baseline's cell with delta, delta_stderr, dof, p,
+            q, test, paired, size, delta_text, why and marks.
         tests: how many numbers were tested.
         notices: what readers must know, conflicts first.
+        at: where in their training the runs are taken, in words; None for their ends.
     """
 
     runs: Sequence[ComparedRun]
@@ -71,6 +74,7 @@ class Comparison:
     sort: int | None = None
     descending: bool = False
     tests: int = 0
+    at: str | None = None
 
     def tested(self, row: int) -> str:
         """Return what a row's tests against the baseline are about; nothing for the baseline itself."""
@@ -125,6 +129,7 @@ def compare(
     sort: str | None = None,
     descending: bool = False,
     group_seeds: bool = False,
+    at: str | At | None = None,
 ) -> Comparison:
     """Put runs side by side.
 
@@ -135,12 +140,17 @@ def compare(
             one with the most runs counts. Rows without it come last.
         descending: sort from the largest to the smallest.
         group_seeds: join runs that differ only in their seed: mean and standard error over the seeds.
+        at: take each run at a validation loss (`loss=3.9`), at the worst of their final ones (`matched`), at a
+            checkpoint (`step=200`, `tokens=819200`) instead of its end (`hf_lowrank.compare.matched`).
 
     Raises:
-        ValueError: there is no run, or no metric has the name `sort`.
+        ValueError: there is no run, no metric has the name `sort`, or a run never gets to `at`.
     """
     if not runs:
         raise ValueError("no run to compare: give run folders or Hub repositories, or --tag")
+    place = None
+    if at is not None:
+        runs, place = take(runs, parse_at(at) if isinstance(at, str) else at)
     points = collect(runs)
     columns = columns_of(points, runs)
     reports, labels = [run.report for run in runs], [run.label for run in runs]
@@ -155,11 +165,12 @@ def compare(
         rows = [rows[index] for index in order]
         cells = cells.rename(index={old: new for new, old in enumerate(order)}, level="row").sort_index()
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
-    at = None if baseline is None else row_of[baseline]
-    cells, tests = _with_differences(cells, at, columns)
+    base = None if baseline is None else row_of[baseline]
+    cells, tests = _with_differences(cells, base, columns, [run.taken.loss for run in runs if run.taken is not None])
     notices = [
         *run_notices(differences(reports), labels),
-        *metric_notices(points, labels),
+        *([] if place is None else place_notices([(r.label, r.taken) for r in runs if r.taken is not None], place)),
+        *metric_notices(points, labels, one_place=place is not None),
         *twins,
         *_seed_notice(runs, rows, group_seeds),
         *(Notice("note", run.label, problem) for run in runs for problem in run.problems),
@@ -171,11 +182,12 @@ def compare(
         points=points.assign(row=points["run"].map(row_of)),
         cells=cells,
         notices=sorted(notices, key=lambda notice: notice.level != "conflict"),
-        baseline=at,
+        baseline=base,
         grouped=group_seeds,
         sort=chosen,
         descending=descending,
         tests=tests,
+        at=place,
     )
 
 
@@ -196,9 +208,18 @@ def _row(runs: Sequence[ComparedRun], members: tuple[int, ...], differing: Seque
         seeds=tuple(runs[member].report.run.seeds.seed for member in members),
         differs=tuple(titles["conflict"]),
         notes=tuple(titles["note"]),
-        facts=[replace(fact, text=one_line(fact.text)) for fact in fact_rows(first.report)],
+        facts=[
+            *(replace(fact, text=one_line(fact.text)) for fact in fact_rows(first.report)),
+            *_place_fact([runs[member] for member in members]),
+        ],
         repos=tuple(repo for member in members if (repo := runs[member].repo) is not None),
     )
+
+
+def _place_fact(runs: Sequence[ComparedRun]) -> list[Fact]:
+    """Return where runs are taken, if not at their ends."""
+    texts = [f"{run.label}: {run.taken.text}" if len(runs) > 1 else run.taken.text for run in runs if run.taken]
+    return [Fact("taken_at", "Taken at", "; ".join(texts))] if texts else []
 
 
 def _seed_groups(runs: Sequence[ComparedRun]) -> tuple[list[tuple[int, ...]], list[Notice]]:
@@ -253,7 +274,9 @@ def _cells(
     lines = lines.assign(
         row=lines["run"].map(row_of),
         missing=[
-            one_line(number.about.get("note") or "not measured") if math.isnan(value) else None
+            one_line(number.about.get("note") or ("" if number.parts else "not measured"))
+            if math.isnan(value) or number.parts
+            else None
             for number, value in zip(lines["number"], lines["value"], strict=True)
         ],
         measured=[
@@ -270,23 +293,30 @@ def _cells(
         first_step=("step", "min"),
         last_step=("step", "max"),
         steps=("step", "count"),
-        missing=("missing", lambda why: list(dict.fromkeys(why.dropna()))),
+        missing=("missing", lambda why: list(dict.fromkeys(filter(None, why.dropna())))),
+        number=("number", "first"),
         seeds=("value", lambda values: values.dropna().tolist()),
         measured=("measured", lambda pairs: pairs.dropna().tolist()),
     )
     same_step = (cells["first_step"] == cells["last_step"]) & (cells["steps"] == cells["runs"])
     cells["step"] = cells["first_step"].where(same_step).astype("Int64")
     cells["stderr"] = cells["spread"].where(cells["n_seeds"] > 1, cells["stderr"])
+    parts = [number.parts if runs == 1 else () for number, runs in zip(cells["number"], cells["runs"], strict=True)]
+    for name, side in (("from_step", 0), ("to_step", 1)):
+        steps = [each[side][0].step if each else None for each in parts]
+        cells[name] = pd.array(steps, dtype="Int64")
+    cells["weight"] = pd.array([each[1][1] if each else None for each in parts], dtype="Float64").astype(float)
     cells["note"] = [_note(cell, len(rows[cell.Index[0]].members)) for cell in cells.itertuples()]
     cells["sample"] = [_sample(runs, cell) for cell in cells.itertuples()]
     cells["n_seeds"] = cells["n_seeds"].where(cells["n_seeds"] > 0, cells["runs"])
     cells["text"] = [_text(columns[cell.Index[1]], cell.value, cell.stderr) for cell in cells.itertuples()]
-    return cells[["value", "stderr", "n_seeds", "step", "text", "note", "sample", "measured"]]
+    places = ["step", "from_step", "to_step", "weight"]
+    return cells[["value", "stderr", "n_seeds", *places, "text", "note", "sample", "measured"]]
 
 
 def _note(cell: Any, members: int) -> str:
     notes = [f"{cell.runs} of {members} seeds"] if cell.runs < members else []
-    if cell.n_seeds == 0:
+    if cell.n_seeds == 0 or members == 1:
         notes += cell.missing
     elif cell.n_seeds == 1 and members > 1:
         notes.append("one seed: the error is that of the measurement")
@@ -315,9 +345,12 @@ def _text(column: Column, value: float, stderr: float) -> str:
 
 
 def _with_differences(
-    cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]
+    cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column], given: Sequence[float | None]
 ) -> tuple[pd.DataFrame, int]:
-    """Return the cells with their differences to the baseline's cells, and how many numbers were tested."""
+    """Return the cells with their differences to the baseline's cells, and how many numbers were tested.
+
+    `given` are the losses at which runs are taken: no difference to test.
+    """
     base = {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
     deltas = [Delta(math.nan, None, None, None)] * len(cells)
     costs: list[str] = [""] * len(cells)
@@ -330,6 +363,8 @@ def _with_differences(
         if columns[column].kind == "cost":
             deltas[place] = replace(deltas[place], value=cell.value - there.value)
             costs[place] = _percent(cell.value, there.value)
+        elif _is_given(columns[column].name, cell.value, given) and math.isclose(cell.value, there.value):
+            deltas[place] = Delta(0.0, None, None, None, "equal, because the runs are taken there")
         else:
             deltas[place] = difference(cell.sample, there.sample)
             numbers[place] = (row, tested_number(cell.measured[0][1], cell.sample, there.sample))
@@ -345,6 +380,12 @@ def _with_differences(
         cost or ("" if math.isnan(delta.value) else delta.text) for cost, delta in zip(costs, deltas, strict=True)
     ]
     return cells.drop(columns=["sample", "measured"]).join(added), sum(delta.counts for delta in deltas)
+
+
+def _is_given(name: str, value: float, losses: Sequence[float | None]) -> bool:
+    """Whether a number is the loss at which runs are taken, or its perplexity."""
+    loss = {"validation_loss": lambda: value, "perplexity": lambda: math.log(value)}.get(name, lambda: math.nan)()
+    return any(math.isclose(loss, each) for each in losses if each is not None)
 
 
 def _percent(value: float, base: float) -> str:

@@ -21,8 +21,9 @@ __all__ = [
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
 _METRIC_FIELDS = [
-    "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "step", "value", "stderr", "n_seeds",
-    "delta", "delta_stderr", "dof", "p", "q", "test", "paired", "not_comparable_in", "note", "differs_in",
+    "run", "method", "seeds", "metric", "id", "label", "weights", "settings", "at", "step", "from_step", "to_step",
+    "weight", "value", "stderr", "n_seeds", "delta", "delta_stderr", "dof", "p", "q", "test", "paired",
+    "not_comparable_in", "note", "differs_in",
 ]  # fmt: skip
 ENVIRONMENT = Environment(
     loader=PackageLoader("hf_lowrank.compare", "templates"),
@@ -31,13 +32,17 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _METRIC_WIDTH, _RUN_WIDTH = 44, 31  # characters of the terminal
-_SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds")
+_SHOWN_COSTS = (
+    *("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds"),
+    *("steps_taken", "tokens_taken"),
+)
 
 
 def heading(comparison: Comparison) -> str:
     """Return a short title of the comparison."""
     count = len(comparison.runs)
-    return f"{count} pre-training run{'s' if count > 1 else ''} compared"
+    place = "" if comparison.at is None else f" at {comparison.at}"
+    return f"{count} pre-training run{'s' if count > 1 else ''} compared{place}"
 
 
 def significance_text(comparison: Comparison) -> list[str]:
@@ -72,6 +77,7 @@ def metrics_csv(comparison: Comparison) -> str:
     for name in ("value", "delta"):
         table[name] = [_exact(value, count) for value, count in zip(table[name], whole, strict=True)]
     table["note"] = table["note"].where(table["note"] != "", table["why"])
+    table["at"] = comparison.at or ""
     return _csv(table[_METRIC_FIELDS])
 
 
@@ -145,14 +151,15 @@ def _head(comparison: Comparison, index: int) -> str:
 
 def _runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     labels = {fact.key: fact.label for row in comparison.rows for fact in row.facts}
+    shown = [*_SHOWN_FACTS, *(["taken_at"] if comparison.at else [])]
     lines = []
     for index, row in enumerate(comparison.rows):
         facts = {fact.key: fact.text for fact in row.facts}
         facts["seeds"] = ", ".join(UNKNOWN if seed is None else str(seed) for seed in row.seeds)
         mark = " (baseline)" if index == comparison.baseline else ""
         differs = f"≠ {', '.join(row.differs)}" if row.differs else ""
-        lines.append([row.label + mark, *(facts.get(key, "") for key in _SHOWN_FACTS), differs])
-    return ["run", *(labels.get(key, key) for key in _SHOWN_FACTS), "not comparable in"], lines
+        lines.append([row.label + mark, *(facts.get(key, "") for key in shown), differs])
+    return ["run", *(labels.get(key, key) for key in shown), "not comparable in"], lines
 
 
 # ---- the terminal ----
@@ -163,6 +170,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.conflicts:
         lines = "\n".join(f"• {notice.line}" for notice in comparison.conflicts)
         console.print(Panel(Text(lines), title="NOT COMPARABLE", border_style="bold red", title_align="left"))
+    if comparison.at:
+        console.print(Text(heading(comparison), style="bold"))
     console.print(_terminal_runs(comparison))
     costs = {index for index, column in enumerate(comparison.columns) if column.name in _SHOWN_COSTS}
     table = comparison.pivot(_terminal_cell)[sorted({*comparison.usual, *costs})]
@@ -180,7 +189,8 @@ def _terminal_runs(comparison: Comparison) -> Table:
     if comparison.sort is not None:
         sorted_by = [f"{comparison.columns[comparison.sort].title} {'↓' if comparison.descending else '↑'}"]
         sorted_texts = comparison.cells["text"].xs(comparison.sort, level="column").to_dict()
-    for column in ("run", "method", "seed", "tokens seen", "learning rate", *sorted_by, "not comparable in"):
+    places = ["taken at"] if comparison.at else []
+    for column in ("run", "method", "seed", "tokens seen", "learning rate", *places, *sorted_by, "not comparable in"):
         table.add_column(column, overflow="fold")
     for index, row in enumerate(comparison.rows):
         facts = {fact.key: fact.text for fact in row.facts}
@@ -190,6 +200,7 @@ def _terminal_runs(comparison: Comparison) -> Table:
             Text(", ".join("?" if seed is None else str(seed) for seed in row.seeds)),
             Text(facts["tokens_seen"]),
             Text(facts["learning_rate"]),
+            *(Text(facts["taken_at"]) for _ in places),
             *(Text(sorted_texts.get(index, "")) for _ in sorted_by),
             Text(", ".join(row.differs), style="bold red"),
         )

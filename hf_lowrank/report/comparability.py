@@ -254,6 +254,7 @@ class Number:
         about: what only describes it.
         step, value, stderr: the number.
         entry: the report's entry from which it comes.
+        parts: the numbers between which it is interpolated, each with its weight; none if it was measured.
     """
 
     kind: Kind
@@ -266,6 +267,7 @@ class Number:
     value: float | None
     stderr: float | None
     entry: MetricEntry | EvaluationEntry | None = None
+    parts: "tuple[tuple[Number, float], ...]" = ()
 
     @property
     def quantity(self) -> tuple[str, ...]:

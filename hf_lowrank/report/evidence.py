@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hf_lowrank.report.comparability import Number
 from hf_lowrank.report.model import EvaluationEntry
-from hf_lowrank.report.pairing import Evidence, Items
+from hf_lowrank.report.pairing import Evidence, Items, blended
 from hf_lowrank.report.samples import Key, Samples, read_samples, sample_key
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Kept:
         """Return what is kept of a number, None if that is nothing or belongs to another number."""
         if number.value is None or not number.comparable:
             return None
+        if number.parts:
+            (one, weight), (other, _) = number.parts
+            return blended(self.of(one), self.of(other), 1 - weight)
         if isinstance(number.entry, EvaluationEntry):
             return None if self.items is None else self._items(number.entry)
         key = sample_key(number.name, number.space, number.step, number.settings, number.reference)
@@ -65,6 +68,11 @@ class Kept:
         # the mean of pseudo-values is the number without its bias, which is smaller than its error
         error = max(number.stderr or 0.0, 1e-6 * abs(number.value))
         return samples if abs(samples.value - number.value) <= error else None
+
+    def error_of(self, number: Number) -> tuple[float, float] | None:
+        """Return standard error and degrees of freedom of a number by its samples, None if it has none."""
+        samples = self.of(number)
+        return samples.error() if isinstance(samples, Samples) else None
 
     def _items(self, entry: EvaluationEntry) -> Items | None:
         from hf_lowrank.report.items import items_of

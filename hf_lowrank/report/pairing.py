@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hf_lowrank.report.samples import Samples
 
-__all__ = ["Evidence", "Items", "Paired", "mcnemar", "paired", "paired_seeds", "two_sided"]
+__all__ = ["Evidence", "Items", "Paired", "blended", "mcnemar", "paired", "paired_seeds", "two_sided"]
 
 Floats = NDArray[np.float64]
 
@@ -83,6 +83,26 @@ class Paired:
     p: float | None
     test: str
     whole: bool = True
+
+
+def blended(one: Evidence | None, other: Evidence | None, weight: float) -> Evidence | None:
+    """Return what makes up (1 - weight) a + weight b, which is exact since both are linear in their units.
+
+    None if the two numbers were not measured on the same units.
+    """
+    first = 1 - weight
+    if isinstance(one, Samples) and isinstance(other, Samples):
+        alike = one.kind == other.kind and one.units == other.units and one.sums.shape == other.sums.shape
+        if not alike or not np.array_equal(one.weights, other.weights):
+            return None
+        return Samples(one.kind, one.units, first * one.sums + weight * other.sums, one.weights)
+    if isinstance(one, Items) and isinstance(other, Items):
+        alike = list(one.items) == list(other.items) and one.groups == other.groups
+        if not alike or not np.array_equal(one.weights, other.weights):
+            return None
+        values = (first * one.shares() + weight * other.shares()) / one.weights
+        return Items(one.items, values, one.weights, one.groups)
+    return None
 
 
 def paired(ours: Evidence | None, base: Evidence | None) -> Paired | None:

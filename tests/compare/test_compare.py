@@ -6,38 +6,16 @@ import math
 
 import pandas as pd
 import pytest
-from compared import ON, compared, report, runs, task, write_run
+from compared import LOSS, ON, cell, column, compared, report, runs, said, task, values, write_run
 from scipy.stats import ttest_ind, ttest_rel
 
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.figures import draw_comparison
 from hf_lowrank.compare.gather import read_curves
-from hf_lowrank.compare.table import Comparison, compare
+from hf_lowrank.compare.table import compare
 from hf_lowrank.compare.text import metrics_csv, render_markdown, runs_csv
 from hf_lowrank.report.io import metric_entry
 from hf_lowrank.report.significance import Delta, Sample, difference
-
-LOSS = "validation_loss"
-
-
-def column(comparison: Comparison, name: str, distinct: str | None = None) -> int:
-    """The only column of that name, or the one told apart by `distinct`."""
-    found = [i for i, c in enumerate(comparison.columns) if c.name == name and distinct in (None, c.distinct)]
-    assert len(found) == 1, [comparison.columns[i] for i in found]
-    return found[0]
-
-
-def cell(comparison: Comparison, row: int, at: int) -> pd.Series:
-    return comparison.cells.loc[(row, at)]
-
-
-def values(comparison: Comparison, at: int) -> list[float | None]:
-    return comparison.pivot(lambda cell: None if math.isnan(cell.value) else cell.value)[at].tolist()
-
-
-def said(comparison: Comparison, level: str = "conflict") -> str:
-    return "\n".join(notice.line for notice in comparison.notices if notice.level == level)
-
 
 # ---- columns ----
 

@@ -43,6 +43,7 @@ function runCell(index) {
   const cell = element("th", { scope: "row" }, swatch(index), element("span", { class: "name" }, row.label));
   const about = [row.method, row.seeds ? `seed ${row.seeds}` : ""].filter(Boolean).join(", ");
   cell.append(element("span", { class: "sub" }, index === data.baseline ? `${about}, baseline` : about));
+  if (row.place) cell.append(element("span", { class: "sub" }, row.place));
   if (table.differences && row.tested) cell.append(element("span", { class: "sub" }, row.tested));
   if (row.differs.length) cell.append(element("span", { class: "differs" }, `≠ ${row.differs.join(", ")}`));
   return cell;
