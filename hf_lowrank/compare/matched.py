@@ -3,7 +3,7 @@
 What differs between methods when the loss does not? A run is taken at the first place where its validation loss, over
 its checkpoints, comes down to the given one. Between two checkpoints a and b with losses L_a > L > L_b every number is
 interpolated linearly in the loss: v = (1 - t) v_a + t v_b with t = (L_a - L) / (L_a - L_b). Its standard error is that
-of the samples of both, interpolated, if the run keeps them; else (1 - t) s_a + t s_b, the largest that two errors of any
+of the samples of both, interpolated, if the run keeps them; else (1 - t) s_a + t s_b, the most that two errors of any
 correlation can give. What the error of the loss itself does to the place is not part of it, and is said.
 """
 

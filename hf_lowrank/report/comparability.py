@@ -307,7 +307,7 @@ def numbers(source: Report | Baseline) -> Iterator[Number]:
     """Yield the metrics and downstream results of a run."""
     entries: list[MetricEntry | EvaluationEntry] = [*source.metrics, *source.evaluations]
     for entry in entries:
-        measured = {key: entry.get(key) for key in ("step", "value", "stderr")}
+        measured: dict[str, Any] = {key: entry.get(key) for key in ("step", "value", "stderr")}
         if isinstance(entry, MetricEntry):
             name, space, settings, reference = one_line(entry.name), entry.space, entry.settings, entry.reference
             yield Number("metric", name, space, settings, reference, entry.about, **measured, entry=entry)
