@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer, projected, restarted
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from toy_method import ToyConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -151,7 +152,7 @@ def test_a_loop_of_ones_own_steps_with_the_methods_optimizer_alone(wrapped, tmp_
     # nothing is left in PyTorch once every model is checked
     _UNCHECKED.clear()
     step(model, optimizer)
-    assert _check not in torch.optim.optimizer._global_optimizer_pre_hooks.values()
+    assert _check not in _global_optimizer_pre_hooks.values()
 
 
 def test_a_model_that_awaits_its_first_step_is_not_kept_alive(tmp_path):
