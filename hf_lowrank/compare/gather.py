@@ -19,6 +19,7 @@ from hf_lowrank.hub.listing import Listed, fetch_listed
 from hf_lowrank.report.catalogue import tables as catalogued_tables
 from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.io import read_report
+from hf_lowrank.report.items import TEXTS
 from hf_lowrank.report.markdown import one_line
 
 __all__ = ["Gathered", "Skipped", "gather", "read_curves"]
@@ -113,7 +114,7 @@ def _read(folder: Path, repo: str | None, problems: Sequence[str] = ()) -> Compa
     report = read_report(folder)
     tables, broken = read_curves(folder / "metrics")
     tables = {name: table_up_to(report.run.last_step(), name, table) for name, table in tables.items()}
-    kept = Kept.read(folder / "metrics")
+    kept = Kept.read(folder / "metrics", check=_check_items)
     return ComparedRun(_name(report), report, tables, repo, [*problems, *broken, *kept.problems], kept)
 
 
@@ -170,7 +171,12 @@ def read_curves(metrics: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
     return tables, problems
 
 
-def _check_size(path: Path) -> None:
+def _check_items(path: Path) -> None:
+    # what items were asked and answered is not read, and may be long
+    _check_size(path, unread=TEXTS)
+
+
+def _check_size(path: Path, unread: Sequence[str] = ()) -> None:
     """Raise `ValueError` if a file would not fit into memory or is no table of metrics."""
     with pq.ParquetFile(path) as file:
         if file.metadata.num_rows > _MOST_ROWS:
@@ -179,7 +185,7 @@ def _check_size(path: Path) -> None:
         size = sum(group.total_byte_size for group in groups)
         if size > _MOST_BYTES:
             raise ValueError(f"{size:,} bytes unpacked, more than {_MOST_BYTES:,}")
-        schema = file.schema_arrow
+        schema = [column for column in file.schema_arrow if column.name not in unread]
     texts = [column.name for column in schema if _is_text(column.type)]
     for column in schema:
         if pyarrow.types.is_nested(column.type) or pyarrow.types.is_binary(column.type):

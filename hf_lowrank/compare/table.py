@@ -166,7 +166,7 @@ def compare(
         cells = cells.rename(index={old: new for new, old in enumerate(order)}, level="row").sort_index()
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
     base = None if baseline is None else row_of[baseline]
-    cells, tests = _with_differences(cells, base, columns, [run.taken.loss for run in runs if run.taken is not None])
+    cells, tests = _with_differences(runs, cells, base, columns)
     notices = [
         *run_notices(differences(reports), labels),
         *([] if place is None else place_notices([(r.label, r.taken) for r in runs if r.taken is not None], place)),
@@ -307,11 +307,10 @@ def _cells(
         cells[name] = pd.array(steps, dtype="Int64")
     cells["weight"] = pd.array([each[1][1] if each else None for each in parts], dtype="Float64").astype(float)
     cells["note"] = [_note(cell, len(rows[cell.Index[0]].members)) for cell in cells.itertuples()]
-    cells["sample"] = [_sample(runs, cell) for cell in cells.itertuples()]
     cells["n_seeds"] = cells["n_seeds"].where(cells["n_seeds"] > 0, cells["runs"])
     cells["text"] = [_text(columns[cell.Index[1]], cell.value, cell.stderr) for cell in cells.itertuples()]
     places = ["step", "from_step", "to_step", "weight"]
-    return cells[["value", "stderr", "n_seeds", *places, "text", "note", "sample", "measured"]]
+    return cells[["value", "stderr", "n_seeds", *places, "text", "note", "seeds", "measured"]]
 
 
 def _note(cell: Any, members: int) -> str:
@@ -323,10 +322,8 @@ def _note(cell: Any, members: int) -> str:
     return "; ".join(notes)
 
 
-def _sample(runs: Sequence[ComparedRun], cell: Any) -> Sample | None:
-    """Return what is compared of a cell, None if nothing was measured."""
-    if not cell.measured:
-        return None
+def _sample(runs: Sequence[ComparedRun], cell: Any) -> Sample:
+    """Return what is compared of a cell in which something was measured."""
     stderr = None if math.isnan(cell.stderr) else float(cell.stderr)
     if len(cell.measured) == 1:
         run, number = cell.measured[0]
@@ -345,20 +342,20 @@ def _text(column: Column, value: float, stderr: float) -> str:
 
 
 def _with_differences(
-    cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column], given: Sequence[float | None]
+    runs: Sequence[ComparedRun], cells: pd.DataFrame, baseline: int | None, columns: Sequence[Column]
 ) -> tuple[pd.DataFrame, int]:
-    """Return the cells with their differences to the baseline's cells, and how many numbers were tested.
-
-    `given` are the losses at which runs are taken: no difference to test.
-    """
-    base = {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline}
+    """Return the cells with their differences to the baseline's cells, and how many numbers were tested."""
+    base = {cell.Index[1]: cell for cell in cells.itertuples() if cell.Index[0] == baseline and cell.measured}
+    base_samples = {column: _sample(runs, cell) for column, cell in base.items()}
+    # the losses at which runs are taken: no difference to test
+    given = [run.taken.loss for run in runs if run.taken is not None]
     deltas = [Delta(math.nan, None, None, None)] * len(cells)
     costs: list[str] = [""] * len(cells)
     numbers: list[Hashable] = [None] * len(cells)
     for place, cell in enumerate(cells.itertuples()):
         row, column = cell.Index
         there = base.get(column)
-        if row == baseline or there is None or cell.sample is None or there.sample is None:
+        if row == baseline or there is None or not cell.measured:
             continue
         if columns[column].kind == "cost":
             deltas[place] = replace(deltas[place], value=cell.value - there.value)
@@ -366,8 +363,9 @@ def _with_differences(
         elif _is_given(columns[column].name, cell.value, given) and math.isclose(cell.value, there.value):
             deltas[place] = Delta(0.0, None, None, None, "equal, because the runs are taken there")
         else:
-            deltas[place] = difference(cell.sample, there.sample)
-            numbers[place] = (row, tested_number(cell.measured[0][1], cell.sample, there.sample))
+            ours, theirs = _sample(runs, cell), base_samples[column]
+            deltas[place] = difference(ours, theirs)
+            numbers[place] = (row, tested_number(cell.measured[0][1], ours, theirs))
     deltas = corrected(deltas, numbers)
     fields = {
         "delta": "value", "delta_stderr": "stderr", "dof": "dof", "p": "p", "q": "q", "test": "test",
@@ -379,7 +377,7 @@ def _with_differences(
     added["delta_text"] = [
         cost or ("" if math.isnan(delta.value) else delta.text) for cost, delta in zip(costs, deltas, strict=True)
     ]
-    return cells.drop(columns=["sample", "measured"]).join(added), sum(delta.counts for delta in deltas)
+    return cells.drop(columns=["seeds", "measured"]).join(added), sum(delta.counts for delta in deltas)
 
 
 def _is_given(name: str, value: float, losses: Sequence[float | None]) -> bool:

@@ -31,7 +31,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_METRIC_WIDTH, _RUN_WIDTH = 44, 31  # characters of the terminal
+_METRIC_WIDTH, _RUN_WIDTH = 44, 36  # characters of the terminal
 _SHOWN_COSTS = (
     *("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds"),
     *("steps_taken", "tokens_taken"),
@@ -76,6 +76,7 @@ def metrics_csv(comparison: Comparison) -> str:
     whole = table["unit"].isin(("count", "bytes"))
     for name in ("value", "delta"):
         table[name] = [_exact(value, count) for value, count in zip(table[name], whole, strict=True)]
+    table["paired"] = table["paired"].where(table["test"].notna())
     table["note"] = table["note"].where(table["note"] != "", table["why"])
     table["at"] = comparison.at or ""
     return _csv(table[_METRIC_FIELDS])

@@ -1,6 +1,7 @@
 """What a run keeps of its measurements beside the numbers: sums by sequence or direction, results by item."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,10 +32,14 @@ class Kept:
     problems: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, *folders: Path) -> Self:
+    def read(cls, *folders: Path, check: Callable[[Path], object] = lambda path: None) -> Self:
         """Read what is in a run's folders of metrics, of which the later ones count more.
 
         A file that cannot be used is left out with its reason.
+
+        Args:
+            folders: that need not exist.
+            check: raises `ValueError` for a table of items that is not to be opened.
         """
         samples: dict[Key, Samples] = {}
         items, problems = None, []
@@ -46,8 +51,10 @@ class Kept:
                     # pandas takes long to import, and only results by item need it
                     from hf_lowrank.report.items import read_items
 
+                    check(path)
                     items = read_items(path)
-            except ValueError as error:
+            # a damaged or made-up file can raise anything, and costs what it holds alone
+            except Exception as error:
                 reason = " ".join(str(error).replace(str(path), path.name).split())
                 problems.append(f"differences that need {path.name} are unpaired: {reason[:200]}")
         return cls(samples, items, tuple(problems))

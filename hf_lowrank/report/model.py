@@ -297,13 +297,12 @@ class BaselineDifference(Closed):
 
     Attributes:
         name, space, settings, reference: which number; the name of a downstream result is `task/metric`.
-        value, baseline: the numbers of the run and of its baseline from which it was taken.
+        value, baseline: the numbers of the two from which it was taken.
         difference, stderr: of the two; the error is null if nothing is known of one of them.
         dof: degrees of freedom of the test; null for the normal distribution or an exact test.
         p: two-sided, not corrected for the number of tests; null if nothing was tested.
-        test: for people, such as `paired over 128 sequences`; null if nothing was tested.
+        test: for people, such as `paired over 128 sequences`; null if nothing was tested, and `why` says why.
         paired: whether the two were compared unit by unit; otherwise the error is as if they were independent.
-        why: why nothing was tested.
     """
 
     name: Name

@@ -217,7 +217,8 @@ def _tested(sums: Floats, weights: Floats, words: str, whole: bool = True) -> Pa
     # the ids and what the units are do not matter here: the error is that of any samples
     difference = Samples("sequence", tuple(map(str, range(len(weights)))), sums, weights)
     stderr, dof = difference.error()
-    if math.isnan(stderr):
+    # of a single unit there is no error; that of numbers near the largest floats overflows
+    if not math.isfinite(stderr):
         return None
     value = difference.value
     # seeds whose differences are equal but for rounding have no spread

@@ -188,3 +188,18 @@ def test_samples_of_another_number_pair_nothing() -> None:
     found = compare([base, replace(ours, kept=Kept(stale, wrong))], baseline=0)
     tests = found.cells["test"].dropna()
     assert set(tests) == {"unpaired"}
+
+
+def test_damaged_files_leave_differences_unpaired_and_are_said(tmp_path) -> None:
+    base = measured("full", method="fullrank")
+    for name in ("validation.samples", "items"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1 broken")
+    kept = Kept.read(tmp_path)
+    assert (kept.samples, kept.items) == ({}, None)
+    ours = replace(measured("galore", noise=1), kept=kept, problems=kept.problems)
+    found = compare([base, ours], baseline=0)
+    assert set(found.cells["test"].dropna()) == {"unpaired"}
+    notices = [notice.text for notice in found.notes if notice.title == "galore"]
+    assert [text.partition(":")[0] for text in notices] == [
+        f"differences that need {name}.parquet are unpaired" for name in ("items", "validation.samples")
+    ]
