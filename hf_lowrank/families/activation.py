@@ -21,7 +21,7 @@ from hf_lowrank.report.model import Report
 from hf_lowrank.report.samples import Sampled, Samples, pseudo_values
 from hf_lowrank.sharding import raise_together
 
-__all__ = ["Activation", "ActivationCallback"]
+__all__ = ["Activation", "ActivationCallback", "sampled_similarity"]
 
 
 @family
@@ -52,7 +52,7 @@ class Activation(Family):
         settings = {"baseline": name, "average": "mean over layers, embeddings included", **at.sequences.settings()}
         measured, reference = Measurement(), {"baseline_step": step}
         for metric in SIMILARITIES:
-            number = _sampled(getattr(mean, metric))
+            number = sampled_similarity(getattr(mean, metric))
             measured.records.append(
                 record(f"activation/{metric}", number, at.step, settings, reference=reference, layers=len(layers))
             )
@@ -142,7 +142,7 @@ class ActivationCallback(SequenceCallback):
             torch.nn.Module.to(baseline, home)
 
 
-def _sampled(number: GroupedEstimate) -> Sampled | float:
+def sampled_similarity(number: GroupedEstimate) -> Sampled | float:
     """The number with its pseudo-values; alone where groups could not be left out."""
     parts = pseudo_values(number.value, number.left_out)
     if len(parts) < 2 or not np.isfinite(parts).all():

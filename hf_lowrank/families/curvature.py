@@ -3,16 +3,23 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from hf_lowrank.families.callback import BUDGET, SequenceCallback
 from hf_lowrank.families.family import Context, Family, family
 from hf_lowrank.families.records import Measurement, record
 from hf_lowrank.families.spaces import in_space, unsharded
-from hf_lowrank.metrics.curvature import quadratic_forms, top_eigenvalue
+from hf_lowrank.metrics.curvature import Estimate, quadratic_forms, top_eigenpair
 from hf_lowrank.metrics.perturb import evaluating
 from hf_lowrank.report.catalogue import CURVATURE
-from hf_lowrank.report.samples import Sampled, Samples
+from hf_lowrank.report.samples import Kind, Sampled, Samples
 
-__all__ = ["Curvature", "CurvatureCallback", "CurvatureSettings"]
+__all__ = ["Curvature", "CurvatureCallback", "CurvatureSettings", "sampled_form"]
+
+# most groups of sequences whose shares are told apart
+GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class CurvatureSettings:
 class Curvature(Family):
     """`curvature/trace` and `curvature/top_eigenvalue` over the parameters that require a gradient.
 
-    The trace's standard error is over the random vectors, the eigenvalue's is the Ritz vector's residual norm. A model
-    that FSDP2 shards is gathered to every process: its hooks have no double backward.
+    The trace's standard error is over random vectors and sequences, the eigenvalue's over sequences, to first order;
+    how far the eigenvalue may lie from the Ritz value is a numerical matter and stands beside it (`residual_norm`). It
+    is the error of a single sequence, or of a model too large for the eigenvector. Of more than 8 sequences, groups of
+    neighbours count as one each. A model that FSDP2 shards is gathered to every process: its hooks have no double
+    backward.
     """
 
     entry = CURVATURE
@@ -58,22 +68,38 @@ class Curvature(Family):
         how, few = at.settings, at.sequences.first(at.settings.sequences)
         model, space = in_space(at.model, at.space)
         model = unsharded(model)
+        parts = few.parts(GROUPS)
+
+        def shares(model: nn.Module) -> list[Tensor]:
+            return few.differentiable_shares(model, GROUPS)
+
         with evaluating(model):
-            forms = quadratic_forms(model, few.differentiable, how.samples, how.seed, shared=few.shared)
+            forms = quadratic_forms(model, shares, how.samples, how.seed, shared=few.shared)
             at.progress()
-            top = top_eigenvalue(model, few.differentiable, how.iterations, how.seed, shared=few.shared)
+            top = top_eigenpair(model, shares, how.iterations, how.seed, shared=few.shared)
             at.progress()
-        trace = Sampled(float(forms.mean()), Samples.equal("vector", range(how.samples), forms))
+        trace = sampled_form(forms, parts, "direction x sequence")
+        largest: Any = Estimate(top.value, top.residual)
+        about: dict[str, Any] = {"stderr": "residual norm"}
+        if top.shares is not None and len(parts) > 1:
+            largest, about = sampled_form(top.shares, parts, "sequence"), {"residual_norm": top.residual}
         measured = Measurement(rows=[{"step": at.step, "space": space}])
         numbers: tuple[tuple[str, Any, dict[str, int], dict[str, Any]], ...] = (
-            ("curvature/top_eigenvalue", top, {"iterations": how.iterations}, {"stderr": "residual norm"}),
+            ("curvature/top_eigenvalue", largest, {"iterations": how.iterations}, about),
             ("curvature/trace", trace, {"samples": how.samples}, {}),
         )
-        for name, number, settings, about in numbers:
+        for name, number, settings, described in numbers:
             settings |= {"seed": how.seed, **few.settings()}
-            measured.records.append(record(name, number, at.step, settings, space, **about))
+            measured.records.append(record(name, number, at.step, settings, space, **described))
             measured.rows[0] |= {name: number.value, f"{name}_stderr": number.stderr}
         return measured
+
+
+def sampled_form(shares: NDArray[np.float64], parts: list[tuple[str, int, Tensor]], kind: Kind) -> Sampled:
+    """A quadratic form of the Hessian, of one vector or of several, from the shares of groups of sequences in it."""
+    units, weights = tuple(unit for unit, _, _ in parts), np.array([float(tokens) for _, tokens, _ in parts])
+    samples = Samples(kind, units, shares * weights.sum(), weights)
+    return Sampled(samples.value, samples)
 
 
 class CurvatureCallback(SequenceCallback):

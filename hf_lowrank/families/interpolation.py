@@ -27,7 +27,9 @@ from hf_lowrank.report.catalogue import INTERPOLATION
 from hf_lowrank.report.samples import Sampled
 from hf_lowrank.sharding import all_gather_object, is_sharded, local, reshard
 
-__all__ = ["Interpolation", "InterpolationCallback", "InterpolationSettings", "loss_path_records"]
+__all__ = [
+    "Interpolation", "InterpolationCallback", "InterpolationSettings", "barrier_numbers", "loss_path_records",
+]  # fmt: skip
 
 Grid = NDArray[np.float64]
 State = Mapping[str, Tensor]
@@ -40,17 +42,22 @@ class InterpolationSettings:
     Attributes:
         points: positions from 0 to 1 between neighbouring checkpoints.
         cross_points: positions between two runs.
+        cross_sequences: how many of the sequences barriers between two runs are measured on, the first ones; None for
+            all.
         beyond: how far the line between two runs is extended at both ends.
 
     Raises:
-        ValueError: fewer than 3 points, or an extension that is negative or leaves 0 and 1 off the grid.
+        ValueError: fewer than 3 points, no sequence, or an extension that is negative or leaves 0 and 1 off the grid.
     """
 
     points: int = 13
     cross_points: int = 13
     beyond: float = 0.0
+    cross_sequences: int | None = None
 
     def __post_init__(self) -> None:
+        if self.cross_sequences is not None and self.cross_sequences < 1:
+            raise ValueError(f"cross_sequences={self.cross_sequences}: give 1 or more, or None for all")
         if self.points < 3 or self.cross_points < 3:
             raise ValueError(f"points={self.points}, cross_points={self.cross_points}: give 3 or more")
         self.cross_grid()
@@ -82,7 +89,7 @@ class Interpolation(Family):
 
     entry = INTERPOLATION
     Settings = InterpolationSettings
-    study = InterpolationSettings(points=20, cross_points=21)
+    study = InterpolationSettings(points=21, cross_points=21, cross_sequences=500)
     subjects = ("consecutive", "cross")
     cost = 13
 
@@ -201,7 +208,11 @@ def loss_path_records(
     """
     sequences = at.sequences
     assert sequences is not None
-    alphas = at.settings.grid() if subject == "consecutive" else at.settings.cross_grid()
+    if subject == "consecutive":
+        alphas = at.settings.grid()
+    else:
+        alphas, few = at.settings.cross_grid(), at.settings.cross_sequences
+        sequences = sequences if few is None else sequences.first(few)
 
     def losses(model: nn.Module) -> tuple[Tensor, Tensor]:
         result = sequences.losses(model)
@@ -211,25 +222,12 @@ def loss_path_records(
     with evaluating(model):
         path = each_between(model, ends[0], ends[1], alphas, losses)
     means = [mean_loss(*point) for point in path]
-    values = np.array([mean.value for mean in means])
     sums, tokens = np.stack([point[0].numpy() for point in path]), path[0][1]
     settings = {**settings, "points": len(alphas), "from": float(alphas[0]), "to": float(alphas[-1])}
     settings |= sequences.settings()
 
-    units = sequences.units()
-
-    def weighted(weights: Grid) -> Sampled:
-        # a loss that does not count may be infinite
-        parts = torch.from_numpy(weights[weights != 0] @ sums[weights != 0])
-        return Sampled(mean_loss(parts, tokens).value, over_sequences(parts, tokens, units))
-
-    numbers: dict[str, Any] = {
-        "barrier": weighted(barrier_weights(alphas, values)),
-        "barrier_chord": weighted(chord_weights(alphas, values)),
-        "barrier_alpha": barrier(alphas, values).alpha,
-    }
     measured = Measurement()
-    for key, number in numbers.items():
+    for key, number in barrier_numbers(alphas, sums, tokens, sequences.units()).items():
         name = f"interpolation/{subject}/{key}"
         measured.records.append(record(name, number, at.step, settings, space, reference, **(about or {})))
     row = {"step": at.step, "space": space, "subject": subject, "other": {**settings, **reference}["other"]}
@@ -237,6 +235,29 @@ def loss_path_records(
     for alpha, mean in zip(alphas, means, strict=True):
         measured.rows.append({**row, "alpha": float(alpha), "loss": mean.value, "stderr": mean.stderr})
     return measured
+
+
+def barrier_numbers(alphas: Grid, sums: Grid, tokens: Tensor, units: tuple[str, ...]) -> dict[str, Sampled | float]:
+    """The barriers of a path, with errors over sequences, and where the highest point is.
+
+    Args:
+        alphas: (p,) positions.
+        sums: (p, n) summed losses of the sequences.
+        tokens: (n,) their numbers of predicted tokens.
+        units: (n,) their ids.
+    """
+    values = np.array([mean_loss(torch.from_numpy(point), tokens).value for point in sums])
+
+    def weighted(weights: Grid) -> Sampled:
+        # a loss that does not count may be infinite
+        parts = torch.from_numpy(weights[weights != 0] @ sums[weights != 0])
+        return Sampled(mean_loss(parts, tokens).value, over_sequences(parts, tokens, units))
+
+    return {
+        "barrier": weighted(barrier_weights(alphas, values)),
+        "barrier_chord": weighted(chord_weights(alphas, values)),
+        "barrier_alpha": barrier(alphas, values).alpha,
+    }
 
 
 def _kept_ends(model: nn.Module, previous: Peer) -> tuple[State, State] | None:

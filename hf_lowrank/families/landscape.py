@@ -52,7 +52,8 @@ class LandscapeSettings:
         seed: of the first; the others take seed + 1 and on.
         svd_1_radius, svd_1_points: the grid along the top singular direction, of unit vectors (H3).
         svd_k: how many singular directions are averaged (H4, H5), one record for each number.
-        svd_k_radius, svd_k_points: their grid; these directions are weighted by their singular values and leave
+        svd_single: which singular directions are measured alone as well, in records that say so in `curves`.
+        svd_k_radius, svd_k_points: the grid of both; these directions are weighted by their singular values and leave
             vectors alone.
         trajectory: number of principal components of the trajectory, where checkpoints are at hand.
 
@@ -71,12 +72,14 @@ class LandscapeSettings:
     svd_k_radius: float = 0.052
     svd_k_points: int = 13
     trajectory: int = 2
+    svd_single: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.directions < 0 or self.trajectory < 0 or any(k < 1 for k in self.svd_k):
+        if self.directions < 0 or self.trajectory < 0 or any(k < 1 for k in (*self.svd_k, *self.svd_single)):
             raise ValueError(
-                f"directions={self.directions}, svd_k={self.svd_k}, trajectory={self.trajectory}: give numbers of "
-                "directions, 0 (or nothing for svd_k) to leave one out"
+                f"directions={self.directions}, svd_k={self.svd_k}, svd_single={self.svd_single}, "
+                f"trajectory={self.trajectory}: give numbers of directions, 0 (or nothing for svd_k and svd_single) "
+                "to leave one out"
             )
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize={self.normalize!r}: it is one of {', '.join(NORMALIZATIONS)}")
@@ -97,10 +100,10 @@ class Landscape(Family):
 
     entry = LANDSCAPE
     Settings = LandscapeSettings
-    # K is 5, 10, 20 and 100 in arXiv 2605.13652; the grid along the weighted singular directions is moved so that 0
-    # lies on it
+    # K is 5, 10, 20 and 100 in arXiv 2605.13652; of its launchers, those named k5, k10 and k100 evaluate the single
+    # direction K, and those named top20 and top100 the mean. The grid is moved so that 0 lies on it
     study = LandscapeSettings(
-        directions=100, points=25, svd_1_points=101, svd_k=(5, 10, 20, 100), svd_k_points=27, trajectory=2
+        directions=100, points=25, svd_1_points=101, svd_k=(5, 10, 20, 100), svd_k_points=27, svd_single=(5, 10, 100)
     )
     subjects = ("trajectory",)
     cost = 200
@@ -129,20 +132,39 @@ class Landscape(Family):
                 return _along_trajectory(lines)
             if at.settings.directions:
                 measured += _along_random_directions(lines)
-            if at.settings.svd_k:
-                singular = SingularDirections(model, max(at.settings.svd_k))
+            if several := (*at.settings.svd_k, *at.settings.svd_single):
+                singular = SingularDirections(model, max(several))
                 measured += _along_the_top_direction(lines, singular) + _along_top_directions(lines, singular)
         return measured
 
 
-class _Lines:
+@dataclass
+class Sequences:
+    """Numbers of predicted tokens (n,) of the sequences that losses are measured on, and an id for each."""
+
+    tokens: Grid
+    units: tuple[str, ...]
+
+    def mean(self, losses: Grid) -> Sampled:
+        """Mean of (n,) sums over sequences, or of (N, n) over directions as well, in nats a token."""
+        kind: Kind = "sequence" if losses.ndim == 1 else "direction x sequence"
+        samples = Samples(kind, self.units, losses, self.tokens)
+        return Sampled(samples.value, samples)
+
+    def variance(self, losses: Grid) -> Sampled | float:
+        """Variance over fixed directions, averaged over the grid, of losses (K, p, n)."""
+        return _variance(losses, self.tokens, self.units)
+
+
+class _Lines(Sequences):
     """Losses of every sequence along lines through one model's parameters, the centre measured once."""
 
     def __init__(self, at: Context, model: nn.Module, space: str) -> None:
         assert at.sequences is not None
         self.at, self.model, self.space, self.sequences = at, model, space, at.sequences
         center, tokens = at.sequences.losses(model)
-        self.center, self.tokens, self.units = center.numpy(), tokens.double().numpy(), at.sequences.units()
+        super().__init__(tokens.double().numpy(), at.sequences.units())
+        self.center = center.numpy()
 
     def along(self, direction: Mapping[str, Tensor], grid: Grid) -> Grid:
         """(p, n) losses."""
@@ -154,12 +176,6 @@ class _Lines:
 
         around = iter(each_point(self.model, direction, grid[grid != 0], measure))
         return np.stack([self.center if x == 0 else next(around) for x in grid])
-
-    def mean(self, losses: Grid) -> Sampled:
-        """Mean of (n,) sums over sequences, or of (N, n) over directions as well, in nats a token."""
-        kind: Kind = "sequence" if losses.ndim == 1 else "direction x sequence"
-        samples = Samples(kind, self.units, losses, self.tokens)
-        return Sampled(samples.value, samples)
 
     def curve(self, grid: Grid, losses: Grid) -> LossCurve:
         """Losses (p, n) as a curve with standard errors over sequences."""
@@ -202,17 +218,25 @@ def _along_random_directions(lines: _Lines) -> Measurement:
     curves = [lines.curve(grid, along) for along in losses]
     mean = mean_curve(curves)
     settings = {key: getattr(how, key) for key in ("directions", "radius", "points", "normalize", "seed")}
-    numbers: dict[str, Sampled | float] = {
-        "sharpness": lines.mean(sharpness_weights(grid) @ losses),
-        "variance": variance_over_directions(curves),
-    }
-    # a variance of fewer than three has no jackknife
-    if min(len(losses) - 1, len(lines.units)) > 1:
-        parts = variance_pseudo_values(losses, lines.tokens)
-        samples = Samples.equal("direction x sequence", lines.units, parts)
-        numbers["variance"] = Sampled(variance_over_directions(curves), samples)
+    numbers = random_numbers(lines, grid, losses)
     records = lines.records("random", numbers, mean, settings)
     return Measurement(records, lines.rows("random", dict(enumerate(curves))) + lines.rows("random_mean", {0: mean}))
+
+
+def random_numbers(sequences: Sequences, grid: Grid, losses: Grid) -> dict[str, Sampled | float]:
+    """H1 and H2 with errors over directions and sequences, of losses (N, p, n)."""
+    variance = float((losses.sum(-1) / sequences.tokens.sum()).var(0).mean())
+    numbers: dict[str, Sampled | float] = {
+        "sharpness": sequences.mean(sharpness_weights(grid) @ losses),
+        "variance": variance,
+    }
+    # a variance of fewer than three has no jackknife
+    if min(len(losses) - 1, len(sequences.units)) > 1:
+        parts = variance_pseudo_values(losses, sequences.tokens)
+        numbers["variance"] = Sampled(
+            variance, Samples.equal("direction x sequence", sequences.units, parts), of_variance=True
+        )
+    return numbers
 
 
 def over_directions(curves: Sequence[LossCurve]) -> dict[str, Estimate]:
@@ -254,19 +278,22 @@ def _along_top_directions(lines: _Lines, singular: SingularDirections) -> Measur
     losses = np.stack(
         [
             lines.along(singular.direction(k, sigma_weighted=True, vectors="zero"), grid)
-            for k in range(1, max(how.svd_k) + 1)
+            for k in range(1, max(*how.svd_k, *how.svd_single, 1) + 1)
         ]
     )
     records: list[Record] = []
+    settings = {"radius": how.svd_k_radius, "points": how.svd_k_points, "sigma_weighted": True, "vectors": "zero"}
     for k in sorted(set(how.svd_k)):
         mean = losses[:k].mean(0)
         numbers: dict[str, Sampled | float] = {
             "sharpness": lines.mean(sharpness_weights(grid) @ mean),
-            "variance": _variance(losses[:k], lines.tokens, lines.units),
+            "variance": lines.variance(losses[:k]),
         }
-        settings = {"K": k, "radius": how.svd_k_radius, "points": how.svd_k_points}
-        settings |= {"sigma_weighted": True, "vectors": "zero"}
-        records += lines.records("svd_k", numbers, lines.curve(grid, mean), settings)
+        records += lines.records("svd_k", numbers, lines.curve(grid, mean), {"K": k, **settings})
+    for k in sorted(set(how.svd_single)):
+        alone = lines.mean(sharpness_weights(grid) @ losses[k - 1])
+        of = {"K": k, "curves": "of direction K alone", **settings}
+        records += lines.records("svd_k", {"sharpness": alone}, lines.curve(grid, losses[k - 1]), of)
     curves = {k + 1: lines.curve(grid, along) for k, along in enumerate(losses)}
     return Measurement(records, lines.rows("svd_k", curves))
 
@@ -279,7 +306,8 @@ def _variance(losses: Grid, tokens: Grid, units: Sequence[str] | None = None) ->
         return value
     others = (sums[..., None] - losses) / (total - tokens)
     parts = pseudo_values(value, others.var(0).mean(0))
-    return Sampled(value, Samples.equal("sequence", range(len(parts)) if units is None else units, parts))
+    samples = Samples.equal("sequence", range(len(parts)) if units is None else units, parts)
+    return Sampled(value, samples, of_variance=True)
 
 
 def _along_trajectory(lines: _Lines) -> Measurement:

@@ -99,7 +99,8 @@ def record(
     """A record of a number; what is not finite becomes None with a note.
 
     The number is an estimate, or is exact, or comes with the samples that its error is made of: then `about` says what
-    the error is over, and has the degrees of freedom (`dof`) for its t quantile.
+    the error is over, has the degrees of freedom (`dof`) for its t quantile, and for a number with a bias of first
+    order what it is without it (`corrected`). The 95 % interval is about that, or else about the value.
     """
     samples = number.samples if isinstance(number, Sampled) else None
     value = number if isinstance(number, int | float) else number.value
@@ -107,9 +108,12 @@ def record(
     if not math.isfinite(value):
         about = {**about, "note": f"not finite: {value}"}
         return Record(name, None, None, step, dict(settings or {}), space, dict(reference or {}), about)
-    if samples is not None:
-        stderr, dof = samples.error()
+    if isinstance(number, Sampled) and samples is not None:
+        stderr, dof = number.error()
         about = {"stderr": samples.over, **({"dof": round(dof, 2)} if math.isfinite(dof) else {}), **about}
+        # what is more than rounding
+        if abs(samples.value - value) > 1e-3 * stderr:
+            about["corrected"] = samples.value
     where = (step, dict(settings or {}), space, dict(reference or {}), about)
     return Record(name, value, finite(stderr), *where, samples)
 

@@ -66,8 +66,9 @@ class FiraConfig(ProjectedConfig):
 
     Differences from the paper, as in that package: `alpha` also scales the back-projection that is subtracted from
     the gradient, eps (1e-6) is added before the bias correction, and weight decay comes after the update. Different
-    from that package: the projector is found without a full SVD unless `refresh="svd"`, `proj_type="full"` runs, and a
-    step without a gradient does not reset the norm that the limiter goes by.
+    from that package: the projector is found without a full SVD unless `refresh="svd"`, and the default refresh keeps
+    the signs of the singular vectors that it replaces (see `GaLoreConfig`); `proj_type="full"` runs, and a step
+    without a gradient does not reset the norm that the limiter goes by.
     """
 
     method: ClassVar[str] = "fira"

@@ -38,7 +38,9 @@ class GaLoreConfig(ProjectedConfig):
 
     Differences from the paper, as in that package: eps (1e-6) is added before the bias correction, and weight decay
     comes after the update. Different from that package: the projector is found without a full SVD unless
-    `refresh="svd"`.
+    `refresh="svd"`, and the default refresh keeps the signs of the singular vectors that it replaces, since the
+    moments stay; an SVD may turn any of them around. The signs make the difference: at r = 8 the weights are 5.5e-2
+    from those of `galore-torch` after 60 steps, and 8.3e-7 where its refresh is made to keep the signs too.
 
     `scale` acts on the projected weights alone, so that at the defaults everything else trains at 4 times their rate;
     `other_lr_scale` comes on top of it.

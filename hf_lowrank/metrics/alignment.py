@@ -9,7 +9,6 @@ U: a block's units, hidden units of an MLP or query heads of an attention, in gr
 an MLP, one for each key/value head in an attention.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.perturb import check_names
+from hf_lowrank.metrics.perturb import check_names, is_conv1d
 
 __all__ = ["Alignment", "align"]
 
@@ -197,14 +196,9 @@ def _refusal(name: str, problem: str) -> ValueError:
     )
 
 
-def _is_conv1d(layer: object) -> bool:
-    """Whether a layer is GPT-2's, with its weight transposed; a model that has one has imported transformers."""
-    return isinstance(layer, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
-
-
 def _size(name: str, layer: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
-    plain = (isinstance(layer, nn.Linear) or _is_conv1d(layer)) and layer.state_dict().keys() <= {"weight", "bias"}
+    plain = (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer.state_dict().keys() <= {"weight", "bias"}
     if not plain or not layer.weight.is_floating_point():
         raise _refusal(name, f"is a {type(layer).__name__}, which alignment does not take")
     inputs, outputs = reversed(layer.weight.shape) if isinstance(layer, nn.Linear) else layer.weight.shape
@@ -212,7 +206,7 @@ def _size(name: str, layer: Any) -> tuple[int, int]:
 
 
 def _written(name: str, layer: Any, start: int, length: int, by_group: bool = False) -> Iterator[_Part]:
-    yield _Part(f"{name}.weight", int(_is_conv1d(layer)), start, length, by_group)
+    yield _Part(f"{name}.weight", int(is_conv1d(layer)), start, length, by_group)
     if layer.bias is not None:
         yield _Part(f"{name}.bias", 0, start, length, by_group)
 

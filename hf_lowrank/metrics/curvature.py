@@ -4,8 +4,9 @@ theta: all parameters that require a gradient, as one vector; H: the Hessian of 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from hf_lowrank.metrics.perplexity import Estimate
 from hf_lowrank.sharding import all_reduce_sum, raise_together
 
-__all__ = ["hessian_trace", "quadratic_forms", "top_eigenvalue"]
+__all__ = ["Eigenpair", "hessian_trace", "quadratic_forms", "top_eigenpair", "top_eigenvalue"]
 
-LossFunction = Callable[[nn.Module], Tensor]
+# of the model: the loss, a scalar tensor, or its shares, scalars whose sum is the loss
+LossFunction = Callable[[nn.Module], Tensor | Sequence[Tensor]]
+# most bytes of Lanczos vectors that are kept, on the CPU, for the eigenvector
+KEPT_VECTORS = 2**32
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 class _Hessian:
-    """Products H v; the gradient's graph is built once and kept."""
+    """Products H v, with v^T H_k v of each share k of the loss; the gradients' graphs are built once and kept."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, shared: bool) -> None:
         self.shared = shared
@@ -48,29 +52,44 @@ class _Hessian:
         if not self.parameters:
             raise ValueError("no parameter requires a gradient: there is no curvature to measure")
         with torch.enable_grad():
-            loss = loss_fn(model)
-            if loss.ndim != 0 or not loss.requires_grad:
+            losses = loss_fn(model)
+            shares = [losses] if isinstance(losses, Tensor) else list(losses)
+            # of several shares, a process may have none
+            free = shared and not isinstance(losses, Tensor)
+            if any(share.ndim for share in shares) or not (free or any(share.requires_grad for share in shares)):
                 raise ValueError("loss_fn must return a scalar tensor that depends on the parameters (no no_grad)")
-            grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            self.pairs = [self._gradient(share) if share.requires_grad else [] for share in shares]
+
+    def _gradient(self, share: Tensor) -> list[tuple[Tensor, int]]:
+        """The gradient's tensors that have a graph, each with its parameter's number."""
+        grads = torch.autograd.grad(share, self.parameters, create_graph=True, allow_unused=True)
         # a loss that is linear in a parameter has a gradient without a graph, and no curvature there
-        self.pairs = [(g, i) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        return [(g, i) for i, g in enumerate(grads) if g is not None and g.requires_grad]
 
-    def __matmul__(self, v: list[Tensor]) -> list[Tensor]:
-        product = raise_together(lambda: self._product(v), self.shared)
-        return [all_reduce_sum(part) for part in product] if self.shared else product
+    def apply(self, v: list[Tensor]) -> tuple[list[Tensor], NDArray[np.float64]]:
+        """H v, and v^T H_k v for every share: (shares,)."""
+        product, forms = raise_together(lambda: self._products(v), self.shared)
+        if self.shared:
+            product, forms = [all_reduce_sum(part) for part in product], all_reduce_sum(forms)
+        return product, forms.numpy()
 
-    def _product(self, v: list[Tensor]) -> list[Tensor]:
-        product = [torch.zeros_like(p) for p in self.parameters]
-        if self.pairs:
+    def _products(self, v: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        product, forms = (
+            [torch.zeros_like(p) for p in self.parameters],
+            torch.zeros(len(self.pairs), dtype=torch.float64),
+        )
+        for k, pairs in enumerate(self.pairs):
+            if not pairs:
+                continue
+            (gradients, numbers) = zip(*pairs, strict=True)
             products = torch.autograd.grad(
-                [g for g, _ in self.pairs],
-                self.parameters,
-                [v[i] for _, i in self.pairs],
-                retain_graph=True,
-                allow_unused=True,
+                gradients, self.parameters, [v[i] for i in numbers], retain_graph=True, allow_unused=True
             )
-            product = [zero if part is None else part for zero, part in zip(product, products, strict=True)]
-        return product
+            for total, part, factor in zip(product, products, v, strict=True):
+                if part is not None:
+                    total += part
+                    forms[k] += torch.sum(part * factor, dtype=torch.float64).item()
+        return product, forms
 
 
 def _dot(u: list[Tensor], v: list[Tensor]) -> float:
@@ -84,18 +103,18 @@ def hessian_trace(
 
     Args:
         model: in eval mode; parameters and their `grad` are not touched.
-        loss_fn: scalar tensor from the model, on a fixed batch.
+        loss_fn: scalar tensor from the model, on a fixed batch; or several, whose sum is the loss.
         samples: number of products H v; each costs about as much as two gradients.
         seed: of the signs.
         shared: every process calls this with a loss_fn for its share; the loss is the sum of the shares.
 
     Returns:
-        The mean over samples and its standard error (NaN for one sample).
+        The mean over samples and its standard error over them (NaN for one sample).
 
     Raises:
         ValueError: nothing requires a gradient, the loss does not depend on it, or `samples` is below 1.
     """
-    values = quadratic_forms(model, loss_fn, samples, seed, shared)
+    values = quadratic_forms(model, loss_fn, samples, seed, shared).sum(1)
     stderr = float(values.std(ddof=1) / math.sqrt(samples)) if samples > 1 else math.nan
     return Estimate(float(values.mean()), stderr)
 
@@ -103,16 +122,18 @@ def hessian_trace(
 def quadratic_forms(
     model: nn.Module, loss_fn: LossFunction, samples: int, seed: int = 0, shared: bool = False
 ) -> NDArray[np.float64]:
-    """v^T H v of each random v in {-1, 1}, (samples,): their mean estimates the trace. See `hessian_trace`."""
+    """v^T H_k v of each random v in {-1, 1} and each share k of the loss: (samples, shares).
+
+    Their sum over shares, averaged over samples, estimates the trace. See `hessian_trace`.
+    """
     if samples < 1:
         raise ValueError(f"samples={samples!r}: give 1 or more")
     generator, forms = torch.Generator().manual_seed(seed), []
     with twice_differentiable(model):
         hessian = raise_together(lambda: _Hessian(model, loss_fn, shared), shared)
         for _ in range(samples):
-            v = [_signs(p, generator) for p in hessian.parameters]
-            forms.append(_dot(v, hessian @ v))
-    return np.asarray(forms)
+            forms.append(hessian.apply([_signs(p, generator) for p in hessian.parameters])[1])
+    return np.stack(forms)
 
 
 def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,20 +144,52 @@ def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
 def top_eigenvalue(
     model: nn.Module, loss_fn: LossFunction, iterations: int = 30, seed: int = 0, shared: bool = False
 ) -> Estimate:
-    """Largest eigenvalue of H by Lanczos iteration from a random start.
-
-    Without reorthogonalisation, only three vectors of theta's size are kept. Rounding then produces copies of
-    converged eigenvalues, which do not change the largest.
-
-    Args:
-        model: in eval mode; parameters and their `grad` are not touched.
-        loss_fn: scalar tensor from the model, on a fixed batch.
-        iterations: largest number of products H v; fewer if the Krylov space is exhausted.
-        seed: of the start.
-        shared: as for `hessian_trace`.
+    """Largest eigenvalue of H by Lanczos iteration from a random start; see `top_eigenpair`.
 
     Returns:
         The largest Ritz value. `stderr` is its residual norm; an eigenvalue of H lies within that distance.
+    """
+    pair = top_eigenpair(model, loss_fn, iterations, seed, shared, shares=False)
+    return Estimate(pair.value, pair.residual)
+
+
+@dataclass(frozen=True)
+class Eigenpair:
+    """The largest Ritz value of H and what it consists of.
+
+    Attributes:
+        value: the Ritz value lambda.
+        residual: norm of H y - lambda y for its unit vector y: an eigenvalue of H lies within that distance.
+        shares: (shares,) of each share k of the loss y^T H_k y, the derivative of lambda by the share's weight; their
+            sum is lambda. None where y was not kept.
+    """
+
+    value: float
+    residual: float
+    shares: NDArray[np.float64] | None
+
+
+def top_eigenpair(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    iterations: int = 30,
+    seed: int = 0,
+    shared: bool = False,
+    shares: bool = True,
+) -> Eigenpair:
+    """Largest eigenvalue of H by Lanczos iteration from a random start, and how the loss's shares make it up.
+
+    Without reorthogonalisation, only three vectors of theta's size are kept. Rounding then produces copies of
+    converged eigenvalues, which do not change the largest. For the eigenvector, copies of all vectors stay on the CPU
+    in bfloat16, unless they would take more than 4 GB; that costs one product H v more.
+
+    Args:
+        model: in eval mode; parameters and their `grad` are not touched.
+        loss_fn: as for `hessian_trace`.
+        iterations: largest number of products H v; fewer if the Krylov space is exhausted.
+        seed: of the start.
+        shared: as for `hessian_trace`.
+        shares: whether to measure `Eigenpair.shares`.
 
     Raises:
         ValueError: as for `hessian_trace`, or the products H v are not finite.
@@ -146,20 +199,49 @@ def top_eigenvalue(
     generator = torch.Generator().manual_seed(seed)
     with twice_differentiable(model):
         hessian = raise_together(lambda: _Hessian(model, loss_fn, shared), shared)
-        v = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
-        length = math.sqrt(_dot(v, v))
-        v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]
-        diagonal, beside = [], [0.0]
-        for _ in range(iterations):
-            w = hessian @ v
-            diagonal.append(_dot(w, v))
-            if not math.isfinite(diagonal[-1]):
-                raise ValueError("the Hessian's products are not finite: look for NaN or infinity in weights and loss")
-            w = [x - diagonal[-1] * y - beside[-1] * z for x, y, z in zip(w, v, earlier, strict=True)]
-            beside.append(math.sqrt(_dot(w, w)))
-            if beside[-1] <= 1e-10 * max(map(abs, [*diagonal, 1e-300])):
-                break
-            v, earlier = [x / beside[-1] for x in w], v
-    inner = beside[1 : len(diagonal)]
-    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))
-    return Estimate(float(values[-1]), float(beside[-1] * abs(vectors[-1, -1])))
+        start = [torch.randn(p.shape, generator=generator).to(p) for p in hessian.parameters]
+        fits = 2 * iterations * sum(x.numel() for x in start) <= KEPT_VECTORS
+        basis: list[list[Tensor]] | None = [] if shares and fits else None
+        diagonal, beside = _lanczos(hessian, start, iterations, basis)
+        inner = beside[:-1]
+        values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))
+        value, residual = float(values[-1]), float(beside[-1] * abs(vectors[-1, -1]))
+        return Eigenpair(value, residual, None if basis is None else _shares(hessian, basis, vectors[:, -1], value))
+
+
+def _lanczos(
+    hessian: _Hessian, v: list[Tensor], iterations: int, basis: list[list[Tensor]] | None
+) -> tuple[list[float], list[float]]:
+    """The tridiagonal matrix: its k diagonal elements and k beside them, the last one the residual's norm.
+
+    The vectors are appended to `basis` on the CPU in bfloat16.
+    """
+    length = math.sqrt(_dot(v, v))
+    v, earlier = [x / length for x in v], [torch.zeros_like(x) for x in v]
+    diagonal, beside = [], [0.0]
+    for _ in range(iterations):
+        if basis is not None:
+            basis.append([x.to("cpu", torch.bfloat16) for x in v])
+        w, _ = hessian.apply(v)
+        diagonal.append(_dot(w, v))
+        if not math.isfinite(diagonal[-1]):
+            raise ValueError("the Hessian's products are not finite: look for NaN or infinity in weights and loss")
+        w = [x - diagonal[-1] * y - beside[-1] * z for x, y, z in zip(w, v, earlier, strict=True)]
+        beside.append(math.sqrt(_dot(w, w)))
+        if beside[-1] <= 1e-10 * max(map(abs, [*diagonal, 1e-300])):
+            break
+        v, earlier = [x / beside[-1] for x in w], v
+    return diagonal, beside[1:]
+
+
+def _shares(
+    hessian: _Hessian, basis: list[list[Tensor]], weights: NDArray[np.float64], value: float
+) -> NDArray[np.float64]:
+    """y^T H_k y of every share, for the unit vector y that is the weighted sum of the basis."""
+    y = [torch.zeros_like(p) for p in hessian.parameters]
+    for vector, weight in zip(basis, weights, strict=True):
+        for total, part in zip(y, vector, strict=True):
+            total.add_(part.to(total), alpha=float(weight))
+    forms = hessian.apply(y)[1] / _dot(y, y)
+    # what the rounding of the basis leaves
+    return forms + (value - forms.sum()) / len(forms)

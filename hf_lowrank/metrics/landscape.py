@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_lowrank.metrics.perturb import each_point, parameters_of
+from hf_lowrank.metrics.perturb import each_point, parameters_of, transposed_weights
 from hf_lowrank.metrics.spectra import top_singular_triplets
 from hf_lowrank.sharding import like, reshard, whole
 
@@ -91,9 +91,9 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
     Args:
         model: its parameters give names, shapes and, for `filter` and `layer`, norms.
         seed: of the direction; several directions take `seed + i`.
-        normalize: `none` (standard Gaussian entries, the study's), `filter` (each row of a tensor as long as the
-            parameter's row, a vector as a whole; Li et al. 2018, Section 4), `layer` (each tensor as long as the
-            parameter) or `unit` (the whole direction of length 1).
+        normalize: `none` (standard Gaussian entries, the study's), `filter` (the weights of each output as long as the
+            parameter's, which are a row, or a column of a `Conv1D`; a vector as a whole; Li et al. 2018, Section 4),
+            `layer` (each tensor as long as the parameter) or `unit` (the whole direction of length 1).
 
     Returns:
         Parameter name -> tensor on the parameter's device, in float32 or the parameter's higher precision.
@@ -111,14 +111,16 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
         numbers = pool.map(
             lambda name, shape: torch.randn(shape, generator=_generator(seed, name)), parameters, shapes
         )
-    direction, squares = {}, 0.0
+    direction, squares, transposed = {}, 0.0, transposed_weights(model)
     for (name, p), drawn in zip(parameters.items(), numbers, strict=True):
         dtype = torch.promote_types(p.dtype, torch.float32)
         drawn = drawn.to(device=p.device, dtype=dtype)
         if normalize in ("filter", "layer"):
             weight = whole(p.detach()).to(dtype)
-            by_row = normalize == "filter" and p.ndim > 1
-            drawn *= _row_norms(weight) / _row_norms(drawn) if by_row else weight.norm() / drawn.norm()
+            along = (
+                None if normalize == "layer" or p.ndim < 2 else 0 if name in transposed else tuple(range(1, p.ndim))
+            )
+            drawn *= _norms(weight, along) / _norms(drawn, along)
         elif normalize == "unit":
             squares += drawn.double().square().sum().item()
         direction[name] = like(drawn, p)
@@ -128,8 +130,8 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
     return direction
 
 
-def _row_norms(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.flatten(1), dim=1).view(-1, *[1] * (tensor.ndim - 1))
+def _norms(tensor: Tensor, along: int | tuple[int, ...] | None) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dim=along, keepdim=True)
 
 
 class SingularDirections:

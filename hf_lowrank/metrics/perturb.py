@@ -1,5 +1,6 @@
 """Set parameters to other values for a while and restore them bit for bit, also after an exception."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,9 +13,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowrank.sharding import is_dtensor, local, reshard
 
-__all__ = ["apart", "check_names", "each_point", "evaluating", "kept", "parameters_of"]
+__all__ = [
+    "apart", "check_names", "each_point", "evaluating", "is_conv1d", "kept", "parameters_of", "transposed_weights",
+]  # fmt: skip
 
 T = TypeVar("T")
+
+
+def is_conv1d(layer: object) -> bool:
+    """Whether a layer is GPT-2's, with its weight transposed; a model that has one has imported transformers."""
+    return isinstance(layer, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters that are stored as (in, out), so that their outputs are columns."""
+    return {f"{name}.weight" if name else "weight" for name, module in model.named_modules() if is_conv1d(module)}
 
 
 @contextmanager

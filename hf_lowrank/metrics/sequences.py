@@ -4,10 +4,8 @@ The language-model head sees a few hundred positions at a time and the backbone 
 beyond the model does not grow with batch or vocabulary. Shapes: n sequences of t tokens each.
 """
 
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +23,7 @@ from hf_lowrank.metrics.checks import (
     without_cache,
 )
 from hf_lowrank.metrics.perplexity import IGNORED, Estimate, mean_loss
+from hf_lowrank.metrics.rows import collated, evaluation_settings, row_ids, rows_digest, take_rows, unpacked
 from hf_lowrank.sharding import all_reduce_sum, rank_and_world
 
 __all__ = [
@@ -144,51 +143,6 @@ def sequence_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     return torch.cat(losses), (targets != IGNORED).sum(1)
 
 
-def rows_digest(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """SHA-256 (hex) of sequences; it does not depend on how they are batched and padded.
-
-    Args:
-        batches: ids and labels, each (n, t); a row counts up to its last predicted token.
-    """
-    digest, rows = hashlib.sha256(), list(_row_bytes(batches))
-    for part in range(2):
-        for row in rows:
-            digest.update(row[part])
-    return digest.hexdigest()
-
-
-def row_ids(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """An id for every sequence that depends on its tokens alone; the n-th copy of one ends in `:n`.
-
-    Arguments as for `rows_digest`.
-    """
-    digests = [hashlib.sha256(ids + labels).hexdigest()[:12] for ids, labels in _row_bytes(batches)]
-    copies = Counter[str]()
-    for i, digest in enumerate(digests):
-        copies[digest] += 1
-        if copies[digest] > 1:
-            digests[i] = f"{digest}:{copies[digest]}"
-    return tuple(digests)
-
-
-def _row_bytes(batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[bytes, bytes]]:
-    """Ids and labels of each row as int64, up to its last predicted token."""
-    for ids, labels in batches:
-        # the column after each row's last predicted token; 0 for a row without one
-        ends = ((labels != IGNORED) * torch.arange(1, labels.shape[1] + 1)).amax(1).tolist()
-        for row, targets, end in zip(*(t.to(torch.int64).numpy() for t in (ids, labels)), ends, strict=True):
-            yield row[:end].tobytes(), targets[:end].tobytes()
-
-
-def evaluation_settings(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The settings of a number that is measured on these sequences; arguments as for `rows_digest`."""
-    return {
-        "sequences": sum(len(ids) for ids, _ in batches),
-        "tokens": sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches),
-        "evaluation_hash": rows_digest(batches)[:16],
-    }
-
-
 class EvaluationSet:
     """Sequences in a fixed order on which losses are measured; called with a model, the token-weighted mean loss.
 
@@ -240,14 +194,14 @@ class EvaluationSet:
         Raises:
             ValueError: the data set is empty, has no token ids, or predicts nothing.
         """
-        rows = _take(dataset, sequences)
+        rows = take_rows(dataset, sequences)
         if not rows:
             raise ValueError("the evaluation data set is empty: give one with sequences")
         if collator is None and "input_ids" not in rows[0]:
             raise ValueError(
                 f"the evaluation rows have {', '.join(sorted(map(str, rows[0])))} and no input_ids: tokenize them"
             )
-        batch = collator(rows) if collator is not None else _collated(rows)
+        batch = collator(rows) if collator is not None else collated(rows)
         batch = unpacked(batch) if "input_ids" in batch else batch
         tensors = {key: torch.as_tensor(value) for key, value in batch.items() if isinstance(value, ARRAYS)}
         if "labels" not in tensors and "input_ids" in tensors:
@@ -344,74 +298,30 @@ class EvaluationSet:
                 losses.append(loss if len(indices) else 0 * loss)
         return torch.stack(losses).sum()
 
+    def parts(self, most: int) -> list[tuple[str, int, Tensor]]:
+        """Groups of neighbouring sequences, `most` or one for each: id, number of predicted tokens, and indices."""
+        units, tokens = self.units(), (self.rows["labels"][:, 1:] != IGNORED).sum(1)
+        cuts = torch.arange(len(self)).tensor_split(min(most, len(self)))
+        return [("+".join(units[i] for i in cut), int(tokens[cut].sum()), cut) for cut in cuts]
+
+    def differentiable_shares(self, model: nn.Module, most: int) -> list[Tensor]:
+        """The share of each of `parts(most)` in the mean loss, scalars each with a graph of its own.
+
+        Where the set is shared, the parts are dealt to the processes, and those of others are 0 without a graph.
+        """
+        rank, world = rank_and_world() if self.shared else (0, 1)
+        shares = []
+        for i, (_, tokens, indices) in enumerate(self.parts(most)):
+            share = torch.zeros((), device=next(model.parameters()).device)
+            if i % world == rank and tokens > 0:
+                part = EvaluationSet({key: value[indices] for key, value in self.rows.items()}, self.batch_size)
+                share = part.differentiable(model) * (tokens / self.tokens)
+            shares.append(share)
+        return shares
+
     def estimate(self, model: nn.Module) -> Estimate:
         """Token-weighted mean loss in nats and its standard error over sequences."""
         return mean_loss(*self.losses(model))
 
     def __call__(self, model: nn.Module) -> float:
         return self.estimate(model).value
-
-
-def _take(dataset: Any, sequences: int | None) -> list[Any]:
-    if isinstance(dataset, Mapping):
-        raise ValueError(f"evaluation data of several splits ({', '.join(map(str, dataset))}): give one of them")
-    if sequences is not None and sequences < 1:
-        raise ValueError(f"sequences={sequences}: give 1 or more, or None for all")
-    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not streamed:
-        count = min(len(dataset), sequences or len(dataset))
-        return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, count).round()] if count else []
-    if not isinstance(dataset, Iterable):
-        raise ValueError(f"a {type(dataset).__name__} is no data set: give rows with input_ids")
-    rows = []
-    for row in dataset:
-        rows.append(row)
-        if sequences is not None and len(rows) == sequences:
-            break
-    return rows
-
-
-def unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A padding-free batch as rows of one sequence each, padded and masked; any other batch as it is.
-
-    Collators such as `DataCollatorWithFlattening` join sequences into one row; where each begins is seen from
-    `cu_seq_lens_q`, or from positions that do not go on.
-    """
-    ids, bounds, positions = batch["input_ids"], batch.get("cu_seq_lens_q"), batch.get("position_ids")
-    if bounds is not None:
-        starts = bounds[:-1]
-    elif positions is not None and positions.shape == ids.shape and "attention_mask" not in batch:
-        starts = F.pad(positions.diff() != 1, (1, 0), value=True).flatten().nonzero().flatten()
-    else:
-        return batch
-    if bounds is None and len(starts) == len(ids):
-        return batch
-    columns = {key: batch[key].flatten().tensor_split(starts[1:].cpu().long()) for key in ("input_ids", "labels")}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    # padding at the end counts as sequences of a single token, of which nothing is predicted
-    return _collated([row for row in rows if len(row["input_ids"]) > 1] or rows)
-
-
-def _collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """One tensor a column; shorter rows are padded on the right and masked."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    columns: dict[str, list[Tensor]] = {}
-    for row in rows:
-        length = len(row["input_ids"])
-        if "labels" in row and np.shape(row["labels"]) != (length,):
-            raise ValueError(f"labels {row['labels']!r} are none of the next token: give rows of a language model")
-        values = {
-            "input_ids": (row["input_ids"], 0),
-            "labels": (row["labels"] if "labels" in row else row["input_ids"], IGNORED),
-            "attention_mask": (row["attention_mask"] if "attention_mask" in row else [1] * length, 0),
-        }
-        for key, (value, fill) in values.items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            columns.setdefault(key, []).append(F.pad(tensor, (0, longest - length), value=fill))
-    stacked = {key: torch.stack(parts) for key, parts in columns.items()}
-    if bool((stacked["attention_mask"] == 1).all()):
-        # without padding, a mask would only keep some attention kernels from their fastest path
-        del stacked["attention_mask"]
-    else:
-        stacked["labels"][stacked["attention_mask"] == 0] = IGNORED
-    return stacked

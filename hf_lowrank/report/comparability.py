@@ -33,7 +33,10 @@ EVALUATION_HASH = "evaluation_hash"
 PEER = "other"
 # keys of `about` in which two numbers may differ although they were measured alike
 REMARKS = frozenset(
-    ("note", "error", "explained", "checkpoints", "form", "chance", "higher_is_better", "requests", "filter", "dof")
+    (
+        *("note", "error", "explained", "checkpoints", "form", "chance", "higher_is_better", "requests", "filter"),
+        *("dof", "corrected", "residual_norm"),
+    )
 )
 
 

@@ -104,8 +104,12 @@ class Samples:
             "vector": "over random vectors",
         }[self.kind]
 
-    def error(self) -> tuple[float, float]:
+    def error(self, of_variance: bool = False) -> tuple[float, float]:
         """Standard error of `value`, and the degrees of freedom for its t quantile; NaN of a single unit.
+
+        A variance's error is proportional to the variance, so that both are small at a time. With `of_variance` the
+        degrees of freedom f of each mean square become f (f + 2) / (4 (f + 3)), which is 2 / CV^2 of X^2 for X
+        chi-squared with f degrees of freedom (CV is the coefficient of variation), as Satterthwaite's rule has it.
 
         Of one row it is that of a ratio of means. Rows and units that are drawn alike independently are two crossed
         factors: the variance of the mean is a sum of three mean squares, without what the interaction adds to the
@@ -118,28 +122,40 @@ class Samples:
         by_row, by_unit = parts.mean(1), parts.mean(0)
         rest = parts - by_row[:, None] - by_unit + parts.mean()
         sizes = [(by_row, R, R - 1), (by_unit, n, n - 1), (rest, R * n, (R - 1) * (n - 1))]
-        variances = [float((part**2).sum()) / (dof * count) if dof else 0.0 for part, count, dof in sizes]
+        variances = [float((part**2).sum()) / (f * count) if f else 0.0 for part, count, f in sizes]
         if R * n == 1:
             return math.nan, math.nan
         both = variances[2]
         total = max(variances[0] - both, 0.0) + max(variances[1] - both, 0.0) + both
         if total == 0:
             return 0.0, float(max(R, n) - 1)
-        noise = sum(v**2 / dof for v, (_, _, dof) in zip(variances, sizes, strict=True) if dof)
+        dofs = [f * (f + 2) / (4 * (f + 3)) if of_variance else f for _, _, f in sizes]
+        noise = sum(v**2 / dof for v, dof in zip(variances, dofs, strict=True) if dof)
         return math.sqrt(total), total**2 / noise
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """A number and what its error is made of."""
+    """A number and what its error is made of.
+
+    Attributes:
+        value: the number, which may have a bias of first order that `samples.value` has not.
+        samples: what was drawn.
+        of_variance: whether it is a variance; see `Samples.error`.
+    """
 
     value: float
     samples: Samples
+    of_variance: bool = False
+
+    def error(self) -> tuple[float, float]:
+        """Standard error and degrees of freedom."""
+        return self.samples.error(self.of_variance)
 
     @property
     def stderr(self) -> float:
         """Its standard error."""
-        return self.samples.error()[0]
+        return self.error()[0]
 
 
 def pseudo_values(value: float, left_out: Iterable[float] | Array) -> Array:

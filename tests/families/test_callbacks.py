@@ -173,7 +173,7 @@ def test_curvature(run):
     expected = hessian_trace(model, rows.differentiable, samples=2, seed=0)
     (trace,) = [r for r in records(folder, "curvature") if r["step"] == 6 and r["name"] == "curvature/trace"]
     assert trace["value"] == pytest.approx(expected.value, rel=1e-4)
-    assert trace["stderr"] == pytest.approx(expected.stderr, rel=1e-3)
+    assert trace["about"]["stderr"] == "over directions and sequences"
 
 
 def test_the_report_has_the_sixteen_but_the_barrier_to_another_run(run):
@@ -223,7 +223,7 @@ def test_numbers_with_a_sampling_error_have_the_samples_that_it_is_made_of(run):
             assert (record.samples is not None) == sampled, record.name
             if sampled:
                 # a sharpness of several directions is kept in float32
-                stderr, dof = record.samples.error()
+                stderr, dof = record.samples.error(of_variance=record.name.endswith("variance"))
                 assert (stderr, record.samples.over) == (pytest.approx(record.stderr, rel=1e-5), over), record.name
                 assert record.about["dof"] == pytest.approx(dof, abs=0.02)
                 if record.name.endswith(("sharpness", "barrier", "barrier_chord", "center_loss", "trace", "loss")):

@@ -22,6 +22,7 @@ from hf_lowrank.families import (
     Peer,
     Spectral,
 )
+from hf_lowrank.families.interpolation import loss_path_records
 from hf_lowrank.families.landscape import _variance
 from hf_lowrank.families.records import jackknife
 from hf_lowrank.metrics.curvature import hessian_trace
@@ -233,6 +234,59 @@ def test_several_k_share_their_curves():
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         LandscapeSettings(**settings)
+
+
+def test_single_directions_stand_beside_the_means_of_several():
+    rows = EvaluationSet.from_dataset(dataset(4), 4)
+    settings = dict(directions=0, svd_1_points=3, svd_k_points=3)
+    found = landscape(llama(), rows, LandscapeSettings(svd_k=(2,), svd_single=(1, 2), **settings))
+    means, alone = [], []
+    for r in found.records:
+        if r.name == "landscape/svd_k/sharpness":
+            (alone if "curves" in r.settings else means).append(r)
+    assert [r.settings["K"] for r in alone] == [1, 2]
+    assert means[0].value == pytest.approx((alone[0].value + alone[1].value) / 2)
+    assert {r.settings["K"] for r in found.records if r.name.endswith("svd_k/variance")} == {2}
+    only = landscape(llama(), rows, LandscapeSettings(svd_k=(), svd_single=(2,), **settings))
+    assert value(only, "landscape/svd_k/sharpness").value == alone[1].value
+
+
+def test_barriers_between_runs_may_be_measured_on_fewer_sequences():
+    rows, b = EvaluationSet.from_dataset(dataset(6), 6), llama(seed=1)
+    at = Context(llama(), 0, InterpolationSettings(cross_points=3, cross_sequences=4), rows)
+    ends = at.model.state_dict(), b.state_dict()
+    for subject, count in (("cross_method", 4), ("consecutive", 6)):
+        reference = {"other": "b", "other_step": 0}
+        for r in loss_path_records(at, at.model, ends, subject, "dense", {}, reference).records:
+            assert r.settings["sequences"] == count
+    with pytest.raises(ValueError, match="cross_sequences=0"):
+        InterpolationSettings(cross_sequences=0)
+
+
+def test_the_error_of_curvature_is_over_vectors_and_sequences():
+    rows = EvaluationSet.from_dataset(dataset(12), 12)
+    for sequences, units in ((1, 1), (3, 3), (12, 8)):
+        measured = Curvature().measure(Context(llama(), 0, CurvatureSettings(sequences, 4, 3), rows))
+        trace, top = (value(measured, f"curvature/{name}") for name in ("trace", "top_eigenvalue"))
+        assert trace.samples.sums.shape == (4, units)
+        assert trace.samples.weights.sum() == trace.settings["tokens"]
+        assert trace.about["stderr"] == ("over directions" if units == 1 else "over directions and sequences")
+        if units == 1:
+            assert (top.about["stderr"], top.samples) == ("residual norm", None)
+        else:
+            assert (top.about["stderr"], len(top.samples.units)) == ("over sequences", units)
+            assert top.about["residual_norm"] > 0
+            assert top.samples.value == pytest.approx(top.value)
+
+
+def test_the_bias_of_a_variance_stands_beside_it():
+    rows = EvaluationSet.from_dataset(dataset(8), 8)
+    measured = landscape(llama(), rows, LandscapeSettings(directions=4, points=3, svd_k=(2,), svd_k_points=3))
+    for name in ("random/variance", "svd_k/variance"):
+        number = value(measured, f"landscape/{name}")
+        assert number.about["corrected"] == number.samples.value != number.value
+        assert number.about["dof"] < number.samples.error()[1]
+    assert "corrected" not in value(measured, "landscape/random/sharpness").about
 
 
 @pytest.mark.parametrize("settings", [dict(points=2), dict(cross_points=2), dict(cross_points=20, beyond=0.25)])

@@ -647,8 +647,9 @@ def test_study_has_the_studys_settings():
         assert grid[-1] == pytest.approx(end)
         np.testing.assert_allclose(np.diff(grid), step)
         assert 0.0 in grid
-    assert (study.directions, study.svd_k) == (100, (5, 10, 20, 100))
+    assert (study.directions, study.svd_k, study.svd_single) == (100, (5, 10, 20, 100), (5, 10, 100))
     interpolation = PRESETS["study"].of(families()["interpolation"])
-    assert len(interpolation.grid()) == 20
+    assert len(interpolation.grid()) == 21
     assert len(interpolation.cross_grid()) == 21
+    assert interpolation.cross_sequences == 500
     assert (quick.directions, quick.points, quick.svd_k) == (8, 13, (5,))

@@ -8,7 +8,7 @@ from quadratic import Quadratic, loss
 from tiny_runs import METHODS, arguments, gpt2, llama, weights
 
 import hf_lowrank as lr
-from hf_lowrank.metrics.curvature import hessian_trace, top_eigenvalue
+from hf_lowrank.metrics.curvature import hessian_trace, quadratic_forms, top_eigenpair, top_eigenvalue
 
 
 def test_the_trace_of_a_quadratic_loss():
@@ -41,6 +41,31 @@ def test_a_negative_definite_hessian_has_a_negative_largest_eigenvalue():
     model = Quadratic()
     model.H = -torch.eye(model.size, dtype=torch.float64)
     assert top_eigenvalue(model, loss).value == pytest.approx(-1)
+
+
+def test_the_shares_of_a_loss_make_up_its_curvature():
+    model, theta = Quadratic(), Quadratic().size
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(theta, theta, generator=generator, dtype=torch.float64) for _ in range(3)]
+    parts = [part + part.T for part in parts]
+
+    def shares(model):
+        return [model.theta() @ part @ model.theta() / 2 for part in parts] + [torch.zeros(())]
+
+    H = sum(parts)
+    forms = quadratic_forms(model, shares, samples=400)
+    assert forms.shape == (400, 4)
+    expected = torch.tensor([part.trace().item() for part in parts] + [0.0])
+    noise = 4 * torch.from_numpy(forms.std(0)) / 20
+    assert (torch.from_numpy(forms.mean(0)) - expected).abs().le(noise).all()
+    pair = top_eigenpair(model, shares, iterations=40)
+    values, vectors = torch.linalg.eigh(H)
+    y = vectors[:, -1]
+    assert pair.value == pytest.approx(values[-1].item(), rel=1e-8)
+    # the eigenvector is kept in bfloat16
+    assert pair.shares == pytest.approx([*[(y @ part @ y).item() for part in parts], 0.0], abs=0.02 * pair.value)
+    assert pair.shares.sum() == pytest.approx(pair.value)
+    assert top_eigenvalue(model, shares, iterations=40).value == pair.value
 
 
 def language_loss(model):

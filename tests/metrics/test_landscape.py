@@ -79,6 +79,20 @@ def test_directions_are_the_same_for_models_of_one_shape_and_differ_by_seed():
     assert entries.std().item() == pytest.approx(1, abs=4 / (2 * len(entries)) ** 0.5)
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_filters_are_the_weights_of_an_output(make):
+    model = make()
+    direction = random_direction(model, 3, "filter")
+    for name, p in model.named_parameters():
+        # GPT-2's Conv1D stores (in, out)
+        stored_transposed = make is gpt2 and p.ndim == 2 and ".h." in name
+        axis = 0 if p.ndim == 1 or stored_transposed else 1
+        torch.testing.assert_close(direction[name].norm(dim=axis), p.norm(dim=axis))
+    assert make is llama or any(
+        len(p) != p.shape[-1] for n, p in model.named_parameters() if ".h." in n and p.ndim == 2
+    )
+
+
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_normalisations(normalize):
     model = llama()
