@@ -4,6 +4,7 @@ Shapes: W: (m, n), A: (r, n), B: (m, r), x: (..., n), y: (..., m).
 """
 
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, register, seeded_generator
@@ -42,7 +44,8 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
     W is frozen, b trains if it did before. The state dict has PEFT's names: `base_layer.weight`,
     `lora_A.default.weight`, `lora_B.default.weight`.
 
-    What is drawn for the layer depends on its `name`.
+    What is drawn for the layer depends on its `name`. A and B are in fp32 where W is in half precision, as in PEFT
+    (`autocast_adapter_dtype`).
     """
 
     # PEFT's is the base weight, without the adapters
@@ -88,6 +91,12 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
         dropped = self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout)
         return "where no dropout reaches the adapters' input (dropout=0 is served)" if dropped else None
 
+    def keep_adapters_precise(self) -> None:
+        """A and B in fp32 where W is in half precision, in which a step of Adam at a small rate would be lost."""
+        if self.base_weight.dtype.itemsize < 4:
+            self.lora_A.float()
+            self.lora_B.float()
+
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
         """A Kaiming-uniform (a = sqrt 5), B zero; the values do not depend on device, dtype or number of processes."""
@@ -104,7 +113,8 @@ class LoRAConfig(LowRankConfig):
     """LoRA on every target with PEFT's layers; embeddings, norms, head and biases train as they are.
 
     A starts Kaiming-uniform and B at zero (Section 4.1; PEFT's and the official code's choice where the paper draws A
-    from a Gaussian), so the model starts as the function it was. What was frozen before stays frozen.
+    from a Gaussian), so the model starts as the function it was. What was frozen before stays frozen. On a model in
+    half precision the adapters are in fp32.
     """
 
     method: ClassVar[str] = "lora"
@@ -155,9 +165,21 @@ class LoRAConfig(LowRankConfig):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear), name
             layer.name = name
+            layer.keep_adapters_precise()
             layer.base_weight.requires_grad_(False)
             layer.train(layer.base_layer.training)
             layer.draw(seeded_generator(seed, name))
+
+    def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
+        """`ValueError` for FSDP where what trains is in several dtypes: FSDP shards parameters of one."""
+        trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+        sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        mixed = args.bf16 or args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        if len(trained) > 1 and sharded and not mixed:
+            raise ValueError(
+                f"FSDP shards parameters of one dtype, and here {' and '.join(trained)} train, the adapters in "
+                "float32: set bf16=True, with which accelerate trains all in float32, or load the model in float32"
+            )
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         return 2 * r * (m + n)

@@ -40,7 +40,7 @@ def _plain(value: Any) -> str:
 def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
     """W += (alpha / r) B A, then A drawn anew and B zero, in place (Section 3 of the paper).
 
-    In bf16 the sum is rounded once, so the function changes by that rounding.
+    The sum is made in fp32 or better and rounded once to the dtype of W, so the function changes by that rounding.
 
     Args:
         layer: whole, or sharded by rows; then every process calls this for the same layers in the same order.

@@ -83,17 +83,19 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
     for target in targets:
         rank = ranks.get(target.name)
         own = list(target.module.parameters())
-        size = own[0].element_size()
         bias = getattr(target.module, "bias", None)
         extra = bias.numel() if isinstance(bias, torch.Tensor) else 0
         # a frozen parameter has no state, but a frozen weight whose adapters train counts as one that trains
         weight_trains = any(p.requires_grad for p in own if p is not bias)
         bias_trains = isinstance(bias, torch.Tensor) and bias.requires_grad
-        bias_state = 2 * extra * bias_trains
+        bias_state = 2 * bias.numel() * bias.element_size() * bias_trains if isinstance(bias, torch.Tensor) else 0
+        # adapters are kept in fp32 beside a weight in half precision
+        size = own[0].element_size()
+        trained_size = max((p.element_size() for p in own if p.requires_grad and p is not bias), default=size)
         # Conv1D stores the weight transposed, and the optimizer sees it as stored
         stored = (target.cols, target.rows) if isinstance(target.module, Conv1D) else (target.rows, target.cols)
-        state_bytes += size * (config.state_elements(*stored, rank or 0) * weight_trains + bias_state)
-        dense_bytes += size * (2 * target.rows * target.cols * weight_trains + bias_state)
+        state_bytes += trained_size * config.state_elements(*stored, rank or 0) * weight_trains + bias_state
+        dense_bytes += size * 2 * target.rows * target.cols * weight_trains + bias_state
         dense_count += target.rows * target.cols + extra
         dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
         alike[target.kind, target.rows, target.cols, rank] += 1

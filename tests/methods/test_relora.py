@@ -355,7 +355,7 @@ def test_adapters_learn_from_the_first_step(tmp_path):
 def test_the_contracts_defaults():
     assert lr.ReLoRAConfig().to_dict() == {
         "method": "relora", "r": None, "alpha": 32, "dropout": 0.0, "reset_every": 1000, "restart_warmup_steps": 100,
-        "pruning": "random", "pruning_ratio": 0.99, "target_modules": None,
+        "pruning": "random", "pruning_ratio": 0.99, "target_modules": None, "other_lr_scale": 1.0,
     }  # fmt: skip
     assert lr.LoRAConfig().to_dict() == {
         "method": "lora",
