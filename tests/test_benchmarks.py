@@ -84,3 +84,52 @@ def test_imports(monkeypatch, tmp_path, capsys):
     medians = json.loads((tmp_path / "imports.json").read_text())["median"]
     assert all(seconds > 0 for seconds in medians.values())
     assert "importtime" not in capsys.readouterr().err
+
+
+def test_rates_are_tuned_and_the_seeds_trained_however_often_it_is_cut_off(monkeypatch, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("rates", BENCHMARKS / "rates.py")
+    rates = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "rates", rates)
+    spec.loader.exec_module(rates)
+    output, started = tmp_path / "rates.jsonl", []
+
+    def train(run, folder, flags):
+        started.append(run)
+        if len(started) % 4 == 0:
+            # a kill may leave half a line
+            with output.open("a") as file:
+                file.write('{"recipe": "full')
+            raise KeyboardInterrupt
+        if run.recipe == "fullrank" and run.learning_rate > 5e-3:
+            return None, None, 60.0
+        others = run.learning_rate * run.other_lr_scale
+        distance = math.log(run.learning_rate / 3e-3) ** 2 + math.log(others / 1e-2) ** 2
+        return 4 + distance + run.seed / 10 + (run.recipe == "galore") * run.seed / 100, 0.01, 60.0
+
+    monkeypatch.setattr(rates, "train", train)
+    command = ["rates", "--output", str(output), "--runs", str(tmp_path), "--methods", "fullrank", "galore"]
+    monkeypatch.setattr(sys, "argv", command)
+    for _ in range(20):
+        try:
+            rates.main()
+            break
+        except KeyboardInterrupt:
+            pass
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    finished = [rates.Run(**{key: r[key] for key in rates.Run.__dataclass_fields__}) for r in records]
+    assert len(set(finished)) == len(finished) == len(started) - len(started) // 4
+    seeds = [(run.recipe, run.seed, run.learning_rate) for run in finished if run.seed != rates.TUNING_SEED]
+    assert seeds == [
+        (recipe, seed, 0.003 if recipe == "fullrank" else 0.00333)
+        for recipe in ("fullrank", "galore")
+        for seed in (1, 2, 3)
+    ]
+    # one run diverged, which is no end of the search
+    assert [r["learning_rate"] for r in records if r["validation_loss"] is None] == [0.009]
+    shown = capsys.readouterr().out
+    assert rates.RULE in shown
+    full, galore = (line for line in shown.splitlines() if line.startswith(("| fullrank", "| galore")))
+    assert full.startswith("| fullrank | 0.001 / 0.01 | 0.003 | 3.33 | 6 | 9 |")
+    assert full.endswith("| 4.200 ± 0.058 | 0.000 ± 0.000 |")
+    # the seeds' differences are 0.01, 0.02 and 0.03, and the distance of the grid's nearest point
+    assert galore.endswith("± 0.006 |")

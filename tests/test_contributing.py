@@ -46,6 +46,7 @@ MAY_IMPORT = {
     },
     "downstream/quick": {"data", "report"},
     "compare": {"figures", "hub", "report"},
+    "study": set(),
     "evaluation": {"metrics"},
     "evaluation/modules": {"options"},
     "evaluation/modules/*": {"evaluation", "families", "metrics"},

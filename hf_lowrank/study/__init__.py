@@ -1,0 +1,1 @@
+"""Studies of several methods: so far, how their learning rates are tuned."""
