@@ -238,6 +238,22 @@ def test_the_card_is_ours(case, shared):
     assert not (shared[case].folder / "README.md").exists(), "Trainer's own card, which it writes before it pushes"
 
 
+def test_the_best_step_is_on_main_and_under_its_tag(hub, tmp_path):
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    evaluating = dict(eval_strategy="steps", eval_steps=2, hub_strategy="every_save")
+    trainer = trainer_for(METHODS["lora"], tmp_path / "run", **best, **evaluating)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    repo = hub.repo("user/run")
+    assert set(repo.tags) == {"step-2", "step-4"}
+    assert repo.tags["step-2"].oid == repo.head.oid
+    assert held_by(repo) == published(tmp_path / "run")
+    newest, last = (json.loads(repo.files(tag)["report.json"])["run"] for tag in ("main", "step-4"))
+    assert (newest["steps"], newest["best_of"]["steps"], newest["best_of"]["metric"]) == (2, 4, "eval_loss")
+    assert (last["steps"], last.get("best_of")) == (4, None)
+    assert repo.files("step-4")["model.safetensors"] != repo.files("main")["model.safetensors"]
+
+
 # ---- when it pushes ----
 
 STRATEGIES = {
