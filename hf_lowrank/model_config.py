@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 __all__ = [
-    "NATIVE_FOLDER", "CheckpointError", "base_architecture", "mark_native", "read_config", "read_json", "remove_model",
+    "NATIVE_FOLDER", "CheckpointError", "base_architecture", "loading_class", "mark_native", "read_config",
+    "read_json", "remove_model",
 ]  # fmt: skip
 
 # the model as trained, in a published folder that holds its dense form
@@ -36,6 +39,20 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path.parent} is cut short: {path.name} is no valid JSON ({error})") from None
+
+
+def loading_class(architecture: str | None, dense: bool) -> str | None:
+    """The class of transformers that loads what is published of a model; None if none does.
+
+    Args:
+        architecture: the class of the model that was trained.
+        dense: whether it is published in its dense form, and not with code of its own.
+    """
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM"
+    if architecture is None or not hasattr(transformers, architecture):
+        return None
+    return architecture if dense else "AutoModel"
 
 
 def remove_model(folder: Path) -> None:

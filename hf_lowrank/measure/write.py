@@ -20,7 +20,7 @@ from hf_lowrank.figures import draw_figures
 from hf_lowrank.hub.card import update_card
 from hf_lowrank.measure.source import RunSource
 from hf_lowrank.methods import get_method
-from hf_lowrank.model_config import base_architecture
+from hf_lowrank.model_config import base_architecture, loading_class
 from hf_lowrank.report.baseline import baseline_of, differences_to_baseline
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import read_report, up_to, write_report
@@ -107,7 +107,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
     unknown = {"name": None, "betas": None, "eps": None, "weight_decay": None, "max_grad_norm": None}
     settings, rates = run.settings(), _peak_rates(run, state)
     one_rate = 1.0 if len(set(rates)) == 1 else None
-    parameters = _parameters(run)
+    parameters, has_dense_form = _parameters(run), get_method(run.method).has_dense_form
     facts = {
         "generated_from": "checkpoints",
         "name": run.name,
@@ -120,6 +120,7 @@ def _report_of_checkpoints(run: RunSource) -> dict[str, Any]:
             "parameters": parameters,
             "parameters_trained": parameters,
             "config_hash": None,
+            "loaded_by": loading_class(next(iter(run.config.get("architectures") or []), None), has_dense_form),
         },
         "optimizer_state_bytes": {"predicted": None, "measured": None, "adamw": None},
         "peak_memory_bytes": {"value": None, "kind": None},

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_lowrank.families.best import BestModel
 from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.methods.prepare import method_of, summary_of
 from hf_lowrank.methods.summary import Summary, optimizer_state_bytes, summarize
+from hf_lowrank.model_config import loading_class
 from hf_lowrank.optim.plan import IDENTITY_KEY
 from hf_lowrank.report.secrets import without_secrets
 
@@ -160,10 +160,8 @@ def _best_facts(model: Any, best: BestModel | None, steps: int) -> dict[str, Any
 def _loaded_by(model: Any) -> str | None:
     """The class of transformers that loads what is published of a model; None if none does."""
     name = next((c.__name__ for c in type(model).__mro__ if getattr(transformers, c.__name__, None) is c), None)
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "AutoModelForCausalLM"
-    has_code = any(isinstance(m, ReparameterizedLinear) and not m.has_dense_form for m in model.modules())
-    return "AutoModel" if name is not None and has_code else name
+    dense = all(m.has_dense_form for m in model.modules() if isinstance(m, ReparameterizedLinear))
+    return loading_class(name, dense)
 
 
 def run_facts(

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 from tiny_runs import METHODS, arguments, dataset, gpt2, llama, make_trainer
-from transformers import AutoModelForCausalLM, Trainer
+from toy_models import toy_model
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import load_model
@@ -533,7 +534,14 @@ def test_spectra_need_no_data(tmp_path):
     Trainer(model=gpt2(), args=arguments(tmp_path / "plain", **SAVING), train_dataset=dataset()).train()
     _, failures = run_it([tmp_path / "plain"], families=("spectral",))
     assert failures == 0
-    assert lr.load_report(tmp_path / "plain")["run"]["model"]["parameters"] == gpt2().num_parameters()
+    model = lr.load_report(tmp_path / "plain").run.model
+    assert (model.parameters, model.loaded_by) == (gpt2().num_parameters(), "AutoModelForCausalLM")
+
+
+def test_the_card_of_a_plain_run_names_the_models_own_class(tmp_path):
+    toy_model("vit", auto_class=AutoModelForImageClassification).save_pretrained(tmp_path / "plain" / "checkpoint-2")
+    run_it([tmp_path / "plain"], families=("spectral",))
+    assert "ViTForImageClassification.from_pretrained(" in (tmp_path / "plain/publish/README.md").read_text()
 
 
 def test_a_plain_run_that_went_on_has_a_report_of_where_it_is_now(tmp_path):
