@@ -48,7 +48,10 @@ def trainer_of(method, folder, scores=SCORES, stops=False, max_steps=8, **change
     return trainer, landscape
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module",
+    params=[*("galore", "relora"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("sltrain", "cola"))],
+)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("best") / request.param
     trainer, landscape = trainer_of(request.param, folder, stops=RUNS[request.param])
