@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy_models import toy_model
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -22,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank as lr
+from hf_lowrank.checkpoints import export
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.methods.derived_weight import UncalledLayerError
 from hf_lowrank.methods.prepare import apply_method
@@ -381,3 +384,33 @@ def test_where_prepare_cannot_run_a_model_the_first_batch_tells(tmp_path, caplog
     (record,) = [r for r in caplog.records if "got no gradient" in r.message]
     assert "1 of 16 target layers got no gradient from the first batch" in record.message
     assert record.message.endswith("model.layers.1.mlp.mix")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["lora", "sltrain"])
+def test_gradient_checkpointing_reads_the_weight_twice(method, reentrant, tmp_path):
+    def trained(**changes):
+        model = MODELS["F.linear"]()
+        args = arguments(tmp_path, max_steps=2, warmup_steps=0, **changes)
+        trainer = make_trainer(METHODS[method], args, model=model)
+        trainer.train()
+        return weights(trainer.model)
+
+    plain = trained()
+    again = trained(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for key in plain:
+        torch.testing.assert_close(again[key], plain[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba2"])
+def test_what_cola_publishes_runs_in_plain_transformers(name, tmp_path):
+    model = MODELS[name]()
+    apply_method(model, REPLACING["cola"], seed=1)
+    perturb(model)
+    export(model, tmp_path)
+    auto = AutoModel if name == "t5" else AutoModelForCausalLM
+    plain = auto.from_pretrained(tmp_path, trust_remote_code=True)
+    inputs = {"input_ids": torch.arange(5)[None]}
+    inputs |= {"decoder_input_ids": torch.arange(3)[None]} if name == "t5" else {}
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, model.eval()(**inputs).logits)
