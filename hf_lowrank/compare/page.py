@@ -18,6 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from hf_lowrank.compare.charts import Chart
+from hf_lowrank.compare.scatter import scatter
 from hf_lowrank.compare.table import Comparison, Row
 from hf_lowrank.compare.text import ENVIRONMENT, heading, significance_text
 from hf_lowrank.report.markdown import one_line
@@ -25,7 +26,7 @@ from hf_lowrank.report.tables import Fact
 
 __all__ = ["render_page"]
 
-_SCRIPTS = ("compare-base.js", "compare-table.js", "compare-chart.js", "compare-start.js")
+_SCRIPTS = ("compare-base.js", "compare-table.js", "compare-chart.js", "compare-scatter.js", "compare-start.js")
 _NAMED = 8  # runs in the page's head
 _SHARED = ("model", "data", "tokens_seen", "steps", "sequence_length", "precision")
 _SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "steps_taken", "tokens_taken")
@@ -47,6 +48,7 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
             shared=_shared_facts(comparison.rows),
             conflicts=comparison.conflicts,
             notes=comparison.notes,
+            place=comparison.at,
             rows=[_shown_row(row) for row in comparison.rows],
             reading=significance_text(comparison),
             style=Markup(style),
@@ -120,6 +122,7 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
         ],
         "cells": comparison.pivot(_cell).values.tolist(),
         "charts": [_chart(chart) for chart in charts],
+        "scatter": scatter(comparison),
     }
 
 

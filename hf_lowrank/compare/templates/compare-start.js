@@ -5,6 +5,10 @@ function chooseRun(row, on) {
     box.checked = on;
   });
   renderTable();
+  if (data.scatter.quantities.length > 1) {
+    plot.at = null;
+    renderScatter();
+  }
   if (data.charts.length) {
     renderChart();
     renderValues();
@@ -27,3 +31,4 @@ runChoices(byId("run-choice"), false);
 runChoices(byId("legend"), true);
 startTable();
 startChart();
+startScatter();
