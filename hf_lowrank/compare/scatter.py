@@ -4,7 +4,6 @@ The page joins two quantities by run and step; what a whole run costs stands at 
 their seed alone have one colour in several shades.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,6 +18,13 @@ from hf_lowrank.report.markdown import one_line
 __all__ = ["scatter"]
 
 _MOST_POINTS = 200  # of a run in one quantity
+# unit of a cost -> larger ones
+_UNITS = {
+    "bytes": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
+    "count": ((1e9, "billions"), (1e6, "millions")),
+    "flops": tuple((10.0**power, f"10^{power}") for power in (21, 18, 15, 12, 9)),
+    "seconds": ((3600, "hours"), (60, "minutes")),
+}
 _SMALLER = ("validation_loss", "perplexity")
 
 
@@ -36,12 +42,14 @@ def scatter(comparison: Comparison) -> dict[str, Any]:
     labels = [comparison.runs[group["run"].iloc[0]].label for group in groups]
     defining = [defining_settings(number, label) for number, label in zip(numbers, labels, strict=True)]
     steps: dict[tuple[int, ...], int] = {}
-    quantities = []
+    quantities: list[dict[str, Any]] = []
     for number, told, group in zip(numbers, telling_apart(numbers, defining), groups, strict=True):
-        values = [_values(run, of_run, steps) for run, of_run in group.groupby("run")]
-        quantities.append(
-            {**_words(number, told), "name": one_line(number.name), "better": _better(number), "of": values}
-        )
+        words = _words(number, told)
+        unit, size = _unit(words["unit"], float(group["value"].abs().max()))
+        scaled = group.assign(value=group["value"] / size)
+        values = [_values(run, of_run, steps) for run, of_run in scaled.groupby("run")]
+        words |= {"name": one_line(number.name), "unit": unit, "better": _better(number)}
+        quantities.append({**words, "of": values})
     return {"runs": _runs(comparison), "steps": list(map(list, steps)), "quantities": quantities}
 
 
@@ -90,8 +98,16 @@ def _known(steps: dict[tuple[int, ...], int], places: tuple[int, ...]) -> int:
     return steps.setdefault(places, len(steps))
 
 
-def _short(values: Sequence[float] | "pd.Series[float]") -> list[float]:
+def _short(values: "pd.Series[float]") -> list[float]:
     return [float(f"{value:.5g}") for value in values]
+
+
+def _unit(unit: str, largest: float) -> tuple[str, float]:
+    """Return a unit in which costs have few digits, and its size."""
+    for size, name in _UNITS.get(unit, ()):
+        if largest >= size:
+            return name, size
+    return ("" if unit == "count" else unit), 1.0
 
 
 def _words(number: Number, told: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The comparison's page: as text, and as a reader meets it in Chromium, with a mouse, a keyboard and a phone."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.page import render_page
+from hf_lowrank.compare.scatter import scatter
 from hf_lowrank.compare.table import Comparison, compare
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- {{ 7*7 }}"
@@ -80,6 +82,37 @@ def test_a_page_without_curves_or_baseline() -> None:
     assert "1 pre-training run compared" in render_page(found, charts(found))
 
 
+def test_the_scatter_plot_has_every_number_of_every_run_and_seed() -> None:
+    made = [
+        report(name, seed=seed, loss=loss, **more)
+        for name, seed, loss, more in (("a1", 1, 4.0, {}), ("a2", 2, 4.2, {}), ("b", 1, 3.4, {"method": "fira"}))
+    ]
+    for each in made:
+        each["evaluations"][0]["about"] = {"higher_is_better": True}
+    found = compare([compared(one["run"]["name"], one) for one in made])
+    data = scatter(found)
+    assert [(run["row"], run["kin"], run["shade"]) for run in data["runs"]] == [(0, 0, 0), (1, 0, 1), (2, 2, 0)]
+    of = {one["name"]: one for one in data["quantities"]}
+    steps = data["steps"].index([150, 300])
+    assert of["validation_loss"]["of"] == [[0, steps, [5.0, 4.0]], [1, steps, [5.2, 4.2]], [2, steps, [4.4, 3.4]]]
+    assert [of[name]["better"] for name in ("validation_loss", "brackets/acc", "landscape/random/sharpness")] == [
+        "smaller", "larger", "",
+    ]  # fmt: skip
+    assert of["parameters"]["of"] == [[run, -1, [1.8405]] for run in range(3)]
+    assert of["parameters"]["unit"] == "millions"
+    # taken between two checkpoints a run has a point of its own, on the line between theirs
+    data = scatter(compare([compared(one["run"]["name"], one) for one in made], at="matched"))
+    of = {one["name"]: one for one in data["quantities"]}
+    steps = data["steps"].index([150, 300])
+    assert data["runs"][1]["step"] == 300
+    assert (data["runs"][0]["step"], data["runs"][0]["place"][:7]) == (pytest.approx(270), "between")
+    assert of["validation_loss"]["of"][0] == [0, steps, [5.0, 4.0], 4.2]
+    assert of["landscape/random/sharpness"]["of"][2] == [2, steps, [0.034, 0.034], 0.034]
+    # seeds in one row are still points of their own
+    grouped = scatter(compare([compared(one["run"]["name"], one) for one in made], group_seeds=True))
+    assert [(run["row"], run["kin"], run["shade"]) for run in grouped["runs"]] == [(0, 0, 0), (0, 0, 1), (1, 1, 0)]
+
+
 # ---- in Chromium ----
 
 
@@ -113,6 +146,11 @@ class Page:
 
     def header(self, label: str) -> WebElement:
         return next(e for e in self.all("#table thead th") if label in e.get_attribute("textContent"))
+
+    def choose(self, selector: str, label: str) -> None:
+        """Choose the first option with these words, as a user would."""
+        options = self.all(f"{selector} option")
+        next(option for option in options if label in option.get_attribute("textContent")).click()
 
     def choose_curve(self, title: str) -> None:
         option = next(e for e in self.all("#chart-choice option") if title in e.get_attribute("textContent"))
@@ -276,6 +314,7 @@ def test_every_text_has_contrast_and_fits_the_width(browser: Page, scheme: str, 
     browser.open(width, 740, scheme)
     browser.js("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     browser.one("#chart").send_keys(Keys.HOME)
+    browser.one("#scatter").send_keys(Keys.HOME)
     assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
     weak = browser.js(CONTRAST)
@@ -327,6 +366,103 @@ def test_lines_can_be_told_from_the_background(browser: Page) -> None:
         assert len({tuple(stroke) for stroke in strokes}) == 3
         shapes = browser.js("return [...document.querySelectorAll('#chart .mark')].map((e) => e.tagName)")
         assert len(set(shapes)) > 1, "marks differ as well as colours"
+
+
+@needs_browser
+def test_any_two_numbers_stand_against_each_other(at: Page) -> None:
+    at.choose("#scatter-x", "Validation loss")
+    at.choose("#scatter-y", "H1 Expected sharpness")
+    assert len(at.all("#scatter .stroke")) == 3, "a line joins the checkpoints of a run"
+    assert [len(at.all(f"#scatter .mark{kind}")) for kind in ("", ".on")] == [6, 3]
+    plot, said = at.one("#scatter"), at.one("#scatter-readout")
+    assert "H1 Expected sharpness, random directions (dense weights) against Validation loss. 6 points of 3 runs" in (
+        plot.get_attribute("aria-label")
+    )
+    plot.send_keys(Keys.HOME)
+    sharpness = "H1 Expected sharpness, random directions (dense weights)"
+    read = said.get_attribute("textContent")
+    assert read == f"{HOSTILE}, seed 1, step 300: Validation loss 3, {sharpness} 0.03"
+    assert at.texts("#scatter .tip tspan")[1:] == ["seed 1, step 300", "x 3", "y 0.03"]
+    plot.send_keys(Keys.END)
+    assert said.get_attribute("textContent").startswith("other, seed 2, step 150: Validation loss 6, ")
+    plot.send_keys(Keys.ESCAPE)
+    assert (at.all("#scatter .tip"), said.get_attribute("textContent")) == ([], "")
+    mark = at.all("#scatter .mark.on")[0]
+    ActionChains(at.driver).move_to_element(mark).perform()
+    assert said.get_attribute("textContent").startswith("base, seed 1, step 300: Validation loss 4, ")
+    at.one("#scatter-way").click()
+    assert len(at.all("#scatter .mark")) == 3
+    at.all("#legend input")[1].send_keys(Keys.SPACE)
+    assert len(at.all("#scatter .mark")) == 2
+    at.one("#scatter-data summary").click()
+    rows = WebDriverWait(at.driver, 10).until(lambda _: at.texts("#scatter-data tbody tr"), "toggle comes later")
+    assert rows == ["basestep 30040.04", "otherstep 30050.05"]
+
+
+@needs_browser
+def test_the_pareto_front_is_what_no_run_beats(at: Page) -> None:
+    at.choose("#scatter-x", "Validation loss")
+    at.choose("#scatter-y", "brackets (acc)")
+    assert at.one("#scatter-front").get_attribute("value") == "", "whether the accuracy is to be high is not known"
+    at.choose("#scatter-front", "small x, large y")
+    # losses of 4, 3 and 5 with accuracies of 0.54, 0.53 and 0.55: all are best at something
+    path = at.one("#scatter .front").get_attribute("d")
+    assert path.count("L") == 2
+    assert "3 on the Pareto front" in at.one("#scatter").get_attribute("aria-label")
+    at.choose("#scatter-front", "small x, small y")
+    assert at.all("#scatter .front") == []
+    at.one("#scatter").send_keys(Keys.HOME)
+    assert at.one("#scatter-readout").get_attribute("textContent").endswith("0.53, on the Pareto front")
+    at.choose("#scatter-y", "Peak memory")
+    assert at.one("#scatter-front").get_attribute("value") == "smaller smaller"
+    assert "Peak memory (GiB)" in at.texts("#scatter text")
+    assert len(at.all("#scatter .mark")) == 6
+
+
+@needs_browser
+def test_the_scatter_plots_axes_can_be_logarithmic(at: Page) -> None:
+    at.choose("#scatter-x", "Validation loss")
+    where = "return [0, 1].map((k) => document.querySelectorAll(`#scatter .k${k} .mark`))"
+    where += ".map((marks) => [...marks].map((e) => e.getBoundingClientRect()).map((box) => box.left + box.width / 2))"
+    for box, wanted in ((None, 1), ("#scatter-log-x", math.log(5 / 4) / math.log(4 / 3))):
+        if box:
+            at.one(box).click()
+        # from a loss of 5 to one of 4, and from 4 to 3
+        (five, four), (other_four, three) = at.js(where)
+        assert four == pytest.approx(other_four, abs=0.01)
+        assert (five - four) / (four - three) == pytest.approx(wanted, rel=1e-3)
+    at.one("#scatter-log-y").click()
+    assert len(at.all("#scatter .stroke")) == 3
+
+
+@needs_browser
+def test_shades_of_seeds_can_be_told_from_the_background(browser: Page) -> None:
+    script = """
+    const holder = document.querySelector("#scatter svg"), seen = [];
+    for (let k = 0; k < 7; k++) for (let s = 0; s < 3; s++) {
+      const line = drawnBy(`k${k} s${s}`);
+      seen.push(getComputedStyle(line).stroke);
+    }
+    function drawnBy(name) {
+      const group = document.createElementNS("http://www.w3.org/2000/svg", "g");
+      const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      group.setAttribute("class", name);
+      line.setAttribute("class", "stroke");
+      group.append(line);
+      holder.append(group);
+      return line;
+    }
+    return seen;
+    """
+    for scheme, ground in (("light", 255), ("dark", 26)):
+        browser.open(scheme=scheme)
+        strokes = browser.js(script)
+        assert len(set(strokes)) >= 19
+        for stroke in strokes:
+            parts = [float(part) for part in re.findall(r"[\d.]+", stroke.replace("srgb", ""))[:3]]
+            colour = [255 * part for part in parts] if stroke.startswith("color(") else parts
+            a, b = relative(colour), relative([ground] * 3)
+            assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 3, stroke
 
 
 def relative(colour: list[float]) -> float:

@@ -58,19 +58,23 @@ function scales(width, height) {
   };
 }
 
+function tick(value) {
+  return number(value, 4).replace(/\.?0+e/, "e");
+}
+
 function axes(shape, width, height, about) {
   const group = drawn("g", {});
   const text = (x, y, words, anchor) => drawn("text", { x, y, "text-anchor": anchor }, words);
   for (const value of ticks(shape.y.domain, 5, shape.y.log)) {
     const y = shape.y(value);
     group.append(drawn("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y, class: "grid" }));
-    group.append(text(MARGIN.left - 8, y + 4, number(value, 4), "end"));
+    group.append(text(MARGIN.left - 8, y + 4, tick(value), "end"));
   }
   const bottom = height - MARGIN.bottom;
   group.append(drawn("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: bottom, y2: bottom, class: "axis" }));
   for (const value of ticks(shape.x.domain, Math.max(2, Math.min(8, Math.floor(width / 90))), shape.x.log)) {
     group.append(drawn("line", { x1: shape.x(value), x2: shape.x(value), y1: bottom, y2: bottom + 5, class: "axis" }));
-    group.append(text(shape.x(value), bottom + 19, number(value, 4), "middle"));
+    group.append(text(shape.x(value), bottom + 19, tick(value), "middle"));
   }
   group.append(text((MARGIN.left + width - MARGIN.right) / 2, height - 6, about.x_label, "middle"));
   group.append(text(4, 14, about.y_label, "start"));

@@ -12,7 +12,8 @@ function quantity(axis) {
 }
 
 function nameOf(one) {
-  return one.detail ? `${one.title} (${one.detail})` : one.title;
+  const about = [one.detail, one.group === "Cost" ? one.unit : ""].filter(Boolean).join(", ");
+  return about ? `${one.title} (${about})` : one.title;
 }
 
 // The values of a run: by step, one for the whole run, and where it is taken between two checkpoints.
@@ -120,7 +121,7 @@ function renderScatter() {
   const shape = plotShape(width, height, logX, logY);
   plot.shape = shape;
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
-  svg.append(axes(shape, width, height, { x_label: shortUnit(x), y_label: shortUnit(y) }));
+  svg.append(axes(shape, width, height, { x_label: axisName(x), y_label: axisName(y) }));
   if (plot.front.length > 1) {
     svg.append(drawn("path", { d: `M${plot.front.map((point) => `${shape.x(point.x).toFixed(1)} ${shape.y(point.y).toFixed(1)}`).join("L")}`, class: "front" }));
   }
@@ -135,8 +136,9 @@ function renderScatter() {
   renderPoints();
 }
 
-function shortUnit(one) {
-  return one.title.length > 42 ? `${one.title.slice(0, 41)}…` : one.title;
+function axisName(one) {
+  const name = one.title.length > 42 ? `${one.title.slice(0, 41)}…` : one.title;
+  return one.group === "Cost" && one.unit ? `${name} (${one.unit})` : name;
 }
 
 function renderPoint(width, height) {
