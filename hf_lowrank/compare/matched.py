@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_lowrank.figures.tables import table_up_to
 from hf_lowrank.report.comparability import EVALUATION_HASH, Number, numbers
 from hf_lowrank.report.values import format_value
 
@@ -148,10 +149,7 @@ def take(runs: Sequence["ComparedRun"], at: At) -> tuple[list["ComparedRun"], st
 
 def _cut(run: "ComparedRun", taken: Taken) -> "ComparedRun":
     """The run with curves that end at the checkpoint it is taken at, or at the nearer one."""
-    tables = {
-        name: table[table["step"] <= taken.nearer] if "step" in table and name != "training" else table
-        for name, table in run.tables.items()
-    }
+    tables = {name: table_up_to(taken.nearer, name, table) for name, table in run.tables.items()}
     return replace(run, tables=tables, taken=replace(taken, numbers=tuple(_exactly(run, n) for n in taken.numbers)))
 
 
