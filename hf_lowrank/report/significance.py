@@ -170,15 +170,16 @@ def _satterthwaite(*errors: tuple[float, float | None]) -> float | None:
 def tested_number(number: Number, ours: Sample, baseline: Sample) -> Hashable:
     """Return what two differences share if they are of one number, such as a loss and its exponential.
 
-    Metrics of which both runs have the same value with the same error are one number as well: native and dense
-    weights of a full-rank model, or the loss at the centre of two landscapes.
+    Metrics of which both runs have the same value with the same error, to six digits, are one number as well: native
+    and dense weights of a full-rank model, or the loss at the centre of two landscapes.
     """
     scope, _, metric = number.name.rpartition("/")
     # the harness names a filter after the comma
     metric, _, chosen = metric.partition(",")
     if number.kind == "evaluation" or number.name in _FORMS or number.name in _FORMS.values():
         return (number.kind, scope, _FORMS.get(metric, metric), chosen, number.column[3:])
-    return (ours.value, ours.stderr, baseline.value, baseline.stderr)
+    # equal but for rounding
+    return tuple(f"{part or 0:.6g}" for side in (ours, baseline) for part in (side.value, side.stderr))
 
 
 def corrected(deltas: Sequence[Delta], numbers: Sequence[Hashable]) -> list[Delta]:
