@@ -191,6 +191,24 @@ def test_samples_of_another_number_pair_nothing() -> None:
     assert set(tests) == {"unpaired"}
 
 
+def test_a_number_with_a_bias_is_paired_by_what_it_is_without_it() -> None:
+    base, ours = measured("full", method="fullrank"), measured("galore", shift=0.1, noise=1)
+
+    def biased(run: ComparedRun) -> ComparedRun:
+        made = run.report.model_dump()
+        sharpness = made["metrics"][2]
+        sharpness["about"] |= {"corrected": sharpness["value"]}
+        sharpness["value"] *= 1.5
+        return replace(run, report=validate_report(made))
+
+    found = compare([biased(base), biased(ours)], baseline=0)
+    cell = found.cells.loc[(1, column(found, "landscape/random/sharpness", "dense"))]
+    whole = compare([base, ours], baseline=0)
+    exact = whole.cells.loc[(1, column(whole, "landscape/random/sharpness", "dense"))]
+    assert (cell.test, cell.p, cell.delta_stderr) == (exact.test, exact.p, exact.delta_stderr)
+    assert cell.delta == pytest.approx(1.5 * exact.delta)
+
+
 def test_damaged_files_leave_differences_unpaired_and_are_said(tmp_path) -> None:
     base = measured("full", method="fullrank")
     for name in ("validation.samples", "items"):
