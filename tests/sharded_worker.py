@@ -16,7 +16,7 @@ from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer, optim
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from toy_models import toy_model
 
 import hf_lowrank as lr
@@ -28,8 +28,8 @@ from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 STEPS, SEQUENCES, LENGTH = 20, 12, 8
 # 27 rows of the MLP are shared unevenly by 2 and 4 processes; k_proj's and v_proj's 6 rows leave a fourth without any
 SIZES = dict(hidden_size=24, intermediate_size=27, num_key_value_heads=1, attention_dropout=0.0)
-# one row, fewer rows than processes, uneven rows
-SHAPES = [(1, 7), (2, 9), (5, 8), (8, 5), (6, 6)]
+# one row, fewer rows than processes, uneven rows; stacks, which are dealt out by matrices
+SHAPES = [(1, 7), (2, 9), (5, 8), (8, 5), (6, 6), (5, 4, 8), (3, 8, 5)]
 
 MATRIX_CASES = {
     **{
@@ -108,20 +108,27 @@ HYBRID_CASES = [
 ]
 
 
+def by_rows(p):
+    """Shards the rows of a stack's matrices."""
+    return Shard(1) if p.ndim == 3 else None
+
+
 def matrices(folder):
     results = {}
-    cases = [(case, broken, ()) for case in MATRIX_CASES for broken in ((), (6, 8))]
+    cases = [(case, broken, (), None) for case in MATRIX_CASES for broken in ((), (6, 8, 12, 13))]
+    cases += [(case, (6, 12, 13), (), by_rows) for case in HYBRID_CASES]
     if dist.get_world_size() == 4:
-        cases += [(case, (), (2, 2)) for case in HYBRID_CASES]
-    for case, broken, sizes in cases:
+        cases += [(case, (), (2, 2), None) for case in HYBRID_CASES]
+    for case, broken, sizes, placement in cases:
         optimizer_cls, options = MATRIX_CASES[case]
         plain, sharded = Matrices(), Matrices()
         reference = matrix_optimizer(plain, optimizer_cls, options)
         step_matrices(plain, reference, range(STEPS), broken)
-        fully_shard(sharded, mesh=mesh(*sizes))
+        fully_shard(sharded, mesh=mesh(*sizes), shard_placement_fn=placement)
         optimizer = matrix_optimizer(sharded, optimizer_cls, options)
         step_matrices(sharded, optimizer, range(STEPS), broken)
         name = case + ", NaN in some steps" * bool(broken) + ", HSDP" * bool(sizes)
+        name += ", stacks by rows" * bool(placement)
         results[name] = difference(dict(sharded.named_parameters()), dict(plain.named_parameters()))
         states = zip(sharded.parameters(), plain.parameters(), strict=True)
         for p, q in states:

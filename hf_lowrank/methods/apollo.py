@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hf_lowrank.methods.base import Paper, register
 from hf_lowrank.methods.projected import ProjectedConfig
 from hf_lowrank.optim.adam import step_size
+from hf_lowrank.optim.matrix import matrices_in
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW
 from hf_lowrank.optim.scaling import limit_growth, norms, sum_over_rows
 
@@ -32,7 +33,7 @@ class ApolloAdamW(ProjectedAdamW):
     factor that lets ||G phi|| grow by 1 % a step: W <- (1 - lr wd) (W - lr_t sqrt(scale) limit G phi).
 
     State: as in `ProjectedAdamW`, and `scaled_norm`, a scalar, and `seed`, the number that the next projection is
-    drawn from. The projection is kept, as in the official package, rather than drawn again in every step.
+    drawn from (a stack has a list of them). The projection is kept, as in the official package, rather than drawn again in every step.
 
     Args:
         seed: with 0 each parameter's first projection is the official package's; any other gives other draws.
@@ -61,18 +62,19 @@ class ApolloAdamW(ProjectedAdamW):
         super().add_param_group(param_group)
 
     def add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
-        earlier = sum(len(group["params"]) for group in self.param_groups[:index])
+        earlier = sum(sum(matrices_in(group)) for group in self.param_groups[:index])
         state["scaled_norm"] = W.new_zeros(())
         state["seed"] = (earlier + place + 1 + 1_000_003 * self._seed) % 2**63
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         for x in matrices:
-            (kept,) = x.projector
             m, n = x.shape
             shape = (group["r"], n) if x.where == "right" else (m, group["r"])
-            generator = torch.Generator(x.G.device).manual_seed(x.state["seed"])
-            fresh = torch.randn(shape, generator=generator, device=x.G.device) / math.sqrt(group["r"])
-            kept.copy_(x.shards.local_rows(fresh) if x.where == "left" else fresh)
+            # every process counts on for the matrices of all
+            for kept in x.projector:
+                generator = torch.Generator(x.G.device).manual_seed(x.state["seed"])
+                fresh = torch.randn(shape, generator=generator, device=x.G.device) / math.sqrt(group["r"])
+                kept.copy_(x.shards.local_rows(fresh) if x.where == "left" else fresh)
             x.state["seed"] = next_seed(x.state["seed"])
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:

@@ -5,18 +5,20 @@ Adam's moments in the projection, and hands N = M / (sqrt(V) + eps) to the metho
 update. On a CPU matrices go one by one; on a GPU, and where rows are sharded, as many as fit into `CHUNK_ELEMENTS` go
 together, so that element-wise operations are fused over matrices and collectives overlap.
 
-Shapes: W, G: (m, n), by rows if they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1.
+Shapes: W, G: (m, n), by rows if they are sharded; R, M, V, N: the projection (see `projector`); t: step from 1. A
+parameter (E, m, n) is a stack of E such matrices (see `matrix`).
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_lowrank.optim.adam import adam_direction, adamw
+from hf_lowrank.optim.matrix import PROJECTORS, Matrix, apply_back_projection, matrices_in, stack_states
 from hf_lowrank.optim.projector import (
     PROJ_TYPES,
     REFRESHES,
@@ -33,70 +35,24 @@ __all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection"]
 
 logger = logging.getLogger(__name__)
 
-PROJECTORS = ("projector", "projector_right")
 CHUNK_ELEMENTS = 2**26
-
-
-def apply_back_projection(
-    W: Tensor, N: Tensor, projector: Sequence[Tensor], where: str, alpha: float, beta: float
-) -> None:
-    """W <- beta W + alpha back(N) in one fused product."""
-    if where == "right":
-        W.addmm_(N, projector[0], beta=beta, alpha=alpha)
-    elif where == "left":
-        W.addmm_(projector[0], N, beta=beta, alpha=alpha)
-    else:
-        W.addmm_(torch.mm(projector[0], N), projector[1], beta=beta, alpha=alpha)
-
-
-class Matrix:
-    """One projected weight in one step; tensors are this process's rows if it is sharded.
-
-    Args:
-        p: the parameter, with a gradient.
-        state: the optimizer's state of it.
-        proj_type: which side is projected.
-        name: for messages.
-
-    Attributes:
-        shape: (m, n) of the whole matrix.
-        W, G: weight and gradient.
-        M, V: moments in the projection; V's root is not taken.
-        projector: its one or two matrices, `left` ones by rows.
-        where: `left`, `right` or `full`.
-        t: the step that is being taken, from 1.
-        shards: how rows are spread.
-        R: the projected gradient; whole on every process unless it has W's rows.
-    """
-
-    R: Tensor
-
-    def __init__(self, p: Tensor, state: dict[str, Any], proj_type: str, name: str) -> None:
-        assert p.grad is not None
-        self.name, self.state, self.shape = name, state, (p.shape[0], p.shape[1])
-        self.W, self.G = local(p), local(p.grad)
-        self.M, self.V = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        self.projector = [local(state[key]) for key in PROJECTORS if key in state]
-        self.where, self.t = side(p.shape, proj_type), int(state["step"]) + 1
-        self.shards = RowShards.of(p, name)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether R has W's rows, and is spread like them."""
-        return self.where == "right"
 
 
 class ProjectedAdamW(torch.optim.Optimizer):
     """Base of the optimizers whose Adam moments live in a projection of the gradient, for the groups that carry `r`.
+
+    A projected parameter is a matrix, or a stack of E matrices (E, m, n), each of which has its own moments, projector
+    and whatever else a method keeps for it, and is stepped as it would be by itself.
 
     The other groups get the official packages' AdamW: eps is added before the bias correction and weight decay
     follows the update, unlike in `torch.optim.AdamW`.
 
     State of a projected weight: `step`, `exp_avg`, `exp_avg_sq` (the shape of R), `projector` and, for "full",
     `projector_right`, beside what a method adds: tensors and numbers of fixed shapes, made at the first step or by
-    `init_state`. Where a weight is a DTensor with sharded rows, whatever has its rows is one too.
+    `init_state`; a stack has those of its matrices along a first dimension. Where a weight is a DTensor with sharded
+    rows, whatever has its rows is one too.
 
-    A gradient that is not finite changes nothing: its parameter is left out of that step, and a warning is logged.
+    A gradient that is not finite changes nothing: its matrix is left out of that step, and a warning is logged.
 
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
@@ -106,7 +62,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, of projected weights as well.
 
     Raises:
-        ValueError: an option out of range; a projected parameter that is no matrix, or whose min(m, n) is below r.
+        ValueError: an option out of range; a projected parameter that is neither a matrix nor a stack of some, or whose
+            min(m, n) is below r.
     """
 
     # what a projected group gets where it lacks an option
@@ -142,10 +99,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         for place, p in enumerate(group["params"]) if "r" in group else ():
-            if p.ndim != 2 or min(p.shape) < group["r"]:
+            if p.ndim not in (2, 3) or min(p.shape[-2:]) < group["r"]:
                 raise ValueError(
                     f"r={group['r']} and {self._name(index, place)} of shape {tuple(p.shape)}: r is at most the "
-                    "shorter side of a matrix"
+                    "shorter side of a matrix, and a parameter (m, n) or (E, m, n)"
                 )
 
     @classmethod
@@ -183,18 +140,34 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if "r" not in group:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             return state
-        shards, where = RowShards.of(p, self._name(index, place)), side(p.shape, group["proj_type"])
-        shapes = projector_shapes(p.shape, group["r"], group["proj_type"])
+        shards, where = RowShards.of(p, self._name(index, place)), side(p.shape[-2:], group["proj_type"])
+        stack = tuple(p.shape[:-2])
+        shapes = projector_shapes(p.shape[-2:], group["r"], group["proj_type"])
         for key, shape in zip(PROJECTORS, shapes, strict=False):
-            state[key] = shards.zeros(p, shape, by_rows=where != "right" and key == "projector")
+            state[key] = shards.zeros(p, stack + shape, by_rows=where != "right" and key == "projector")
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = moment_shape(p.shape, group["r"], group["proj_type"])
-            state[key] = shards.zeros(p, moment, by_rows=where == "right")
-        self.add_state(state, local(p), index, place)
+            moment = moment_shape(p.shape[-2:], group["r"], group["proj_type"])
+            state[key] = shards.zeros(p, stack + moment, by_rows=where == "right")
+        first = sum(matrices_in(group)[:place])
+        if not stack:
+            self.add_state(state, local(p), index, first)
+            return state
+        state["step"] = torch.zeros(stack)
+        W, added = local(p).new_zeros(()).expand(local(p).shape[-2:]), [{} for _ in range(stack[0])]
+        for i, own in enumerate(added):
+            self.add_state(own, W, index, first + i)
+        state.update(stack_states(added, p, shards))
         return state
 
     def add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
-        """What a method keeps for a projected weight beside its moments and projector."""
+        """What a method keeps for a projected matrix beside its moments and projector.
+
+        Args:
+            state: of the matrix.
+            W: the matrix, this process's rows if they are sharded; zeros in its shape for one of a stack.
+            index: of its group.
+            place: of the matrix in its group; each one of a stack counts.
+        """
 
     # A step
 
@@ -222,14 +195,14 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 continue
             self._check_dense(p.grad, index, place)
             state, name = self._state_of(p, index, place), self._name(index, place)
-            matrix = Matrix(p, state, group["proj_type"], name)
-            alone = matrix.shards.mesh is None and not matrix.W.is_cuda
-            apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
-            if chunk and (alone or apart or elements + p.numel() > CHUNK_ELEMENTS):
-                yield chunk
-                chunk, elements = [], 0
-            chunk.append(matrix)
-            elements += p.numel()
+            for matrix in Matrix.each(p, state, group["proj_type"], name):
+                alone = matrix.shards.mesh is None and not matrix.W.is_cuda
+                apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
+                if chunk and (alone or apart or elements + math.prod(matrix.shape) > CHUNK_ELEMENTS):
+                    yield chunk
+                    chunk, elements = [], 0
+                chunk.append(matrix)
+                elements += math.prod(matrix.shape)
         if chunk:
             yield chunk
 
@@ -241,15 +214,17 @@ class ProjectedAdamW(torch.optim.Optimizer):
             broken = {id(x) for x, good in zip(due, kept, strict=True) if not good}
             matrices = [x for x in matrices if id(x) not in broken]
         for x in matrices:
-            x.R = project(x.G, x.projector, x.where)
+            if x.own:
+                x.R = project(x.G, x.projector, x.where)
         if matrices:
             matrices[0].shards.all_reduce([x.R for x in matrices if not x.by_rows])
         # any entry of G that is not finite spreads into R, which is smaller to look through
         kept = self._finite(matrices, [x.R for x in matrices])
         matrices = [x for x, good in zip(matrices, kept, strict=True) if good]
+        for x in matrices:
+            x.state["step"] += 1
+        matrices = [x for x in matrices if x.own]
         if matrices:
-            for x in matrices:
-                x.state["step"] += 1
             self.update(
                 matrices,
                 adam_direction([x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices], group),
@@ -258,6 +233,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
+        matrices = [x for x in matrices if x.own]
         world = matrices[0].shards.world if matrices else 1
         # one matrix a process at a time: each is whole on its owner alone
         for start in range(0, len(matrices), world):

@@ -1,7 +1,8 @@
 """Matrices whose rows are spread over processes (FSDP2), and what a projected optimizer communicates about them.
 
 Rows are dealt out as `torch.chunk` does it: every process holds ceil(m / world) of them, the last ones fewer or none.
-Every process must make the same calls for the same matrices in the same order.
+Every process must make the same calls for the same matrices in the same order. A stack (E, m, n) is sharded either
+by the rows of its matrices or, as `fully_shard` does by default, by whole matrices, about which nothing is communicated.
 """
 
 import math
@@ -26,18 +27,21 @@ class RowShards:
     Attributes:
         mesh, placements: of the parameter's DTensor; one mesh dimension shards rows, the others replicate (HSDP).
         dim: index of the mesh dimension that shards.
+        by_matrix: whether that dimension deals out the whole matrices of a stack (E, m, n).
     """
 
     mesh: Any = None
     placements: tuple[Any, ...] = ()
     dim: int = 0
+    by_matrix: bool = False
 
     @classmethod
     def of(cls, p: Tensor, name: str) -> "RowShards":
         """The layout of a parameter.
 
         Raises:
-            ValueError: it is sharded otherwise than by rows (tensor parallelism, or a custom shard placement).
+            ValueError: it is sharded otherwise than by rows or, a stack, by matrices (tensor parallelism, or a custom
+                shard placement).
         """
         if not isinstance(p, DTensor):
             return cls()
@@ -45,18 +49,27 @@ class RowShards:
         sharding = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
         if not sharding:
             sharding = [len(placements) - 1]
-        elif len(sharding) > 1 or type(placements[sharding[0]]) is not Shard or placements[sharding[0]].dim != 0:
+        placement = placements[sharding[0]]
+        replicated, axes = isinstance(placement, Replicate), range(max(p.ndim - 1, 1))
+        if not replicated and (len(sharding) > 1 or type(placement) is not Shard or placement.dim not in axes):
             raise ValueError(
                 f"parameter {name} is placed as {placements}: a projected weight may be sharded by rows over one mesh "
-                "dimension (fully_shard's default), not by columns or tensor parallelism as well; leave it out with "
-                "target_modules"
+                "dimension (fully_shard's default), or a stack of them by its first dimension, not by columns or "
+                "tensor parallelism as well; leave it out with target_modules"
             )
-        return cls(p.device_mesh, placements, sharding[0])
+        return cls(p.device_mesh, placements, sharding[0], not replicated and placement.dim < p.ndim - 2)
 
     @property
     def whole(self) -> bool:
-        """Whether this process holds all rows."""
-        return self.mesh is None or isinstance(self.placements[self.dim], Replicate)
+        """Whether this process holds all rows of the matrices that it holds."""
+        return self.mesh is None or self.by_matrix or isinstance(self.placements[self.dim], Replicate)
+
+    def matrices(self, count: int) -> range:
+        """Those of a stack's `count` matrices that this process holds, or has rows of."""
+        if not self.by_matrix:
+            return range(count)
+        chunk, rank = -(-count // self.mesh.size(self.dim)), self.mesh.get_local_rank(self.dim)
+        return range(min(rank * chunk, count), min((rank + 1) * chunk, count))
 
     @property
     def group(self) -> Any:
@@ -66,12 +79,12 @@ class RowShards:
     @property
     def world(self) -> int:
         """Number of processes that share the rows."""
-        return 1 if self.mesh is None else int(self.mesh.size(self.dim))
+        return 1 if self.mesh is None or self.by_matrix else int(self.mesh.size(self.dim))
 
     @property
     def rank(self) -> int:
         """This process's place among them."""
-        return 0 if self.mesh is None else int(self.mesh.get_local_rank(self.dim))
+        return 0 if self.mesh is None or self.by_matrix else int(self.mesh.get_local_rank(self.dim))
 
     def _chunk(self, rows: int) -> int:
         return -(-rows // self.world)
@@ -83,20 +96,24 @@ class RowShards:
         chunk = self._chunk(len(whole))
         return whole[min(self.rank * chunk, len(whole)) : (self.rank + 1) * chunk]
 
-    def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of this process's rows of a tensor of `shape`."""
-        if self.whole:
-            return tuple(shape)
-        chunk = self._chunk(shape[0])
-        return min(max(shape[0] - self.rank * chunk, 0), chunk), *shape[1:]
-
     def zeros(self, like: Tensor, shape: tuple[int, ...], by_rows: bool) -> Tensor:
-        """Zeros of the global `shape`: a DTensor where the parameter is one, spread by rows as it is, or whole."""
+        """Zeros of the global `shape`: a DTensor where the parameter is one, spread as it is, or whole.
+
+        Args:
+            like: the parameter.
+            shape: as many dimensions as it has, of which the one that is sharded may have another length.
+            by_rows: whether these rows are W's.
+        """
         if self.mesh is None:
             return like.new_zeros(shape)
-        placements = self.placements if by_rows else [Replicate()] * len(self.placements)
-        part = local(like).new_zeros(self.local_shape(shape) if by_rows else shape)
+        spread = not isinstance(self.placements[self.dim], Replicate) and (by_rows or self.by_matrix)
+        placements, own = self.placements if spread else [Replicate()] * len(self.placements), list(shape)
+        if spread:
+            axis = self.placements[self.dim].dim
+            size, chunk = shape[axis], -(-shape[axis] // self.mesh.size(self.dim))
+            own[axis] = min(max(size - self.mesh.get_local_rank(self.dim) * chunk, 0), chunk)
         stride = tuple(torch.empty(shape, device="meta").stride())
+        part = local(like).new_zeros(own)
         return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
@@ -120,7 +137,7 @@ class RowShards:
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite `tensor` with the one on the process with rank `owner`."""
-        if self.mesh is None:
+        if self.mesh is None or self.by_matrix:
             return
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner), group=self.group)
 

@@ -188,3 +188,43 @@ def test_a_sparse_gradient_names_the_parameter():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="the gradient of parameter 0 of group 0 is sparse"):
         optimizer.step()
+
+
+# Stacks of matrices
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stack_is_stepped_as_its_matrices_are_by_themselves(kind, shape, dtype):
+    single = parameters([(9, 8)] + [shape] * 3, dtype)
+    stacked = [nn.Parameter(single[0].detach().clone()), nn.Parameter(torch.stack([p.detach() for p in single[1:]]))]
+    grads = gradients([(9, 8)] + [shape] * 3, 11, dtype=dtype)
+    # a matrix whose gradient is not finite is left out alone, also where its projector is due; one that is zero is not
+    grads[3][2].view(-1)[0] = float("nan")
+    grads[5][1].view(-1)[-1] = float("inf")
+    grads[6][3].zero_()
+    together = [[first, torch.stack(rest)] for first, *rest in grads]
+    options = dict(r=4, weight_decay=0.1)
+    separate, optimizer = make(kind, single, **options), make(kind, stacked, **options)
+    take_steps(separate, single, grads)
+    take_steps(optimizer, stacked, together[:7])
+    # on from a checkpoint, which holds tensors and numbers alone
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = make(kind, stacked, **options)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    take_steps(resumed, stacked, together[7:])
+    assert torch.equal(stacked[0], single[0])
+    state = resumed.state[stacked[1]]
+    for i, p in enumerate(single[1:]):
+        assert torch.equal(stacked[1][i], p)
+        for key, value in separate.state[p].items():
+            assert state[key][i] == value if isinstance(value, int) else torch.equal(state[key][i], value), key
+    assert state["step"].tolist() == [10.0, 10.0, 11.0]
+
+
+def test_a_stack_with_a_rank_above_its_matrices_shorter_side():
+    with pytest.raises(ValueError, match=r"r=5 and parameter 0 of group 0 of shape \(8, 4, 9\): r is at most"):
+        make("APOLLO-Mini", parameters([(8, 4, 9)]), 5)
