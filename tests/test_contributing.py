@@ -25,11 +25,11 @@ SIZES = ("tiny", "60m", "130m", "350m", "1b")
 
 # package -> the parts of hf_lowrank it may import beside itself
 MAY_IMPORT = {
-    "metrics": {"sharding"},
+    "metrics": {"experts", "sharding"},
     "optim": {"sharding"},
     "report": {"plugins"},
     "figures": {"report"},
-    "methods": {"conversion", "options", "optim", "plugins", "report", "running", "sharding"},
+    "methods": {"conversion", "experts", "options", "optim", "plugins", "report", "running", "sharding"},
     "hub": {"checkpoints", "figures", "methods", "model_config", "report"},
     "families": {"checkpoints", "conversion", "hub", "methods", "metrics", "plugins", "report", "sharding"},
     "run": {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import METHODS, VOCABULARY, gpt2, llama
 from torch import nn
+from toy_models import toy_model
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -44,10 +45,10 @@ KINDS = {
         "self_attn.k_proj": (16, 16), "self_attn.v_proj": (16, 16), "self_attn.q_proj": (16, 16),
         "self_attn.out_proj": (16, 16), "fc1": (24, 16), "fc2": (16, 24),
     },
-    # transformers keeps the experts of a layer in one three-dimensional parameter, which is no linear layer
+    # the experts of a layer are stacks, one parameter each; the router is no target
     "mixtral": {
         "self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16),
-        "self_attn.o_proj": (16, 16),
+        "self_attn.o_proj": (16, 16), "mlp.experts.gate_up_proj": (48, 16), "mlp.experts.down_proj": (16, 24),
     },
 }  # fmt: skip
 
@@ -64,7 +65,8 @@ def test_default_targets_are_the_linear_layers_of_the_blocks(architecture):
         assert {t.kind: (t.rows, t.cols) for t in targets if t.layer == layer} == KINDS[architecture]
     assert len(targets) == 2 * len(KINDS[architecture])
     for target in targets:
-        assert target.module is model.get_submodule(target.name)
+        assert target.module is model.get_submodule(target.weight_name.rpartition(".")[0])
+        assert (target.stack is None) == (target.name != target.weight_name)
         assert target.name.endswith(f".{target.layer}.{target.kind}")
         assert target.weight_name in dict(model.named_parameters())
     assert hidden_size(model) == 16
@@ -196,3 +198,64 @@ def test_the_same_targets_with_their_dense_weights_after_sltrain(make):
         expected = 32 / 4 * layer.B.detach() @ layer.A.detach() + S.view(target.rows, target.cols)
         assert torch.allclose(target.dense_weight(), expected, atol=1e-6)
         assert weight.shape == expected.shape
+
+
+# Experts
+
+
+STACKS = {
+    # (stored as, rows, cols, transposed), for the toys' hidden size 32 and experts of size 48
+    "mixtral": {"mlp.experts.gate_up_proj": ((4, 96, 32), 96, 32), "mlp.experts.down_proj": ((4, 32, 48), 32, 48)},
+    "gpt_oss": {"mlp.experts.gate_up_proj": ((4, 32, 96), 96, 32), "mlp.experts.down_proj": ((4, 48, 32), 32, 48)},
+    # these do not say that they are transposed
+    "llama4_text": {
+        "feed_forward.experts.gate_up_proj": ((4, 32, 96), 96, 32),
+        "feed_forward.experts.down_proj": ((4, 48, 32), 32, 48),
+    },
+    # a module for each stack
+    "jetmoe": {
+        "mlp.input_linear": ((4, 96, 32), 96, 32), "mlp.output_linear": ((4, 32, 48), 32, 48),
+        "self_attention.experts.input_linear": ((4, 16, 32), 16, 32),
+        "self_attention.experts.output_linear": ((4, 32, 16), 32, 16),
+    },
+    # convolutions, and matrices of one block-diagonal gate, are none
+    "recurrent_gemma": {}, "mamba": {}, "xlnet": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", STACKS)
+def test_experts_are_stacks_of_matrices(model_type):
+    model = toy_model(model_type)
+    stacks = {t.kind: t for t in find_targets(model) if t.stack is not None and t.layer == 1}
+    assert stacks.keys() == STACKS[model_type].keys()
+    weights = {target.name: (target, weight) for target, weight in dense_weights(model)}
+    for kind, (stored, rows, cols) in STACKS[model_type].items():
+        target = stacks[kind]
+        parameter = model.get_parameter(target.weight_name)
+        assert (tuple(parameter.shape), target.rows, target.cols, target.stack.count) == (stored, rows, cols, 4)
+        assert target.stored_shape == stored[1:]
+        for i in range(4):
+            matrix, weight = weights[f"{target.name}[{i}]"]
+            assert (matrix.kind, matrix.layer, weight.shape) == (f"{kind}[{i}]", 1, (rows, cols))
+            assert torch.equal(weight, parameter[i].T if target.stack.transposed else parameter[i])
+
+
+@pytest.mark.parametrize(
+    "wanted", ["all-linear", ["gate_up_proj", "experts.down_proj"], r".*\.experts\.(gate_up|down)_proj"], ids=str
+)
+def test_experts_by_name(wanted):
+    model = model_of("mixtral")
+    found = {t.kind for t in find_targets(model, wanted)}
+    assert found >= {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert ("self_attn.q_proj" in found) == (wanted == "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "router"),
+    [("qwen2_moe", "mlp.shared_expert_gate"), ("afmoe", "mlp.router.gate"), ("jetmoe", "mlp.router.layer")],
+)
+def test_routers_are_targets_only_by_name(model_type, router):
+    model = toy_model(model_type)
+    for default in (None, "all-linear"):
+        assert router not in {t.kind for t in find_targets(model, default)}
+    assert {t.kind for t in find_targets(model, [router])} == {router}

@@ -14,7 +14,7 @@ from hf_lowrank.families.callback import BUDGET, MetricCallback
 from hf_lowrank.families.family import Context, Family, Peer, RunStep, Unit, family
 from hf_lowrank.families.records import Measurement, PartialError, Record, finite
 from hf_lowrank.families.snapshots import Snapshot
-from hf_lowrank.methods.targets import Target, dense_weights, find_targets, native_weights
+from hf_lowrank.methods.targets import Target, dense_weights, linear_layers, native_weights
 from hf_lowrank.metrics.spectra import (
     measure_each,
     relative_norm,
@@ -81,7 +81,7 @@ def _weights(peer: Peer | None, space: str) -> Weights | None:
         return None if peer is None else peer.tensor
     model = peer.load()
     if space == "dense":
-        makers = {target.name: target.dense_weight for target in find_targets(model)}
+        makers = {matrix.name: matrix.dense_weight for target in linear_layers(model) for matrix in target.matrices()}
     else:
         makers = {target.name: weight.clone for target, weight in native_weights(model)}
     return lambda name: makers[name]() if name in makers else None

@@ -33,7 +33,8 @@ class ApolloAdamW(ProjectedAdamW):
     factor that lets ||G phi|| grow by 1 % a step: W <- (1 - lr wd) (W - lr_t sqrt(scale) limit G phi).
 
     State: as in `ProjectedAdamW`, and `scaled_norm`, a scalar, and `seed`, the number that the next projection is
-    drawn from (a stack has a list of them). The projection is kept, as in the official package, rather than drawn again in every step.
+    drawn from (a stack has a list of them). The projection is kept, as in the official package, rather than drawn
+    again in every step.
 
     Args:
         seed: with 0 each parameter's first projection is the official package's; any other gives other draws.

@@ -153,7 +153,8 @@ class LoRAConfig(LowRankConfig):
         )
         config._register_custom_module({nn.Linear: LoRALinear, Conv1D: LoRALinear})
         # PEFT refuses Mamba's layers by the model's type, because a model that reads their weight would read the base
-        # weight, which is not so here; and it would note on the model that its checkpoints are adapters
+        # weight, which is not so here; where the type has experts it takes the names for those of experts, and leaves
+        # the layers alone; and it would note on the model that its checkpoints are adapters
         bare = nn.Module()
         bare._modules = model._modules
         # PEFT draws values of its own, which are not used

@@ -19,7 +19,7 @@ from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
 from hf_lowrank.methods.summary import Summary, summarize
-from hf_lowrank.methods.targets import Target, find_targets, hidden_size, target_parameters
+from hf_lowrank.methods.targets import Target, hidden_size, method_targets, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 from hf_lowrank.running import running_trainer
 
@@ -31,6 +31,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
+# a share of the blocks' parameters that a method leaves full-rank, above which it says so in a warning as well
+MUCH = 0.2
 
 
 def prepare(
@@ -71,17 +73,19 @@ def prepare(
     with unchanged_on_error(model):
         if config.group_options(1):
             _refuse_frozen(model, config)
-        replaced = own_weights(find_targets(model, config.target_modules)) if config.replaces_layers else {}
+        replaced = own_weights(method_targets(model, config)) if config.replaces_layers else {}
         apply_method(model, config, seed=args.seed, reinit=reinit)
         unused = probe(model, replaced)
         config.before_training(model, args)
-        targets = find_targets(model, config.target_modules)
+        targets = method_targets(model, config)
         ranks = resolve_ranks(model, config, targets)
         rated = _rated_parameters(model, config, targets)
     convert_when_loading(model)
     _guard_loading(model, targets)
+    summary = summarize(model, config, targets, ranks)
     if args.should_log:
-        Console().print(summarize(model, config, targets, ranks).table())
+        Console().print(summary.table())
+        _warn_of_uncovered(summary, config)
         warn_unused(model, unused or [], "a few tokens that prepare tried")
     options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
     plan = Plan(
@@ -108,7 +112,7 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
     Raises:
         ValueError: as for `prepare`.
     """
-    targets = find_targets(model, config.target_modules)
+    targets = method_targets(model, config)
     ranks = resolve_ranks(model, config, targets)
     present = [t for t in targets if isinstance(t.module, ReparameterizedLinear)]
     adapted = [target.name for target in targets if is_adapted(target.module)]
@@ -209,14 +213,14 @@ def identity(model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
     """What two runs must have in common for one to resume from the other's checkpoint."""
     values = {**config.identity(), "structure": structure_hash(model)}
     if hasattr(config, "r"):
-        targets = find_targets(model, config.target_modules)
+        targets = method_targets(model, config)
         values["r"] = sorted(set(resolve_ranks(model, config, targets).values()))
     return values
 
 
 def summary_of(model: nn.Module, config: LowRankConfig) -> Summary:
     """The sizes that `prepare` showed, from the prepared model alone."""
-    targets = find_targets(model, config.target_modules)
+    targets = method_targets(model, config)
     return summarize(model, config, targets, resolve_ranks(model, config, targets))
 
 
@@ -273,18 +277,19 @@ def check_method(
             raise ValueError(
                 _method_not_run(config, f"the optimizer knows nothing of other_lr_scale={config.other_lr_scale:g}")
             )
-    targets = find_targets(model, config.target_modules)
-    for name, r in resolve_ranks(model, config, targets).items():
-        module: Any = model.get_submodule(name)
-        if config.replaces_layers and not isinstance(module, ReparameterizedLinear):
-            raise ValueError(_method_not_run(config, f"{name} is a plain {type(module).__name__}"))
-        options = config.group_options(r)
-        if not options or not module.weight.requires_grad:
+    targets = method_targets(model, config)
+    ranks = resolve_ranks(model, config, targets)
+    for target in targets if ranks else []:
+        if config.replaces_layers and not isinstance(target.module, ReparameterizedLinear):
+            raise ValueError(_method_not_run(config, f"{target.name} is a plain {type(target.module).__name__}"))
+        options = config.group_options(ranks[target.name])
+        if not options or not (weight := model.get_parameter(target.weight_name)).requires_grad:
             continue
-        group = groups.get(id(module.weight), {})
+        group = groups.get(id(weight), {})
         for key, value in options.items():
             if group.get(key) != value:
-                raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
+                problem = f"{target.name} would be trained with {key}={group.get(key)!r}"
+                raise ValueError(_method_not_run(config, problem))
 
 
 def _check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -311,8 +316,20 @@ def _method_not_run(config: LowRankConfig, reason: str) -> str:
     )
 
 
+def _warn_of_uncovered(summary: Summary, config: LowRankConfig) -> None:
+    """Say so where a method leaves much of the blocks as they are, unless the user has named the layers."""
+    share = sum(summary.not_covered.values()) / max(summary.parameters_in_blocks, 1)
+    if config.target_modules in (None, "all-linear") and share > MUCH:
+        logger.warning(
+            "%s does not cover %.0f %% of the parameters in the blocks, which train full-rank: %s",
+            config.label,
+            100 * share,
+            ", ".join(summary.not_covered),
+        )
+
+
 def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:
-    targets = find_targets(model, config.target_modules)
+    targets = method_targets(model, config)
     # PEFT freezes what it adapts, and apply_method refuses that by its name
     if not any(_trains(target) or is_adapted(target.module) for target in targets):
         raise ValueError(
@@ -344,8 +361,8 @@ def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
     for name, p in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(p), set()).add(name.rpartition(".")[0])
     for target in targets:
-        weight = getattr(target.module, "weight", None)
-        others = users.get(id(weight), set()) - {target.name}
+        holder, _, key = target.weight_name.rpartition(".")
+        others = users.get(id(getattr(target.module, key, None)), set()) - {holder}
         if others:
             raise ValueError(
                 f"layer {target.name} shares its weight with {min(others)}, which {label} would leave behind: leave "
@@ -354,7 +371,7 @@ def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
 
 
 def _trains(target: Target) -> bool:
-    return all(p.requires_grad for name, p in target.module.named_parameters() if name.rpartition(".")[2] != "bias")
+    return all(p.requires_grad for name, p in target.own_parameters.items() if name.rpartition(".")[2] != "bias")
 
 
 def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -374,7 +391,7 @@ def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[tor
 
 def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
     """Refuse a state dict of another form where `load_state_dict(strict=False)`, Trainer's way, would half-load it."""
-    expected = {t.name: set(t.module.state_dict()) for t in targets}
+    expected = {t.name: set(t.module.state_dict()) for t in targets if t.stack is None}
     # a local function could not be pickled with the model
     model.register_load_state_dict_pre_hook(functools.partial(_refuse_other_forms, expected))
 

@@ -1,16 +1,16 @@
 """What a method does to a model, in numbers: modules matched, parameters, optimizer-state bytes."""
 
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.methods.base import LowRankConfig
-from hf_lowrank.methods.targets import Target
+from hf_lowrank.methods.targets import Target, blocks_of, is_router, linear_layers
 from hf_lowrank.report.values import format_bytes
 
 __all__ = ["Summary", "optimizer_state_bytes", "summarize"]
@@ -31,6 +31,9 @@ class Summary:
         parameters_dense: of the dense model it stands for.
         state_bytes: predicted bytes of the optimizer's state.
         adamw_state_bytes: the same for AdamW on the dense model.
+        not_covered: matrices in the repeated blocks that are no targets and so train full-rank, where the method has
+            ranks: name, with `*` for the block's number, -> parameters.
+        parameters_covered, parameters_in_blocks: of the dense model, in the targets and in the repeated blocks.
     """
 
     method: str
@@ -40,6 +43,20 @@ class Summary:
     parameters_dense: int
     state_bytes: int
     adamw_state_bytes: int
+    not_covered: dict[str, int] = field(default_factory=dict)
+    parameters_covered: int = 0
+    parameters_in_blocks: int = 0
+
+    @property
+    def coverage(self) -> dict[str, Any] | None:
+        """Shares of the dense model's parameters, for the report; None for a method without ranks."""
+        if all(rank is None for *_, rank in self.modules.values()):
+            return None
+        return {
+            "targets": self.parameters_covered / self.parameters_dense,
+            "blocks": self.parameters_in_blocks / self.parameters_dense,
+            "not_covered": {name: count / self.parameters_dense for name, count in self.not_covered.items()},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -58,6 +75,10 @@ class Summary:
             f"dense model {self.parameters_dense:,}\n"
             f"optimizer state predicted {format_bytes(self.state_bytes)}, "
             f"AdamW on the dense model {format_bytes(self.adamw_state_bytes)} ({share:.0%})"
+            + "".join(
+                f"\nnot covered: {name}, {100 * count / self.parameters_dense:.2g} % of the parameters, full-rank"
+                for name, count in self.not_covered.items()
+            )
         )
         table.caption_justify = "left"
         return table
@@ -73,7 +94,7 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         ranks: target name -> rank, empty for a method without ranks.
     """
     parameters = {id(p): p for p in model.parameters()}
-    inside = {id(p) for target in targets for p in target.module.parameters()}
+    inside = {id(p) for target in targets for p in target.own_parameters.values()}
     trained = [p for p in parameters.values() if p.requires_grad]
     # one weight of AdamW keeps two moments in the parameter's dtype
     other_bytes = sum(2 * p.numel() * p.element_size() for p in trained if id(p) not in inside)
@@ -82,7 +103,7 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
     alike: Counter[tuple[str, int, int, int | None]] = Counter()
     for target in targets:
         rank = ranks.get(target.name)
-        own = list(target.module.parameters())
+        own, count = list(target.own_parameters.values()), 1 if target.stack is None else target.stack.count
         bias = getattr(target.module, "bias", None)
         extra = bias.numel() if isinstance(bias, torch.Tensor) else 0
         # a frozen parameter has no state, but a frozen weight whose adapters train counts as one that trains
@@ -92,19 +113,22 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         # adapters are kept in fp32 beside a weight in half precision
         size = own[0].element_size()
         trained_size = max((p.element_size() for p in own if p.requires_grad and p is not bias), default=size)
-        # Conv1D stores the weight transposed, and the optimizer sees it as stored
-        stored = (target.cols, target.rows) if isinstance(target.module, Conv1D) else (target.rows, target.cols)
-        state_bytes += trained_size * config.state_elements(*stored, rank or 0) * weight_trains + bias_state
-        dense_bytes += size * 2 * target.rows * target.cols * weight_trains + bias_state
-        dense_count += target.rows * target.cols + extra
+        kept = config.state_elements(*target.stored_shape, rank or 0) * count * weight_trains
+        state_bytes += trained_size * kept + bias_state
+        if config.group_options(1) and weight_trains:
+            # every matrix of a stack is stepped for itself
+            state_bytes += STEP_BYTES * (count - 1)
+        dense_bytes += size * 2 * target.rows * target.cols * count * weight_trains + bias_state
+        dense_count += target.rows * target.cols * count + extra
         dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
-        alike[target.kind, target.rows, target.cols, rank] += 1
+        alike[target.kind, target.rows, target.cols, rank] += count
     shapes = Counter(kind for kind, *_ in alike)
     modules = {}
     for (kind, rows, cols, rank), count in alike.items():
         name = kind if shapes[kind] == 1 else f"{kind} ({rows} x {cols})"
         modules[name] = (count, rows, cols, rank)
     dense_parameters = sum(p.numel() for key, p in parameters.items() if key not in inside) + dense_count
+    not_covered, beside = _beside(model, inside)
     return Summary(
         method=config.label,
         modules=modules,
@@ -113,7 +137,31 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         parameters_dense=dense_parameters,
         state_bytes=state_bytes + STEP_BYTES * len(trained),
         adamw_state_bytes=dense_bytes + STEP_BYTES * dense_tensors,
+        not_covered=not_covered if ranks else {},
+        parameters_covered=dense_count,
+        parameters_in_blocks=beside + sum(_dense_size(target) for target in targets if target.layer is not None),
     )
+
+
+def _dense_size(target: Target) -> int:
+    count = 1 if target.stack is None else target.stack.count
+    return target.rows * target.cols * count
+
+
+def _beside(model: nn.Module, inside: set[int]) -> tuple[dict[str, int], int]:
+    """The blocks' matrices outside of the targets that train, by name; and the number of all parameters there."""
+    routers = {layer.weight_name for layer in linear_layers(model) if is_router(layer)}
+    matrices: Counter[str] = Counter()
+    blocks, beside = tuple(f"{block}." for block in blocks_of(model)), 0
+    for name, p in model.named_parameters():
+        if id(p) in inside or not name.startswith(blocks):
+            continue
+        beside += p.numel()
+        if p.ndim > 1 and p.requires_grad and not name.endswith("bias"):
+            place = re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".weight"))
+            router = name in routers or "router" in type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
+            matrices[f"{place} (router)" if router else place if p.ndim == 2 else f"{place} ({p.ndim}-D)"] += p.numel()
+    return dict(matrices.most_common()), beside
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:

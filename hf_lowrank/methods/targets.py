@@ -1,7 +1,7 @@
 """Which layers of a model a method changes and a metric looks at.
 
-The targets are the linear layers (`Linear`, transformers' `Conv1D`, or what a method put in their place) inside the
-model's repeated blocks. Nothing here knows an architecture by its name.
+The targets are the linear layers (`Linear`, transformers' `Conv1D`, or what a method put in their place) and the
+stacks of experts' matrices inside the model's repeated blocks. Nothing here knows an architecture by its name.
 """
 
 import copy
@@ -13,26 +13,30 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.methods.base import ReparameterizedLinear
+from hf_lowrank.experts import Stack, stacks_in
+from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.foreign import base_layer, foreign_weight, is_adapted, is_foreign, is_quantized
 from hf_lowrank.sharding import reshard, whole
 
 __all__ = [
-    "Target", "dense_copy", "dense_weights", "find_targets", "hidden_size", "linear_layers", "native_weights",
-    "target_parameters", "whole_layer",
+    "Target", "blocks_of", "dense_copy", "dense_weights", "find_targets", "hidden_size", "is_router", "linear_layers",
+    "method_targets", "native_weights", "target_parameters", "whole_layer",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target layer with weight W: (m, n) = (rows, cols).
+    """One target layer with weight W: (m, n) = (rows, cols), or a stack of such matrices, one an expert.
 
     Attributes:
-        name: full module path.
-        module: the layer.
+        name: full path: of the module, or of the parameter that is a stack (`model.layers.0.mlp.experts.down_proj`).
+        module: the layer, or the one that holds the stack.
         rows, cols: m (out_features) and n (in_features).
         layer: index of the block it is in, None outside of the blocks.
         kind: its path inside the block (`self_attn.q_proj`), the same in every block.
+        weight_name: name of the weight parameter, for a layer that has one.
+        stack: of a stack's matrices.
+        index: which matrix of the stack this is; None for all of it.
     """
 
     name: str
@@ -41,14 +45,37 @@ class Target:
     cols: int
     layer: int | None
     kind: str
+    weight_name: str
+    stack: Stack | None = None
+    index: int | None = None
 
     @property
-    def weight_name(self) -> str:
-        """Name of the weight parameter, for a layer that has one."""
-        return f"{self.name}.weight"
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the module -> parameter: of the layer, or the stack alone."""
+        name = self.weight_name.rpartition(".")[2]
+        own = dict(self.module.named_parameters())
+        return own if self.stack is None else {name: own[name]}
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the matrix as it lies in memory, and as the optimizer sees it."""
+        transposed = isinstance(self.module, Conv1D) if self.stack is None else self.stack.transposed
+        return (self.cols, self.rows) if transposed else (self.rows, self.cols)
+
+    def matrices(self) -> "list[Target]":
+        """The target itself, or each matrix of a stack as one: `model.layers.0.mlp.experts.down_proj[3]`."""
+        if self.stack is None:
+            return [self]
+        return [
+            replace(self, name=f"{self.name}[{i}]", kind=f"{self.kind}[{i}]", index=i) for i in range(self.stack.count)
+        ]
 
     def dense_weight(self) -> Tensor:
-        """W: (m, n), detached; transposed where the layer stores it so."""
+        """W: (m, n), detached; transposed where the layer stores it so. Of a stack, one of its `matrices`."""
+        if self.stack is not None:
+            assert self.index is not None, f"{self.name} is a stack"
+            matrix = self.module.get_parameter(self.weight_name.rpartition(".")[2])[self.index].detach()
+            return matrix.T if self.stack.transposed else matrix
         if isinstance(self.module, ReparameterizedLinear):
             return self.module.dense_weight()
         weight = foreign_weight(self.module, self.name)
@@ -66,7 +93,7 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def blocks_of(model: nn.Module) -> list[str]:
     """Paths of the outermost module lists that hold linear layers: the repeated blocks."""
     blocks: list[str] = []
     for name, module in model.named_modules():
@@ -77,26 +104,47 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> list[Target]:
-    """Every linear layer of the model, in the order of its modules."""
-    blocks = _blocks(model)
+    """Every linear layer and stack of experts' matrices of the model, in the order of its modules."""
+    blocks = blocks_of(model)
     layers: list[Target] = []
+
+    def place(name: str, bare: str) -> tuple[int | None, str]:
+        """The index of the block that a layer is in, and its path there; `bare` for a block that is the layer."""
+        layer, kind = None, name
+        for block in blocks:
+            if name.startswith(block + "."):
+                index, _, kind = name[len(block) + 1 :].partition(".")
+                layer, kind = int(index), kind or bare
+        return layer, kind
+
     replaced: str | None = None
     for name, module in model.named_modules():
         # a method's layer may hold linear layers of its own, and so may PEFT's
         if replaced is not None and name.startswith(replaced):
             continue
         replaced = f"{name}." if isinstance(module, ReparameterizedLinear) or is_adapted(module) else None
+        for key, stack in stacks_in(module, name).items():
+            path = name if key == "weight" else f"{name}.{key}"
+            where = place(path, key)
+            layers.append(Target(path, module, stack.rows, stack.cols, *where, f"{name}.{key}", stack))
         shape = _shape(module)
         # what PEFT trains a copy of is not used any more
         if shape is None or name.endswith(".original_module"):
             continue
-        layer, kind = None, name
-        for block in blocks:
-            if name.startswith(block + "."):
-                index, _, kind = name[len(block) + 1 :].partition(".")
-                layer, kind = int(index), kind or type(module).__name__
-        layers.append(Target(name, module, *shape, layer, kind))
+        layers.append(Target(name, module, *shape, *place(name, type(module).__name__), f"{name}.weight"))
     return layers
+
+
+def is_router(target: Target) -> bool:
+    """Whether a layer of a block chooses experts, or weighs an expert or the like by a single number.
+
+    Such a layer is small, a rank hardly fits it, and no method's paper projects it. It is named `router`, or `gate`
+    with fewer outputs than inputs; a layer with a single row or column is a vector.
+    """
+    parts = target.kind.split(".")
+    named = any(part == "router" or part.endswith("_router") for part in parts)
+    gate = "gate" in parts and target.rows < target.cols
+    return target.layer is not None and target.stack is None and (named or gate or min(target.rows, target.cols) == 1)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -109,7 +157,8 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
     Args:
         model: any module; for the default it must have repeated blocks.
         target_modules: names or suffixes, a regular expression for the full path, `"all-linear"` (all but the
-            output embeddings or the classification head), or None for every linear layer inside the repeated blocks.
+            output embeddings, the classification head and routers), or None for every linear layer and stack of
+            experts' matrices inside the repeated blocks but routers.
 
     Raises:
         ValueError: nothing matches, or one of the names matches nothing; the message lists the linear layers.
@@ -118,13 +167,14 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if target_modules is None:
-        targets = [layer for layer in layers if layer.layer is not None]
+        targets = [layer for layer in layers if layer.layer is not None and not is_router(layer)]
         wanted = "the repeated blocks"
     elif target_modules == "all-linear":
         # the head of a classifier lies beside the body, and has no output embeddings
         body = getattr(model, "base_model", model)
         beside = set() if head is not None or body is model else set(model.modules()) - set(body.modules())
         targets = [layer for layer in layers if layer.module is not head and layer.module not in beside]
+        targets = [layer for layer in targets if not is_router(layer)]
         wanted = "'all-linear'"
     elif isinstance(target_modules, str):
         try:
@@ -143,16 +193,41 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
     return targets
 
 
+def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
+    """The targets that a method changes; one that replaces layers leaves stacks of experts' matrices as they are.
+
+    Raises:
+        ValueError: as for `find_targets`, or one of the names matches nothing but such stacks.
+    """
+    names = config.target_modules
+    targets = find_targets(model, names)
+    if not config.replaces_layers:
+        return targets
+    layers = [target for target in targets if target.stack is None]
+    unserved = (
+        [] if not isinstance(names, list) else [n for n in names if not any(_matches(t.name, [n]) for t in layers)]
+    )
+    if unserved or not layers:
+        raise ValueError(
+            f"target_modules={unserved or names!r} matches only parameters that hold the experts of a layer as one "
+            f"stack, {targets[0].name} for one, and {config.label} replaces linear layers: leave them out, or train "
+            "with a projected method (GaLore, Fira, APOLLO), which takes them"
+        )
+    return layers
+
+
 def target_parameters(model: nn.Module, targets: list[Target]) -> dict[int, str]:
     """id -> name, in the model, of the targets' parameters: W, or the factors in its place, but no biases."""
-    inside = {id(p) for t in targets for name, p in t.module.named_parameters() if name.rpartition(".")[2] != "bias"}
+    inside = {id(p) for t in targets for name, p in t.own_parameters.items() if name.rpartition(".")[2] != "bias"}
     return {id(p): name for name, p in model.named_parameters() if id(p) in inside}
 
 
 def dense_weights(model: nn.Module, target_modules: list[str] | str | None = None) -> Iterator[tuple[Target, Tensor]]:
-    """Each target with its dense weight W: (m, n), one at a time, whole even if it is sharded."""
+    """Each target with its dense weight W: (m, n), whole even if it is sharded; one at a time, in a stack as well."""
     for target in _readable_targets(model, target_modules):
-        yield target, replace(target, module=whole_layer(target.module)).dense_weight()
+        gathered = replace(target, module=whole_layer(target.module))
+        for matrix in gathered.matrices():
+            yield replace(matrix, module=target.module), matrix.dense_weight()
 
 
 def _readable_targets(model: nn.Module, target_modules: list[str] | str | None) -> list[Target]:
@@ -189,7 +264,8 @@ def native_weights(model: nn.Module, target_modules: list[str] | str | None = No
     for target in _readable_targets(model, target_modules):
         layer = whole_layer(target.module)
         if not isinstance(layer, ReparameterizedLinear) and not is_adapted(layer):
-            yield target, replace(target, module=layer).dense_weight()
+            for matrix in replace(target, module=layer).matrices():
+                yield replace(matrix, module=target.module), matrix.dense_weight()
             continue
         for name, p in layer.named_parameters():
             if p.ndim == 2 and not (is_adapted(layer) and name.startswith("base_layer.")):

@@ -62,8 +62,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, of projected weights as well.
 
     Raises:
-        ValueError: an option out of range; a projected parameter that is neither a matrix nor a stack of some, or whose
-            min(m, n) is below r.
+        ValueError: an option out of range; a projected parameter that is neither a matrix nor a stack of some, or
+            whose min(m, n) is below r.
     """
 
     # what a projected group gets where it lacks an option

@@ -1,8 +1,8 @@
 """Matrices whose rows are spread over processes (FSDP2), and what a projected optimizer communicates about them.
 
 Rows are dealt out as `torch.chunk` does it: every process holds ceil(m / world) of them, the last ones fewer or none.
-Every process must make the same calls for the same matrices in the same order. A stack (E, m, n) is sharded either
-by the rows of its matrices or, as `fully_shard` does by default, by whole matrices, about which nothing is communicated.
+Every process must make the same calls for the same matrices in the same order. A stack (E, m, n) is sharded by the
+rows of its matrices or, as `fully_shard` does by default, by whole matrices, about which nothing is communicated.
 """
 
 import math

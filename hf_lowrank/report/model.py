@@ -171,6 +171,20 @@ def _stopped_early(run: "Run | Baseline") -> bool:
     return run.max_steps is not None and run.steps_done < run.max_steps and run.checkpoint_of is None
 
 
+class Coverage(Part):
+    """What a method covers, in shares of the dense model's parameters.
+
+    Attributes:
+        targets: of the matrices that the method projects or replaces.
+        blocks: of the repeated blocks.
+        not_covered: matrices in the blocks that train full-rank, by name.
+    """
+
+    targets: Nonnegative
+    blocks: Nonnegative
+    not_covered: dict[str, Nonnegative]
+
+
 class Run(Part):
     """What the training run was; further facts are welcome.
 
@@ -178,6 +192,7 @@ class Run(Part):
         method_label: the method's name for people.
         dense_form: whether dense weights compute the same function; null if that is not known.
         method_config: the method's configuration, field by field.
+        coverage: null for a method without ranks.
         steps: optimizer steps that the model has done.
         max_steps: optimizer steps planned.
         checkpoint_of: set if this is the report of a checkpoint (a `step-<n>` tag) of a run that went on after
@@ -195,6 +210,7 @@ class Run(Part):
     method_paper: Paper | None = None
     dense_form: bool | None = None
     method_config: dict[str, Any]
+    coverage: Coverage | None = None
     model: Model
     optimizer_state_bytes: OptimizerStateBytes
     peak_memory_bytes: PeakMemory

@@ -83,12 +83,15 @@ def _model_facts(run: Run) -> list[tuple[str, str, str | None]]:
     sizes = {"measured": state.measured, "predicted": state.predicted, "for AdamW": state.adamw}
     states = _joined(*(f"{format_bytes(size)} {label}" for label, size in sizes.items() if size is not None))
     settings = {key: value for key, value in run.method_config.items() if key != "method"}
+    shares = {} if run.coverage is None else run.coverage.not_covered
+    full_rank = _joined(*(f"{name} {100 * share:.2g} % of the parameters" for name, share in shares.items()))
     return [
         ("method", "Method", run.method),
         ("method_config", "Method's settings", describe(settings)),
         ("model", "Model", _joined(model.architecture, model.size)),
         ("parameters", "Parameters", format_count(model.parameters)),
         ("parameters_trained", "Parameters trained", format_count(model.parameters_trained)),
+        *([("not_covered", "Full-rank in the blocks", full_rank)] if full_rank else []),
         ("optimizer_state", "Optimizer state", states),
     ]
 

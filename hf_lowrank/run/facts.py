@@ -189,6 +189,7 @@ def run_facts(
         "method": method.method,
         **method.facts(),
         "method_config": method.to_dict(),
+        "coverage": summary.coverage,
         "weights_published": isinstance(model, PreTrainedModel),
         "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
         "optimizer_state_bytes": {
