@@ -153,7 +153,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
             self.add_state(state, local(p), index, first)
             return state
         state["step"] = torch.zeros(stack)
-        W, added = local(p).new_zeros(()).expand(local(p).shape[-2:]), [{} for _ in range(stack[0])]
+        W = local(p).new_zeros(()).expand(local(p).shape[-2:])
+        added: list[dict[str, Any]] = [{} for _ in range(stack[0])]
         for i, own in enumerate(added):
             self.add_state(own, W, index, first + i)
         state.update(stack_states(added, p, shards))
