@@ -96,10 +96,16 @@ def _warn_once(message: str) -> None:
     logger.warning("no perplexity: %s", message)
 
 
-def _sequence_sums(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+def _logits(outputs: Any, labels: Tensor) -> Tensor:
+    """The logits among what a model gives beside its loss: a mixture of experts gives its auxiliary loss first."""
+    given = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor)]
+    fitting = [x for x in given if x.ndim == 3 and x.shape[:-1] == labels.shape]
+    return (fitting or given)[0]
+
+
+def _sequence_sums(outputs: Any, labels: Tensor) -> Tensor:
     """(n, 2): summed loss and number of predicted tokens of each sequence; NaN if there is no such loss."""
-    # a model that gives more than logits gives them first
-    logits, model = logits if isinstance(logits, Tensor) else logits[0], _evaluated_model()
+    logits, model = _logits(outputs, labels), _evaluated_model()
     try:
         if labels.ndim != 2 or logits.shape[:-1] != labels.shape:
             raise ValueError(f"logits of shape {tuple(logits.shape)} are none of labels {tuple(labels.shape)}")

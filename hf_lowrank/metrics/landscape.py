@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hf_lowrank.experts import stacks
 from hf_lowrank.metrics.perturb import each_point, parameters_of, transposed_weights
 from hf_lowrank.metrics.spectra import top_singular_triplets
 from hf_lowrank.sharding import like, reshard, whole
@@ -93,7 +94,8 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
         seed: of the direction; several directions take `seed + i`.
         normalize: `none` (standard Gaussian entries, the study's), `filter` (the weights of each output as long as the
             parameter's, which are a row, or a column of a `Conv1D`; a vector as a whole; Li et al. 2018, Section 4),
-            `layer` (each tensor as long as the parameter) or `unit` (the whole direction of length 1).
+            `layer` (each tensor as long as the parameter) or `unit` (the whole direction of length 1). Every matrix of a
+            stack of experts' is taken for itself.
 
     Returns:
         Parameter name -> tensor on the parameter's device, in float32 or the parameter's higher precision.
@@ -104,7 +106,7 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={normalize!r}: it is one of {', '.join(NORMALIZATIONS)}")
     reshard(model)
-    parameters = parameters_of(model)
+    parameters, experts = parameters_of(model), stacks(model)
     # a generator draws on one thread, and each parameter has its own
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         shapes = [p.shape for p in parameters.values()]
@@ -117,9 +119,12 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
         drawn = drawn.to(device=p.device, dtype=dtype)
         if normalize in ("filter", "layer"):
             weight = whole(p.detach()).to(dtype)
-            along = (
-                None if normalize == "layer" or p.ndim < 2 else 0 if name in transposed else tuple(range(1, p.ndim))
-            )
+            along: int | tuple[int, ...] | None
+            if name in experts:
+                along = (1, 2) if normalize == "layer" else 1 if experts[name].transposed else 2
+            else:
+                whole_tensor = normalize == "layer" or p.ndim < 2
+                along = None if whole_tensor else 0 if name in transposed else tuple(range(1, p.ndim))
             drawn *= _norms(weight, along) / _norms(drawn, along)
         elif normalize == "unit":
             squares += drawn.double().square().sum().item()
@@ -138,7 +143,8 @@ class SingularDirections:
     """The first singular directions of every matrix of a model at once; each matrix is decomposed a single time.
 
     Args:
-        model: its parameters as they are now; a tensor of more dimensions is taken as rows by everything else.
+        model: its parameters as they are now; a tensor of more dimensions is taken as rows by everything else, but a
+            stack of experts' matrices as each of them.
         k: how many directions; kept are k singular triplets a matrix.
 
     Raises:
@@ -150,11 +156,15 @@ class SingularDirections:
             raise ValueError(f"k={k!r}: k counts from 1")
         reshard(model)
         self._model, self._k = model, k
-        self._triplets = {}
+        # a triplet for each matrix of a parameter
+        self._triplets: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        experts = stacks(model)
         for name, p in parameters_of(model).items():
             if p.ndim > 1:
+                weight = whole(p.detach())
                 try:
-                    self._triplets[name] = top_singular_triplets(whole(p.detach()).flatten(1), k)
+                    matrices = weight if name in experts else [weight.flatten(1)]
+                    self._triplets[name] = [top_singular_triplets(matrix, k) for matrix in matrices]
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
 
@@ -170,11 +180,13 @@ class SingularDirections:
                 value = p.detach().to(dtype)
                 direction[name] = value.clone() if vectors == "self" else torch.zeros_like(value)
                 continue
-            U, S, V = (part.to(device=p.device, dtype=dtype) for part in self._triplets[name])
-            outer = torch.zeros(len(U), len(V), device=p.device, dtype=dtype)
-            if k <= len(S):
-                torch.outer(U[:, k - 1] * (S[k - 1] if sigma_weighted else 1.0), V[:, k - 1], out=outer)
-            direction[name] = like(outer.view(p.shape), p)
+            outers = []
+            for triplets in self._triplets[name]:
+                U, S, V = (part.to(device=p.device, dtype=dtype) for part in triplets)
+                outers.append(torch.zeros(len(U), len(V), device=p.device, dtype=dtype))
+                if k <= len(S):
+                    torch.outer(U[:, k - 1] * (S[k - 1] if sigma_weighted else 1.0), V[:, k - 1], out=outers[-1])
+            direction[name] = like(torch.stack(outers).view(p.shape), p)
         return direction
 
 

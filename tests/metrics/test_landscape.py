@@ -5,7 +5,9 @@ import pytest
 import torch
 from quadratic import Quadratic
 from tiny_runs import gpt2, llama, weights
+from toy_models import toy_model
 
+from hf_lowrank.methods.targets import find_targets
 from hf_lowrank.metrics.landscape import (
     NORMALIZATIONS,
     LossCurve,
@@ -184,3 +186,25 @@ def test_a_direction_may_be_the_parameters_themselves():
     np.testing.assert_array_equal(
         loss_curve(model, value, own, GRID).loss, loss_curve(model, value, copies, GRID).loss
     )
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_each_matrix_of_a_stack_of_experts_is_a_tensor_for_itself(model_type):
+    model = toy_model(model_type)
+    by_filter, by_layer = (random_direction(model, 0, normalize) for normalize in ("filter", "layer"))
+    directions = svd_direction(model, 2), svd_direction(model, 2, sigma_weighted=True)
+    stacks = [target for target in find_targets(model) if target.stack is not None]
+    assert len(stacks) == 8
+    for target in stacks:
+        name = target.weight_name
+        for i, stored in enumerate(model.get_parameter(name).detach()):
+            weight, *along = (
+                t.T if target.stack.transposed else t for t in (stored, by_filter[name][i], by_layer[name][i])
+            )
+            torch.testing.assert_close(along[0].norm(dim=1), weight.norm(dim=1))
+            torch.testing.assert_close(along[1].norm(), weight.norm())
+            U, S, Vh = torch.linalg.svd(stored.double())
+            for direction, factor in zip(directions, (1.0, S[1]), strict=True):
+                expected = factor * torch.outer(U[:, 1], Vh[1])
+                found = direction[name][i].double()
+                assert min((found - expected).norm(), (found + expected).norm()) < 1e-5 * factor
