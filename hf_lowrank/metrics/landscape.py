@@ -94,8 +94,8 @@ def random_direction(model: nn.Module, seed: int, normalize: str = "none") -> Di
         seed: of the direction; several directions take `seed + i`.
         normalize: `none` (standard Gaussian entries, the study's), `filter` (the weights of each output as long as the
             parameter's, which are a row, or a column of a `Conv1D`; a vector as a whole; Li et al. 2018, Section 4),
-            `layer` (each tensor as long as the parameter) or `unit` (the whole direction of length 1). Every matrix of a
-            stack of experts' is taken for itself.
+            `layer` (each tensor as long as the parameter) or `unit` (the whole direction of length 1). Every
+            matrix of a stack of experts' is taken for itself.
 
     Returns:
         Parameter name -> tensor on the parameter's device, in float32 or the parameter's higher precision.
