@@ -1,5 +1,6 @@
 """Perplexity in a Trainer's evaluation, through `evaluate`."""
 
+import inspect
 import logging
 import math
 import sys
@@ -36,6 +37,9 @@ def perplexity_metrics() -> dict[str, Callable[..., Any]]:
     Logits and labels are aligned as in the model's own loss: the next token's of a causal model, the same position's
     of a masked one and of an encoder-decoder. A model that is causal by name and sees later tokens has no perplexity,
     and the log says so once.
+
+    Of a mixture of experts, `eval_loss` is the model's own loss: with the routers' auxiliary loss where
+    `output_router_logits` is set. `eval_perplexity` is that of the tokens alone.
 
     With `--prediction_loss_only` Trainer computes no metrics. Where the model's loss needs no logits (Liger's fused
     one), that saves the memory of one batch's.
@@ -79,8 +83,10 @@ def _is_shifted(model: nn.Module, vocabulary: int) -> bool:
         check_next_token(model, {"input_ids": ids})
     if model not in _shifted:
         try:
+            # without the routers' auxiliary loss
+            plain = {"output_router_logits": False} if _takes(model, "output_router_logits") else {}
             with torch.no_grad(), without_autocast(model):
-                own = model(input_ids=ids, labels=ids)
+                own = model(input_ids=ids, labels=ids, **plain)
             away = [
                 abs(mean_loss(*losses_of_logits(own.logits, ids, s)).value - own.loss.item()) for s in (True, False)
             ]
@@ -89,6 +95,10 @@ def _is_shifted(model: nn.Module, vocabulary: int) -> bool:
         except Exception:
             _shifted[model] = causal
     return _shifted[model]
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 @cache

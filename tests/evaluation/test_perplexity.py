@@ -1,12 +1,15 @@
 """Perplexity in a Trainer's evaluation: the report's number, from batches that leave two numbers a sequence."""
 
+import math
 import re
 
 import pytest
 import torch
 from datasets import Dataset
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer
+from toy_models import toy_config
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -77,6 +80,24 @@ def test_other_outputs_of_a_model_are_left_out(tmp_path):
     # neither logits nor hidden states of the evaluation set
     assert found.predictions.shape == (len(rows), 2)
     assert found.metrics["test_perplexity"] == pytest.approx(expected(trainer.model, rows).value, rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "jamba", "gpt_oss"])
+def test_a_mixture_of_experts_gives_its_auxiliary_loss_before_its_logits(model_type, tmp_path):
+    config = toy_config(model_type)
+    config.output_router_logits = True
+    trainer = trainer_of(tmp_path, model=AutoModelForCausalLM.from_config(config), max_steps=1)
+    rows = padded(3)
+    for _ in range(2):
+        found, wanted = trainer.evaluate(rows), expected(trainer.model, rows)
+        assert found["eval_perplexity"] == pytest.approx(wanted.value, rel=1e-5)
+        # one batch: the model's own loss is that of the tokens and the routers'
+        columns = {key: torch.tensor(values) for key, values in rows.to_dict().items()}
+        with torch.no_grad():
+            auxiliary = trainer.model.eval()(**columns).aux_loss.item() * config.router_aux_loss_coef
+        assert auxiliary > 0
+        assert found["eval_loss"] == pytest.approx(math.log(wanted.value) + auxiliary, rel=1e-5)
+        trainer.train()
 
 
 def test_loss_only_means_no_perplexity(tmp_path):
