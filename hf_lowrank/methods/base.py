@@ -201,7 +201,7 @@ class LowRankConfig(PushToHubMixin):
         kw_only=True,
         metadata={
             "help": "Layers to change: names or suffixes, a regular expression, or 'all-linear'. "
-            "Default: every Linear and Conv1D inside the repeated decoder blocks."
+            "Default: every Linear, Conv1D and stack of experts inside the repeated decoder blocks, but routers."
         },
     )
     other_lr_scale: float = field(
