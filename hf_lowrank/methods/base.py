@@ -191,6 +191,8 @@ class LowRankConfig(PushToHubMixin):
     replaces_layers: ClassVar[bool] = False
     # whether those layers start from the weights of the layers they replace
     keeps_weights: ClassVar[bool] = False
+    # whether the method trains a stack of experts' matrices (E, m, n) as it does the matrices of layers
+    takes_stacks: ClassVar[bool] = False
     # whether plain linear layers can compute what the method's layers compute
     has_dense_form: ClassVar[bool] = True
     # fields that change how a run is computed but not its result: a resumed run may change them

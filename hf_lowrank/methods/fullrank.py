@@ -15,3 +15,4 @@ class FullRankConfig(LowRankConfig):
 
     method: ClassVar[str] = "fullrank"
     label: ClassVar[str] = "full-rank training"
+    takes_stacks: ClassVar[bool] = True

@@ -39,6 +39,7 @@ class ProjectedConfig(LowRankConfig):
         optimizer_cls: the method's optimizer.
     """
 
+    takes_stacks: ClassVar[bool] = True
     optimizer_cls: ClassVar[type[ProjectedAdamW]]
 
     r: int | None = field(default=None, metadata={"help": "Rank of the projection; default hidden_size / 4."})

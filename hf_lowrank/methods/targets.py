@@ -194,14 +194,14 @@ def find_targets(model: nn.Module, target_modules: list[str] | str | None = None
 
 
 def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
-    """The targets that a method changes; one that replaces layers leaves stacks of experts' matrices as they are.
+    """The targets that a method changes; some leave stacks of experts' matrices as they are.
 
     Raises:
         ValueError: as for `find_targets`, or one of the names matches nothing but such stacks.
     """
     names = config.target_modules
     targets = find_targets(model, names)
-    if not config.replaces_layers:
+    if config.takes_stacks:
         return targets
     layers = [target for target in targets if target.stack is None]
     unserved = (
@@ -210,7 +210,7 @@ def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
     if unserved or not layers:
         raise ValueError(
             f"target_modules={unserved or names!r} matches only parameters that hold the experts of a layer as one "
-            f"stack, {targets[0].name} for one, and {config.label} replaces linear layers: leave them out, or train "
+            f"stack, {targets[0].name} for one, and {config.label} takes linear layers alone: leave them out, or train "
             "with a projected method (GaLore, Fira, APOLLO), which takes them"
         )
     return layers
