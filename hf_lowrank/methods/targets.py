@@ -210,8 +210,8 @@ def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
     if unserved or not layers:
         raise ValueError(
             f"target_modules={unserved or names!r} matches only parameters that hold the experts of a layer as one "
-            f"stack, {targets[0].name} for one, and {config.label} takes linear layers alone: leave them out, or train "
-            "with a projected method (GaLore, Fira, APOLLO), which takes them"
+            f"stack, {targets[0].name} for one, and {config.label} takes linear layers alone: leave them out, or "
+            "train with a projected method (GaLore, Fira, APOLLO), which takes them"
         )
     return layers
 
