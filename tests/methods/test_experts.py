@@ -17,8 +17,8 @@ from hf_lowrank.methods.summary import optimizer_state_bytes
 from hf_lowrank.methods.targets import find_targets
 
 MODELS = ("mixtral", "qwen2_moe", "deepseek_v3", "olmoe", "gpt_oss", "granitemoe", "jamba")
-# the sizes of its rotary part belong together
-CHANGES = {"deepseek_v3": dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)}
+# every query head has keys of its own
+CHANGES = {"deepseek_v3": dict(num_key_value_heads=4, qk_head_dim=16)}
 
 
 def moe(model_type, seed=0):
@@ -29,9 +29,6 @@ def moe(model_type, seed=0):
     # like any model's loss in training: with the routers' auxiliary loss where there is one
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = True
-    if model_type in CHANGES:
-        config.qk_head_dim = config.qk_rope_head_dim + config.qk_nope_head_dim
-        config.head_dim = config.qk_rope_head_dim
     return AutoModelForCausalLM.from_config(config)
 
 
