@@ -18,7 +18,7 @@ from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
-from hf_lowrank.methods.summary import Summary, summarize
+from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 from hf_lowrank.running import running_trainer
@@ -31,8 +31,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
-# a share of the blocks' parameters that a method leaves full-rank, above which it says so in a warning as well
-MUCH = 0.2
 
 
 def prepare(
@@ -82,10 +80,9 @@ def prepare(
         rated = _rated_parameters(model, config, targets)
     convert_when_loading(model)
     _guard_loading(model, targets)
-    summary = summarize(model, config, targets, ranks)
     if args.should_log:
-        Console().print(summary.table())
-        _warn_of_uncovered(summary, config)
+        Console().print((summary := summarize(model, config, targets, ranks)).table())
+        warn_of_uncovered(summary, config)
         warn_unused(model, unused or [], "a few tokens that prepare tried")
     options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
     plan = Plan(
@@ -279,24 +276,16 @@ def check_method(
             )
     targets = method_targets(model, config)
     ranks = resolve_ranks(model, config, targets)
-    for target in targets if ranks else []:
+    for name, target in [(t.name, t) for t in targets if ranks]:
         if config.replaces_layers and not isinstance(target.module, ReparameterizedLinear):
-            raise ValueError(_method_not_run(config, f"{target.name} is a plain {type(target.module).__name__}"))
-        options = config.group_options(ranks[target.name])
+            raise ValueError(_method_not_run(config, f"{name} is a plain {type(target.module).__name__}"))
+        options = config.group_options(ranks[name])
         if not options or not (weight := model.get_parameter(target.weight_name)).requires_grad:
             continue
         group = groups.get(id(weight), {})
         for key, value in options.items():
             if group.get(key) != value:
-                problem = f"{target.name} would be trained with {key}={group.get(key)!r}"
-                raise ValueError(_method_not_run(config, problem))
-
-
-def _check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """`check_method` before an optimizer's first step; a loop of the user's own has no callbacks to compare."""
-    trainer = running_trainer(model)
-    callbacks = None if trainer is None else trainer.callback_handler.callbacks
-    check_method(model, optimizer, callbacks, args if trainer is None else trainer.args)
+                raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
 
 
 def _trained_method(model: nn.Module) -> LowRankConfig | None:
@@ -314,18 +303,6 @@ def _method_not_run(config: LowRankConfig, reason: str) -> str:
         "Trainer(..., **trainer_kwargs), and leave create_optimizer as it is; for a Trainer that takes no "
         "optimizer_cls_and_kwargs lr.attach does it; to train the model full-rank, prepare it with FullRankConfig()"
     )
-
-
-def _warn_of_uncovered(summary: Summary, config: LowRankConfig) -> None:
-    """Say so where a method leaves much of the blocks as they are, unless the user has named the layers."""
-    share = sum(summary.not_covered.values()) / max(summary.parameters_in_blocks, 1)
-    if config.target_modules in (None, "all-linear") and share > MUCH:
-        logger.warning(
-            "%s does not cover %.0f %% of the parameters in the blocks, which train full-rank: %s",
-            config.label,
-            100 * share,
-            ", ".join(summary.not_covered),
-        )
 
 
 def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:

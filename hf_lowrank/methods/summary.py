@@ -1,5 +1,6 @@
 """What a method does to a model, in numbers: modules matched, parameters, optimizer-state bytes."""
 
+import logging
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,14 @@ from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.methods.targets import Target, blocks_of, is_router, linear_layers
 from hf_lowrank.report.values import format_bytes
 
-__all__ = ["Summary", "optimizer_state_bytes", "summarize"]
+__all__ = ["Summary", "optimizer_state_bytes", "summarize", "warn_of_uncovered"]
+
+logger = logging.getLogger(__name__)
 
 # torch.optim's optimizers and ours keep one float32 step counter for each parameter
 STEP_BYTES = 4
+# a share of the blocks' parameters that a method leaves full-rank, above which it says so in a warning as well
+MUCH = 0.2
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,18 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         parameters_covered=dense_count,
         parameters_in_blocks=beside + sum(_dense_size(target) for target in targets if target.layer is not None),
     )
+
+
+def warn_of_uncovered(summary: Summary, config: LowRankConfig) -> None:
+    """Say so where a method leaves much of the blocks as they are, unless the user has named the layers."""
+    share = sum(summary.not_covered.values()) / max(summary.parameters_in_blocks, 1)
+    if config.target_modules in (None, "all-linear") and share > MUCH:
+        logger.warning(
+            "%s does not cover %.0f %% of the parameters in the blocks, which train full-rank: %s",
+            config.label,
+            100 * share,
+            ", ".join(summary.not_covered),
+        )
 
 
 def _dense_size(target: Target) -> int:
