@@ -21,7 +21,6 @@ from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unch
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
-from hf_lowrank.running import running_trainer
 
 __all__ = [
     "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare", "resolve_ranks",
