@@ -21,6 +21,7 @@ from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unch
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
+from hf_lowrank.running import running_trainer
 
 __all__ = [
     "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare", "resolve_ranks",
@@ -285,6 +286,13 @@ def check_method(
         for key, value in options.items():
             if group.get(key) != value:
                 raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
+
+
+def _check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """`check_method` before an optimizer's first step; a loop of the user's own has no callbacks to compare."""
+    trainer = running_trainer(model)
+    callbacks = None if trainer is None else trainer.callback_handler.callbacks
+    check_method(model, optimizer, callbacks, args if trainer is None else trainer.args)
 
 
 def _trained_method(model: nn.Module) -> LowRankConfig | None:
