@@ -274,8 +274,7 @@ def check_method(
             raise ValueError(
                 _method_not_run(config, f"the optimizer knows nothing of other_lr_scale={config.other_lr_scale:g}")
             )
-    targets = method_targets(model, config)
-    ranks = resolve_ranks(model, config, targets)
+    ranks = resolve_ranks(model, config, targets := method_targets(model, config))
     for name, target in [(t.name, t) for t in targets if ranks]:
         if config.replaces_layers and not isinstance(target.module, ReparameterizedLinear):
             raise ValueError(_method_not_run(config, f"{name} is a plain {type(target.module).__name__}"))
