@@ -275,9 +275,14 @@ def load(model, optimizer, folder):
 
 
 def converted(folder):
-    """Architectures with other names on disk: resumed with DDP and with FSDP2, and published from shards."""
+    """Architectures with other names on disk, and experts: resumed with DDP and FSDP2, and published from shards."""
     results = {}
-    for model_type, method in (("mixtral", "sltrain"), ("gpt_neox", "galore")):
+    for model_type, method in (
+        ("mixtral", "sltrain"),
+        ("gpt_neox", "galore"),
+        ("gpt_oss", "apollo"),
+        ("olmoe", "fira"),
+    ):
 
         def trained(name, model_type=model_type, method=method, **given):
             args = arguments(

@@ -73,8 +73,8 @@ def test_every_method_with_ddp_equals_one_process(folder):
 
 
 @pytest.mark.slow
-def test_architectures_with_other_names_on_disk_resume_and_are_published(folder):
+def test_architectures_with_other_names_on_disk_and_experts_resume_and_are_published(folder):
     results = launch(folder, "converted", 2)
-    assert len(results) == 6
+    assert len(results) == 12
     assert {case: error for case, error in results.items() if not error < 1e-6} == {}
-    assert results["mixtral, DDP"] == results["gpt_neox, DDP"] == 0
+    assert {error for case, error in results.items() if case.endswith("DDP")} == {0}
