@@ -104,6 +104,7 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
     # one weight of AdamW keeps two moments in the parameter's dtype
     other_bytes = sum(2 * p.numel() * p.element_size() for p in trained if id(p) not in inside)
     state_bytes, dense_bytes, dense_count, dense_tensors = other_bytes, other_bytes, 0, len(trained)
+    not_covered, in_blocks = _beside(model, inside)
     # a kind may have several shapes, as in the layers of an encoder and a decoder
     alike: Counter[tuple[str, int, int, int | None]] = Counter()
     for target in targets:
@@ -124,7 +125,9 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
             # every matrix of a stack is stepped for itself
             state_bytes += STEP_BYTES * (count - 1)
         dense_bytes += size * 2 * target.rows * target.cols * count * weight_trains + bias_state
-        dense_count += target.rows * target.cols * count + extra
+        covered = target.rows * target.cols * count + extra
+        dense_count += covered
+        in_blocks += covered * (target.layer is not None)
         dense_tensors += weight_trains + bias_trains - sum(p.requires_grad for p in own)
         alike[target.kind, target.rows, target.cols, rank] += count
     shapes = Counter(kind for kind, *_ in alike)
@@ -133,7 +136,6 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         name = kind if shapes[kind] == 1 else f"{kind} ({rows} x {cols})"
         modules[name] = (count, rows, cols, rank)
     dense_parameters = sum(p.numel() for key, p in parameters.items() if key not in inside) + dense_count
-    not_covered, beside = _beside(model, inside)
     return Summary(
         method=config.label,
         modules=modules,
@@ -144,7 +146,7 @@ def summarize(model: nn.Module, config: LowRankConfig, targets: list[Target], ra
         adamw_state_bytes=dense_bytes + STEP_BYTES * dense_tensors,
         not_covered=not_covered if ranks else {},
         parameters_covered=dense_count,
-        parameters_in_blocks=beside + sum(_dense_size(target) for target in targets if target.layer is not None),
+        parameters_in_blocks=in_blocks,
     )
 
 
@@ -158,11 +160,6 @@ def warn_of_uncovered(summary: Summary, config: LowRankConfig) -> None:
             100 * share,
             ", ".join(summary.not_covered),
         )
-
-
-def _dense_size(target: Target) -> int:
-    count = 1 if target.stack is None else target.stack.count
-    return target.rows * target.cols * count
 
 
 def _beside(model: nn.Module, inside: set[int]) -> tuple[dict[str, int], int]:
