@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available, is_torch_xla_available
 
 from hf_lowrank.methods import METHODS, LowRankConfig, get_method
 from hf_lowrank.models import SIZES
@@ -118,6 +120,7 @@ class Recipe:
         recipe, data, method, training: the four parts.
         source: the YAML file that the defaults came from, None without one.
         command: the arguments as typed, without secrets and paths.
+        notes: what this machine cannot do of what the YAML file asks for, and what happens instead.
     """
 
     recipe: RecipeArguments
@@ -126,6 +129,7 @@ class Recipe:
     training: TrainingArguments
     source: Path | None
     command: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 class _Parser(HfArgumentParser):
@@ -187,6 +191,28 @@ def _flag_names(argv: Sequence[str]) -> set[str]:
     return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
 
 
+def _drop_unsupported(values: dict[str, Any], typed: set[str], source: Path | None) -> list[str]:
+    """Take out of a YAML file's values the precisions that this machine does not have; returns a line for each.
+
+    A flag is no default of somebody else's: what it asks for in vain stays an error of transformers'.
+    """
+    on_cpu = "use_cpu" in typed or _is_on(values.get("use_cpu"))
+    # autocast to bf16 works on a CPU, and is what somebody who names the CPU asks for
+    has_bf16 = on_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
+    has_fp16 = not on_cpu and torch.accelerator.is_available()
+    supported = {"bf16": has_bf16, "bf16_full_eval": has_bf16, "fp16": has_fp16, "tf32": is_torch_tf32_available()}
+    notes = []
+    for key, works in supported.items():
+        if _is_on(values.get(key)) and not works and not typed & {key, f"no_{key}"}:
+            del values[key]
+            notes.append(f"{source} asks for {key}, which needs a GPU that has it: float32 instead")
+    return notes
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "t", "y", "1")
+
+
 def _first_pass(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser([], add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
@@ -233,6 +259,7 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         )
     for key in {key for flag in typed for key in DISPLACED.get(flag, ())} - typed:
         values.pop(key, None)
+    notes = _drop_unsupported(values, typed, source)
     config_cls = get_method(str(first.method or values.get("method", RecipeArguments.method)))
     parts: list[Any] = [RecipeArguments, DataArguments, _method_flags(config_cls), TrainingArguments]
     parser = _Parser(parts, allow_abbrev=False)
@@ -256,7 +283,7 @@ def parse_recipe(argv: Sequence[str], configs: Path) -> Recipe:
         raise ValueError(f"'{word}' belongs to no flag: a YAML file comes first, and a value follows its flag")
     recipe, data, flags, training = parsed
     _check_training(training)
-    return Recipe(recipe, data, _method_config(config_cls, flags), training, source, command)
+    return Recipe(recipe, data, _method_config(config_cls, flags), training, source, command, notes)
 
 
 def _check_training(args: TrainingArguments) -> None:

@@ -179,7 +179,7 @@ def main() -> None:
     try:
         recipe = parse_recipe(sys.argv[1:], CONFIGS)
         if main_process and recipe.source is not None:
-            print(f"settings from {recipe.source}")
+            print("\n".join([f"settings from {recipe.source}", *recipe.notes]))
         trainer, checkpoint = set_up(recipe)
         if recipe.recipe.overwrite:
             remove_run(recipe.training)

@@ -166,6 +166,45 @@ def test_a_flag_displaces_what_contradicts_it_in_the_yaml_file(text, flags, expe
         assert getattr(part, key) == value, key
 
 
+@pytest.mark.parametrize("name", ["60m/galore.yaml", "1b/cola.yaml"])
+def test_a_recipe_for_a_gpu_falls_back_to_float32_without_one_and_says_so(name, monkeypatch):
+    recipe = parse(CONFIGS / name)
+    assert not recipe.training.bf16
+    assert recipe.notes == [f"{CONFIGS / name} asks for bf16, which needs a GPU that has it: float32 instead"]
+    # whoever names the CPU gets the bf16 autocast that it has
+    named = parse(CONFIGS / name, "--use_cpu")
+    assert named.training.bf16
+    assert named.notes == []
+    for module in ("hf_lowrank.arguments", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
+    on_gpu = parse(CONFIGS / name)
+    assert on_gpu.training.bf16
+    assert on_gpu.notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ("bf16: yes\nbf16_full_eval: true\n", ["bf16", "bf16_full_eval"]),
+        ("fp16: true\n", ["fp16"]),
+        ("fp16: true\nuse_cpu: true\n", ["fp16"]),
+        ("tf32: true\nuse_cpu: true\n", ["tf32"]),
+        ("bf16: true\nuse_cpu: true\n", []),
+        ("bf16: false\ntf32: null\nfp16: no\n", []),
+    ],
+)
+def test_every_precision_that_needs_a_gpu_falls_back_alike(text, dropped, yaml_file):
+    recipe = parse(yaml_file(text))
+    assert [note.split(" asks for ")[1].split(",")[0] for note in recipe.notes] == dropped
+    assert not any(getattr(recipe.training, key) for key in dropped)
+
+
+def test_a_flag_that_needs_a_gpu_is_an_error_without_one(yaml_file):
+    assert "bf16" in refusal("--bf16")
+    recipe = parse(yaml_file("bf16: true\n"), "--bf16", "false")
+    assert (recipe.training.bf16, recipe.notes) == (False, [])
+
+
 def test_both_in_one_place_is_an_error(yaml_file):
     message = refusal(yaml_file("dataset_name: a/b\ndataset_path: x\n"))
     assert "dataset_name 'a/b' and dataset_path 'x' exclude each other" in message
