@@ -11,7 +11,7 @@ from scipy import stats
 
 from hf_lowrank.metrics.landscape import variance_pseudo_values
 from hf_lowrank.metrics.perplexity import mean_loss
-from hf_lowrank.report.samples import Samples, pseudo_values, read_samples, sample_key, write_samples
+from hf_lowrank.report.samples import Sampled, Samples, pseudo_values, read_samples, sample_key, write_samples
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +64,18 @@ def test_two_way_pseudo_values_of_a_variance_leave_out_what_they_say():
     assert variance_pseudo_values(exact, tokens).mean() == pytest.approx(
         (exact / tokens)[..., 0].var(0, ddof=1).mean()
     )
+
+
+def test_a_variance_has_fewer_degrees_of_freedom():
+    shares = RNG.chisquare(1, size=32)
+    samples = Samples.equal("sequence", range(32), shares)
+    stderr, dof = samples.error()
+    assert dof == pytest.approx(31)
+    # 31 * 33 / (4 * 34), where the variance is much larger than its error; else V^2 / (2 s^2), and no fewer than 4
+    assert samples.error(100.0) == (stderr, pytest.approx(7.522, abs=1e-3))
+    assert samples.error(stderr * 12**0.5) == (stderr, pytest.approx(6))
+    assert samples.error(stderr) == (stderr, 4)
+    assert Sampled(stderr, samples, of_variance=True).error() == (stderr, 4)
 
 
 def test_pseudo_values_of_a_mean_are_the_values():
