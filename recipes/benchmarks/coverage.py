@@ -9,8 +9,8 @@ replacement, as many as the preset `quick` takes, and go through the functions t
 number of the whole pool, so that the draws are independent and what is drawn from is known exactly.
 
 `now`: about `corrected`, or else about the value, t quantile with `dof`. `value`: the same about the value, and the
-truth is the mean over the draws. `before`: about the value, normal quantile, and the errors of version 0.1, which left
-out sequences (H1, H2, trace) or were numerical (top eigenvalue).
+truth is the mean over the draws. `before`: about the value, normal quantile, and errors that leave out sequences
+(H1, H2, trace) or are numerical (top eigenvalue).
 """
 
 import argparse
@@ -47,7 +47,7 @@ from hf_lowrank.report.samples import Sampled
 LENGTH = 64
 SEQUENCES = 32
 Array = NDArray[np.float64]
-# a number with its error of version 0.1
+# a number, and its error as it was before
 Drawn = tuple[Sampled, float]
 
 
