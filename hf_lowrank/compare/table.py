@@ -153,7 +153,7 @@ def compare(
         runs, place = take(runs, parse_at(at) if isinstance(at, str) else at)
     points = collect(runs)
     columns = columns_of(points, runs)
-    reports, labels = [run.report for run in runs], [run.label for run in runs]
+    reports = [run.report for run in runs]
     groups, twins = _seed_groups(runs) if group_seeds else ([(index,) for index in range(len(runs))], [])
     against_usual = differences(reports, baseline)
     rows = [_row(runs, members, against_usual) for members in groups]
@@ -167,21 +167,13 @@ def compare(
     row_of = {run: place for place, row in enumerate(rows) for run in row.members}
     base = None if baseline is None else row_of[baseline]
     cells, tests = _with_differences(runs, cells, base, columns)
-    notices = [
-        *run_notices(differences(reports), labels),
-        *([] if place is None else place_notices([(r.label, r.taken) for r in runs if r.taken is not None], place)),
-        *metric_notices(points, labels, one_place=place is not None),
-        *twins,
-        *_seed_notice(runs, rows, group_seeds),
-        *(Notice("note", run.label, problem) for run in runs for problem in run.problems),
-    ]
     return Comparison(
         runs=runs,
         rows=rows,
         columns=columns,
         points=points.assign(row=points["run"].map(row_of)),
         cells=cells,
-        notices=sorted(notices, key=lambda notice: notice.level != "conflict"),
+        notices=_notices(runs, points, [*twins, *_seed_notice(runs, rows, group_seeds)], place),
         baseline=base,
         grouped=group_seeds,
         sort=chosen,
@@ -189,6 +181,21 @@ def compare(
         tests=tests,
         at=place,
     )
+
+
+def _notices(
+    runs: Sequence[ComparedRun], points: pd.DataFrame, of_seeds: Sequence[Notice], place: str | None
+) -> list[Notice]:
+    """Return what readers must know, conflicts first."""
+    labels = [run.label for run in runs]
+    notices = [
+        *run_notices(differences([run.report for run in runs]), labels),
+        *([] if place is None else place_notices([(r.label, r.taken) for r in runs if r.taken is not None], place)),
+        *metric_notices(points, labels, one_place=place is not None),
+        *of_seeds,
+        *(Notice("note", run.label, problem) for run in runs for problem in run.problems),
+    ]
+    return sorted(notices, key=lambda notice: notice.level != "conflict")
 
 
 # ---- rows ----

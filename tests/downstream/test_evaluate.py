@@ -306,6 +306,23 @@ def test_a_group_has_the_harnesses_mean_over_its_tasks(cli, run):
     assert "tiny_group" in again.out
 
 
+def test_items_that_share_their_answers_have_a_clustered_error(cli, run):
+    folder = run()
+    assert cli(folder, "--tasks", "hf_lowrank_cloze,hf_lowrank_words", "--limit", 16).code == 0
+    by_task = {entry["task"]: entry for entry in read_report(folder)["evaluations"]}
+    cloze, words = by_task["hf_lowrank_cloze"], by_task["hf_lowrank_words"]
+    of_cloze = items_of(items(folder), cloze)
+    right = of_cloze.groupby("group")["value"].sum().to_numpy()
+    assert of_cloze.groupby("group").size().tolist() == [4] * 4
+    assert cloze["stderr"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(4) / 4)
+    about = cloze["about"]
+    assert (about["stderr"], about["groups"], about["dof"]) == ("over groups of items", 4, 3)
+    assert "groups" not in words["about"]
+    of_words = items_of(items(folder), words)
+    assert of_words["group"].isna().all()
+    assert words["stderr"] == pytest.approx(of_words["value"].sem())
+
+
 def test_items_are_kept_with_what_was_asked_and_answered_where_that_is_wanted(cli, run, monkeypatch):
     folder = run()
     tasks = ("--tasks", "tiny_group,cloze,rolling,generated", "--limit", 6)
