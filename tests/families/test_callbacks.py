@@ -428,3 +428,18 @@ def test_a_dense_landscape_is_that_of_the_dense_model(tmp_path):
     ]
     assert found["value"] == pytest.approx(expected_sharpness(mean_curve(curves)), abs=2e-6)
     assert found["space"] == "dense"
+
+
+def test_a_run_is_paired_with_its_baseline_while_it_trains(tmp_path):
+    full = make_trainer(METHODS["fullrank"], arguments(tmp_path / "full", max_steps=2))
+    lr.attach(full)
+    full.train()
+    trainer = make_trainer(METHODS["galore"], arguments(tmp_path / "galore", max_steps=2))
+    lr.attach(trainer, lr.ActivationCallback(dataset(4), tmp_path / "full", every=2, sequences=4))
+    trainer.train()
+    report = lr.load_report(tmp_path / "galore")
+    stored = {entry.name: entry for entry in report.baseline.differences}
+    loss = stored["validation_loss"]
+    assert (loss.test, loss.paired, loss.dof) == ("paired over 8 sequences", True, pytest.approx(7))
+    assert loss.difference == pytest.approx(loss.value - loss.baseline)
+    assert "paired over 8 sequences" in (tmp_path / "galore" / "publish" / "README.md").read_text()
