@@ -45,7 +45,13 @@ CASES = [(model_type, ("galore", "fira", "apollo")[i % 3]) for i, model_type in 
 CASES += [(model_type, "lora") for model_type in ("deepseek_v3", "qwen2_moe")] + [("gpt_oss", "galore-full")]
 
 
-@pytest.mark.parametrize(("model_type", "method"), CASES)
+# these run by default: experts as they are and transposed, projected and left dense
+COMMON = [("mixtral", "galore"), ("gpt_oss", "galore-full"), ("deepseek_v3", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"), [c if c in COMMON else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_a_mixture_of_experts_from_prepare_to_a_spectrum(model_type, method, tmp_path):
     args = dict(max_steps=3, save_strategy="steps", save_steps=2, eval_strategy="no")
     trainer = make_trainer(METHODS[method], arguments(tmp_path / "run", **args), model=moe(model_type))
