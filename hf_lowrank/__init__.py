@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         GaLoreConfig,
         LoRAConfig,
         LowRankConfig,
+        LowRankFactorsConfig,
+        MuonConfig,
         ReLoRAConfig,
         SLTrainConfig,
     )
@@ -36,8 +38,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCallback", "ApolloConfig", "CheckpointError", "CoLAConfig", "CurvatureCallback", "EvaluationCallback",
     "FiraConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback", "LoRAConfig",
-    "LowRankConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig", "SpectralCallback", "attach", "check_checkpoint",
-    "check_resume", "from_pretrained", "last_checkpoint", "load_report", "prepare", "push", "to_dense",
+    "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig",
+    "SpectralCallback", "attach", "check_checkpoint", "check_resume", "from_pretrained", "last_checkpoint",
+    "load_report", "prepare", "push", "to_dense",
 ]  # fmt: skip
 
 # a module is imported when one of its names is first used, so that importing the package costs nothing
@@ -47,8 +50,8 @@ _NAMES = {
     "families": "ActivationCallback CurvatureCallback InterpolationCallback LandscapeCallback SpectralCallback",
     "hub.load": "from_pretrained load_report",
     "hub.push": "push",
-    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LowRankConfig ReLoRAConfig "
-    "SLTrainConfig",
+    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LowRankConfig "
+    "LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig",
     "methods.prepare": "prepare",
     "run.attach": "attach",
     "run.facts": "RunInfo",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import peft
 import torch
+import torch.nn.functional as F  # noqa: N812
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -38,6 +39,30 @@ def own_rows(whole: Tensor, like: Tensor, name: str) -> Tensor:
     return RowShards.of(like, name).local_rows(whole)
 
 
+class _DroppedProduct(torch.autograd.Function):
+    """(x kept / (1 - p)) weight^T, which keeps x and a byte an entry of `kept`, and not the product of the two.
+
+    x is kept by the layers around anyway: without this, adapters with dropout take twice the memory of x each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, kept)
+        ctx.scale = scale
+        return F.linear((x * kept).mul_(scale), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, kept = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) * kept * ctx.scale
+        if ctx.needs_input_grad[1]:
+            dropped = (x * kept * ctx.scale).to(grad.dtype)
+            grad_weight = (grad.flatten(0, -2).T @ dropped.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
 class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
     """PEFT's LoRA layer, y = W x + b + (alpha / r) B A dropout(x), as one of this package's layers.
 
@@ -55,6 +80,21 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
         super().__init__(base_layer, adapter_name, **kwargs)
         # PEFT takes it from its config, which is one for all layers
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's, with less memory: dropout keeps no copy of x, and sums are made in place."""
+        if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x)
+        x, dropout = self._cast_input_dtype(x, self.A.dtype), self.lora_dropout[ADAPTER]
+        if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            # drawn and rounded as nn.Dropout does it on a CPU
+            kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout.p)
+            scale = torch.ones((), dtype=x.dtype).div_(1 - dropout.p).item()
+            inside = _DroppedProduct.apply(x, self.A, kept, scale)
+        else:
+            inside = self.lora_A[ADAPTER](x)
+        return result.add_(self.lora_B[ADAPTER](inside).mul_(self.factor))
 
     @property
     def A(self) -> Tensor:

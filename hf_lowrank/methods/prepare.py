@@ -60,8 +60,8 @@ def prepare(
         raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
     if uses_deepspeed(args) and config.group_options(1):
         raise ValueError(
-            f"DeepSpeed's ZeRO hands the optimizer flat shards, which {config.label} cannot "
-            "project; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
+            f"DeepSpeed's ZeRO hands the optimizer flat shards, and {config.label} needs matrices or whole rows of "
+            "them; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
         )
     # before the model is changed: these may refuse the arguments
     config.check_arguments(args)
@@ -84,7 +84,7 @@ def prepare(
         Console().print((summary := summarize(model, config, targets, ranks)).table())
         warn_of_uncovered(summary, config)
         warn_unused(model, unused or [], "a few tokens that prepare tried")
-    options = {t.weight_name: config.group_options(ranks[t.name]) for t in targets if t.name in ranks}
+    options = {t.weight_name: config.group_options(ranks.get(t.name, 0)) for t in targets}
     plan = Plan(
         model,
         {name: group for name, group in options.items() if group},
@@ -275,10 +275,10 @@ def check_method(
                 _method_not_run(config, f"the optimizer knows nothing of other_lr_scale={config.other_lr_scale:g}")
             )
     ranks = resolve_ranks(model, config, targets := method_targets(model, config))
-    for name, target in [(t.name, t) for t in targets if ranks]:
+    for name, target in [(t.name, t) for t in targets if ranks or config.group_options(0)]:
         if config.replaces_layers and not isinstance(target.module, ReparameterizedLinear):
             raise ValueError(_method_not_run(config, f"{name} is a plain {type(target.module).__name__}"))
-        options = config.group_options(ranks[name])
+        options = config.group_options(ranks.get(name, 0))
         if not options or not (weight := model.get_parameter(target.weight_name)).requires_grad:
             continue
         group = groups.get(id(weight), {})

@@ -78,7 +78,7 @@ def refresh_projector(G: Tensor, r: int, where: str, method: str, previous: list
     elif method == "subspace" and previous is not None:
         left, right = _subspace_iterations(scaled, where, previous)
     else:
-        left, right = _gram(scaled, r)
+        left, right = _gram(scaled, r, where)
     projector = {"left": [left], "right": [right.T], "full": [left, right.T]}[where]
     if method == "gram" and previous is not None:
         projector = _keep_signs(projector, previous, where)
@@ -95,10 +95,13 @@ def _svd(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return U[:, :r], Vh[:r].T
 
 
-def _gram(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Top-r left (m, r) and right (n, r) singular subspaces from the smaller Gram matrix."""
-    if G.shape[0] > G.shape[1]:
-        right, left = _gram(G.T, r)
+def _gram(G: Tensor, r: int, where: str) -> tuple[Tensor, Tensor]:
+    """Top-r left (m, r) and right (n, r) singular subspaces from the smaller Gram matrix.
+
+    If `where` asks for the Gram matrix's own side alone, the other side is not computed but empty: (n, 0), (m, 0).
+    """
+    if G.shape[0] > G.shape[1] or (G.shape[0] == G.shape[1] and where == "right"):
+        right, left = _gram(G.T, r, {"left": "right", "right": "left"}.get(where, where))
         return left, right
     try:
         # eigh returns ascending eigenvalues
@@ -106,7 +109,7 @@ def _gram(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError as error:
         logger.warning("eigh of a %s Gram matrix did not converge (%s): using the SVD", (len(G), len(G)), error)
         return _svd(G, r)
-    return left, _orthonormal(torch.mm(G.T, left))
+    return left, G.new_empty(G.shape[1], 0) if where == "left" else _orthonormal(torch.mm(G.T, left))
 
 
 def _subspace_iterations(G: Tensor, where: str, previous: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from peft.tuners.lora import Linear as PeftLinear
 from tiny_runs import METHODS, arguments, gpt2, llama, make_trainer, weights
 from torch import nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -243,3 +244,43 @@ def test_values_out_of_range_are_named(fields, word):
     for config_cls in (lr.LoRAConfig, lr.ReLoRAConfig):
         with pytest.raises(ValueError, match=f"{word}="):
             config_cls(**fields)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_and_gradients_are_pefts_to_the_bit(dropout, autocast):
+    made, results = layer(dropout=dropout, dtype=torch.float32).train(), []
+    for forward in (LoRALinear.forward, PeftLinear.forward):
+        torch.manual_seed(0)
+        x = torch.randn(4, 5, 12, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(made, x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, made.A, made.B])])
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == reference.dtype
+        assert torch.equal(ours, reference)
+
+
+def test_dropout_has_a_double_backward():
+    made = layer(dropout=0.3).train()
+
+    def run(x, A, B):
+        torch.manual_seed(0)
+        return torch.func.functional_call(made, {"lora_A.default.weight": A, "lora_B.default.weight": B}, (x,))
+
+    inputs = (torch.randn(3, 12, dtype=torch.float64, requires_grad=True), made.A, made.B)
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_dropout_keeps_a_byte_an_entry_for_the_backward_pass():
+    made, kept = layer(dropout=0.3, dtype=torch.float32).train(), {}
+    x = torch.randn(64, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        y = made(x)
+    owned = {p.untyped_storage().data_ptr() for p in (x, *made.parameters())}
+    # the noise, and A x: (64, 3) in fp32
+    assert sum(size for pointer, size in kept.items() if pointer not in owned) == 64 * 12 + 4 * 64 * 3
+    assert y.requires_grad

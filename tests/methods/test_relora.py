@@ -363,6 +363,7 @@ def test_the_contracts_defaults():
         "alpha": 32,
         "dropout": 0.0,
         "target_modules": None,
+        "other_lr_scale": 1.0,
     }
 
 
