@@ -126,6 +126,8 @@ class MuonConfig(LowRankConfig):
         "Yuxin Wu, Xinyu Zhou, Zhilin Yang",
     )
 
+    takes_stacks: ClassVar[bool] = True
+
     momentum: float = field(default=0.95, metadata={"help": "Decay rate of the targets' momentum."})
     nesterov: bool = field(default=True, metadata={"help": "Look ahead by one step of momentum."})
     ns_steps: int = field(default=5, metadata={"help": "Newton-Schulz iterations of an update."})
