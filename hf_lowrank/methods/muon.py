@@ -50,7 +50,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     A Muon group carries `momentum`, `nesterov`, `ns_steps` and `adjust_lr_fn` as `torch.optim.Muon` has them. On whole
     matrices its update is that optimizer's to the bit. A weight that FSDP2 shards is updated as if it were whole: its
-    momentum is gathered for the iteration. State of a Muon weight: `step`, `momentum_buffer` of the weight's
+    momentum is gathered for the iteration. State of a Muon weight: `step`, one for each matrix, and `momentum_buffer` of the weight's
     shape.
 
     Args:
@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.AdamW):
     def _step_muon(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if "momentum_buffer" not in state:
-            state["step"], state["momentum_buffer"] = torch.tensor(0.0), torch.zeros_like(p)
+            state["step"], state["momentum_buffer"] = torch.zeros(p.shape[:-2]), torch.zeros_like(p)
         state["step"] += 1
         W, G, M, momentum = local(p), local(grad), local(state["momentum_buffer"]), group["momentum"]
         M.lerp_(G, 1 - momentum)
