@@ -346,6 +346,7 @@ def test_a_run_leaves_the_folder_that_the_design_describes(method, finished):
         "spectral.parquet",
         "training.parquet",
         "validation.json",
+        "validation.samples.parquet",
     }
     assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
     for step in (2, 4):

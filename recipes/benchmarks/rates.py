@@ -1,8 +1,8 @@
 """Tune the two learning rates of every method by one rule, then train each method with three other seeds.
 
-    python recipes/benchmarks/rates.py --output rates.jsonl                      # hours: two minutes a run
-    python recipes/benchmarks/rates.py --output rates.jsonl --methods fullrank galore --jobs 2
-    python recipes/benchmarks/rates.py --output rates.jsonl --summary            # what is there, without a run
+    python recipes/benchmarks/rates.py                                # goes on in rates.jsonl beside this file: hours
+    python recipes/benchmarks/rates.py --output mine.jsonl --methods fullrank galore --jobs 2
+    python recipes/benchmarks/rates.py --summary                      # what is there, without a run
 
 Every run is `recipes/pretrain.py` on the embedded corpus with one thread. A run that has finished is one line of JSON
 in the output file; a command that was cut off goes on from there when it is given again. The runs of one seed see the
@@ -28,7 +28,7 @@ from typing import Any
 from hf_lowrank.study.search import RULE, Grid, Search, search
 
 PRETRAIN = Path(__file__).parents[1] / "pretrain.py"
-RESULTS = Path(__file__).parents[2] / "model_cards" / "studies" / "rates.jsonl"
+RESULTS = Path(__file__).with_suffix(".jsonl")
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 # recipe of the size tiny -> where its search starts: rate of the targets, of everything else
 STARTS = {
