@@ -50,8 +50,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     A Muon group carries `momentum`, `nesterov`, `ns_steps` and `adjust_lr_fn` as `torch.optim.Muon` has them. On whole
     matrices its update is that optimizer's to the bit. A weight that FSDP2 shards is updated as if it were whole: its
-    momentum is gathered for the iteration. State of a Muon weight: `step`, one for each matrix, and `momentum_buffer` of the weight's
-    shape.
+    momentum is gathered for the iteration. State of a Muon weight: `step`, one for each matrix, and `momentum_buffer`
+    of the weight's shape.
 
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
