@@ -91,6 +91,7 @@ def test_rates_are_tuned_and_the_seeds_trained_however_often_it_is_cut_off(monke
     rates = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "rates", rates)
     spec.loader.exec_module(rates)
+    assert set(rates.STARTS) == {path.stem for path in (BENCHMARKS.parent / "configs" / "tiny").glob("*.yaml")}
     output, started = tmp_path / "rates.jsonl", []
 
     def train(run, folder, flags):

@@ -41,6 +41,8 @@ STARTS = {
     "relora": (3e-3, 1e-2),
     "lora": (3e-3, 1e-2),
     "apollo_mini": (3e-3, 1e-2),
+    "muon": (3e-3, 1e-2),
+    "lowrank": (3e-3, 1e-2),
 }
 
 
