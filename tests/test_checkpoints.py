@@ -289,7 +289,7 @@ def test_factors_never_enter_a_dense_model_nor_the_other_way_round(tmp_path):
     shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "native" / "model.safetensors")
     shutil.move(tmp_path / "factors.safetensors", tmp_path / "dense" / "model.safetensors")
     for folder in ("native", "dense"):
-        with pytest.raises(lr.CheckpointError, match="its weights do not fit the model and method in"):
+        with pytest.raises(lr.CheckpointError, match="its weights do not fit the model and the method in"):
             load_model(tmp_path / folder)
 
 
