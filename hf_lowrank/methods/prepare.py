@@ -19,7 +19,7 @@ from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
-from hf_lowrank.methods.targets import Target, hidden_size, method_targets, target_parameters
+from hf_lowrank.methods.targets import Target, hidden_size, method_targets, refuse_shared, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 from hf_lowrank.running import running_trainer
 
@@ -56,18 +56,7 @@ def prepare(
             model uses a layer's weight in a way that the method's layer cannot serve. The model is then as it was.
             Before the first optimizer step: something else than the method would train the model.
     """
-    if not isinstance(config, LowRankConfig):
-        raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
-    if uses_deepspeed(args) and config.group_options(1):
-        raise ValueError(
-            f"DeepSpeed's ZeRO hands the optimizer flat shards, and {config.label} needs matrices or whole rows of "
-            "them; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
-        )
-    # before the model is changed: these may refuse the arguments
-    config.check_arguments(args)
-    _optimizer(config, args)
-    if config.optimizer(args) is not None and args.optim not in PLAIN_ADAMW:
-        logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
+    _check_call(config, args)
     with unchanged_on_error(model):
         if config.group_options(1):
             _refuse_frozen(model, config)
@@ -101,6 +90,21 @@ def prepare(
     return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
 
 
+def _check_call(config: LowRankConfig, args: TrainingArguments) -> None:
+    """Refuse settings and arguments before the model is changed."""
+    if not isinstance(config, LowRankConfig):
+        raise ValueError(f"{config!r} is no method config: give one of hf_lowrank's, GaLoreConfig(r=128) for example")
+    if uses_deepspeed(args) and config.group_options(1):
+        raise ValueError(
+            f"DeepSpeed's ZeRO hands the optimizer flat shards, and {config.label} needs matrices or whole rows of "
+            "them; train with DDP (recipes/accelerate/ddp.yaml) or FSDP2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    config.check_arguments(args)
+    _optimizer(config, args)
+    if config.optimizer(args) is not None and args.optim not in PLAIN_ADAMW:
+        logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
+
+
 def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: bool = False) -> None:
     """Change the model's layers as the method asks, and record the method in the model's config.
 
@@ -132,7 +136,7 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
         model_config.lowrank = model_config.lowrank | {name: getattr(config, name) for name in changeable}
         return
     if ranks:
-        _refuse_shared(model, targets, config.label)
+        refuse_shared(model, targets, config.label)
     if config.replaces_layers:
         pretrained = any(getattr(p, "_is_hf_initialized", False) for t in targets for p in t.module.parameters())
         if pretrained and not reinit and not config.keeps_weights:
@@ -336,21 +340,6 @@ def _rated_parameters(model: nn.Module, config: LowRankConfig, targets: list[Tar
             "the ratio to no rate: leave it at 1 and give learning_rate alone, or unfreeze a target"
         )
     return frozenset(rated)
-
-
-def _refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
-    """Raise `ValueError` for a target whose weight another module uses as well."""
-    users: dict[int, set[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(p), set()).add(name.rpartition(".")[0])
-    for target in targets:
-        holder, _, key = target.weight_name.rpartition(".")
-        others = users.get(id(getattr(target.module, key, None)), set()) - {holder}
-        if others:
-            raise ValueError(
-                f"layer {target.name} shares its weight with {min(others)}, which {label} would leave behind: leave "
-                "the layer out with target_modules, or untie the two"
-            )
 
 
 def _trains(target: Target) -> bool:

@@ -20,7 +20,7 @@ from hf_lowrank.sharding import reshard, whole
 
 __all__ = [
     "Target", "blocks_of", "dense_copy", "dense_weights", "find_targets", "hidden_size", "is_router", "linear_layers",
-    "method_targets", "native_weights", "target_parameters", "whole_layer",
+    "method_targets", "native_weights", "refuse_shared", "target_parameters", "whole_layer",
 ]  # fmt: skip
 
 
@@ -292,3 +292,18 @@ def hidden_size(model: nn.Module) -> int | None:
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, "hidden_size", None)
+
+
+def refuse_shared(model: nn.Module, targets: list[Target], label: str) -> None:
+    """Raise `ValueError` for a target whose weight another module uses as well."""
+    users: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(p), set()).add(name.rpartition(".")[0])
+    for target in targets:
+        holder, _, key = target.weight_name.rpartition(".")
+        others = users.get(id(getattr(target.module, key, None)), set()) - {holder}
+        if others:
+            raise ValueError(
+                f"layer {target.name} shares its weight with {min(others)}, which {label} would leave behind: leave "
+                "the layer out with target_modules, or untie the two"
+            )

@@ -18,7 +18,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.json_schema import GenerateJsonSchema
 
-from hf_lowrank.report.part import Closed, Count, Name, Nonnegative, Part, Positive
+from hf_lowrank.report.part import (
+    Closed,
+    Count,
+    LearningRateSchedule,
+    Name,
+    Nonnegative,
+    OptimizerStateBytes,
+    Part,
+    PeakMemory,
+    Positive,
+    Seeds,
+)
 
 __all__ = [
     "SCHEMA_VERSION", "Baseline", "BaselineDifference", "Batch", "BestOf", "CheckpointOf", "Data", "EvaluationEntry",
@@ -60,48 +71,6 @@ class Model(Part):
     parameters_trained: Count
     config_hash: str | None = None
     loaded_by: str | None = "AutoModelForCausalLM"
-
-
-class OptimizerStateBytes(Part):
-    """What the optimizer keeps, in bytes.
-
-    Attributes:
-        adamw: what AdamW would hold for the dense model.
-    """
-
-    predicted: Count | None
-    measured: Count | None
-    adamw: Count | None
-
-    @property
-    def best(self) -> int | None:
-        """Measured, or else predicted."""
-        return self.predicted if self.measured is None else self.measured
-
-
-class PeakMemory(Part):
-    """The most memory that a process took, in bytes.
-
-    Attributes:
-        kind: how the peak was taken, such as cuda_allocated or process_rss.
-    """
-
-    value: Count | None
-    kind: str | None
-
-
-class Seeds(Part):
-    """Seeds of the model and of the order of the data."""
-
-    seed: int | None
-    data_seed: int | None
-
-
-class LearningRateSchedule(Part):
-    """How the learning rate changed over the steps."""
-
-    type: str | None
-    warmup_steps: Annotated[int | float, Field(ge=0)] | None
 
 
 class Optimizer(Part):

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Closed", "Count", "Name", "Nonnegative", "Part", "Positive"]
+__all__ = [
+    "Closed", "Count", "LearningRateSchedule", "Name", "Nonnegative", "OptimizerStateBytes", "Part", "PeakMemory",
+    "Positive", "Seeds",
+]  # fmt: skip
 
 Name = Annotated[str, Field(pattern=r"\S")]
 Count = Annotated[int, Field(ge=0)]
@@ -47,3 +50,45 @@ class Closed(Part):
     """A part that has no fields but its own; the others hold whatever else a run wants to keep."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class OptimizerStateBytes(Part):
+    """What the optimizer keeps, in bytes.
+
+    Attributes:
+        adamw: what AdamW would hold for the dense model.
+    """
+
+    predicted: Count | None
+    measured: Count | None
+    adamw: Count | None
+
+    @property
+    def best(self) -> int | None:
+        """Measured, or else predicted."""
+        return self.predicted if self.measured is None else self.measured
+
+
+class PeakMemory(Part):
+    """The most memory that a process took, in bytes.
+
+    Attributes:
+        kind: how the peak was taken, such as cuda_allocated or process_rss.
+    """
+
+    value: Count | None
+    kind: str | None
+
+
+class Seeds(Part):
+    """Seeds of the model and of the order of the data."""
+
+    seed: int | None
+    data_seed: int | None
+
+
+class LearningRateSchedule(Part):
+    """How the learning rate changed over the steps."""
+
+    type: str | None
+    warmup_steps: Annotated[int | float, Field(ge=0)] | None

@@ -164,6 +164,26 @@ def _loaded_by(model: Any) -> str | None:
     return loading_class(name, dense)
 
 
+def _schedule_and_batch(trainer: Trainer) -> dict[str, Any]:
+    args = trainer.args
+    accumulation, world = args.gradient_accumulation_steps, args.world_size
+    # auto_find_batch_size may have lowered what args asks for
+    process_batch = trainer._train_batch_size
+    return {
+        "lr_schedule": {
+            "type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
+            **(args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}),
+        },
+        "batch": {
+            "per_device": process_batch // max(1, args.n_gpu),
+            "gradient_accumulation": accumulation,
+            "world_size": world,
+            "global_sequences": process_batch * accumulation * world,
+        },
+    }
+
+
 def run_facts(
     trainer: Trainer, info: RunInfo, wall_time_seconds: float, best: BestModel | None = None
 ) -> dict[str, Any]:
@@ -180,9 +200,6 @@ def run_facts(
     method = method_of(model) or FullRankConfig()
     summary, optimizer = _sizes(model, method), _optimizer_facts(trainer)
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else str(next(model.parameters()).dtype)
-    accumulation, world = args.gradient_accumulation_steps, args.world_size
-    # auto_find_batch_size may have lowered what args asks for
-    process_batch = trainer._train_batch_size
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return {
         "name": info.name or Path(str(args.output_dir)).resolve().name,
@@ -204,20 +221,10 @@ def run_facts(
         "max_steps": state.max_steps,
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "learning_rate": args.learning_rate,
-        "lr_schedule": {
-            "type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "warmup_steps": args.get_warmup_steps(state.max_steps),
-            **(args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}),
-        },
+        **_schedule_and_batch(trainer),
         "optimizer": optimizer,
-        "batch": {
-            "per_device": process_batch // max(1, args.n_gpu),
-            "gradient_accumulation": accumulation,
-            "world_size": world,
-            "global_sequences": process_batch * accumulation * world,
-        },
         "precision": precision.removeprefix("torch."),
-        "world_size": world,
+        "world_size": args.world_size,
         "versions": _versions(),
         "git_commit": _git_commit(),
         "hardware": _hardware(),
