@@ -60,8 +60,8 @@ def test_a_capability_does_not_change_what_is_trained(method, capability, tmp_pa
             run(**CAPABILITIES[capability])
         return
     changed = {key.removeprefix("_orig_mod."): tensor for key, tensor in run(**CAPABILITIES[capability]).items()}
-    # one summation order against another, amplified by Adam where a gradient is near zero
-    assert_close(plain, changed, rtol=2e-3)
+    # one summation order against another, amplified by Adam where a gradient is near zero, and by Muon's bf16
+    assert_close(plain, changed, rtol=2e-2 if method == "muon" else 2e-3)
 
 
 @pytest.mark.parametrize("method", DEAR)

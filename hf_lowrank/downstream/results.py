@@ -111,6 +111,8 @@ def _write_items(folder: Path, rows: list[Row]) -> None:
     if whole.empty:
         path.unlink(missing_ok=True)
     elif added or len(kept) < len(table):
+        # whatever order the results came in: several processes finish in any
+        whole = whole.sort_values(["step", *(name for name in _IDENTITY if name != "step")], kind="stable")
         with atomic_path(path) as temporary:
             whole.to_parquet(temporary, index=False, compression="zstd")
 
