@@ -211,7 +211,7 @@ def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
         raise ValueError(
             f"target_modules={unserved or names!r} matches only parameters that hold the experts of a layer as one "
             f"stack, {targets[0].name} for one, and {config.label} takes linear layers alone: leave them out, or "
-            "train with a projected method (GaLore, Fira, APOLLO), which takes them"
+            "train with GaLore, Fira, APOLLO or Muon, which take them"
         )
     return layers
 
