@@ -4,6 +4,7 @@ Usage: torchrun --nproc_per_node N sharded_worker.py FOLDER PART. Results go to 
 process: case -> largest relative difference to one process without any sharding.
 """
 
+import copy
 import json
 import os
 import sys
@@ -12,15 +13,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F  # noqa: N812
 from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer, optimizers
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from toy_models import toy_model
+from torch.nn.parallel import DistributedDataParallel
+from toy_models import OwnProducts, toy_model
 
 import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
+from hf_lowrank.methods.prepare import apply_method
 from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
@@ -318,12 +322,40 @@ def converted(folder):
     return results
 
 
+def uncalled(folder):
+    """Gradients of two processes against one's, where a model reads the weight of a layer that it does not call."""
+    results = {}
+    ids = torch.arange(32).view(4, 8)
+    for method in ("lora", "sltrain"):
+        model = OwnProducts(lambda mlp, x, y: F.linear(y, mlp.mix.weight, mlp.mix.bias)).train()
+        apply_method(model, METHODS[method], seed=1)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            # nothing is zero, so that whatever reaches the loss has a gradient
+            for p in model.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+        alone = copy.deepcopy(model)
+        alone(input_ids=ids, labels=ids).loss.backward()
+        expected = {n: p.grad for n, p in alone.named_parameters() if p.requires_grad}
+        for how in ("DDP", "DDP with unused parameters", "FSDP2"):
+            own = copy.deepcopy(model)
+            if how == "FSDP2":
+                shard(own)
+            wrapped = own if how == "FSDP2" else DistributedDataParallel(own, find_unused_parameters="unused" in how)
+            mine = ids[2 * dist.get_rank() :][:2]
+            wrapped(input_ids=mine, labels=mine).loss.backward()
+            gradients = {n: whole(p.grad) for n, p in own.named_parameters() if p.requires_grad}
+            assert gradients.keys() == expected.keys()
+            results[f"{method}, {how}"] = max((gradients[n] - expected[n]).abs().max().item() for n in expected)
+    return results
+
+
 def main():
     folder, part = Path(sys.argv[1]), sys.argv[2]
     os.environ["SCRATCH"] = str(folder)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    parts = (matrices, methods, resume, ddp, publish, converted)
+    parts = (matrices, methods, resume, ddp, publish, converted, uncalled)
     results = {function.__name__: function for function in parts}[part](folder)
     if dist.get_rank() == 0:
         (folder / f"{part}-{dist.get_world_size()}.json").write_text(json.dumps(results, indent=1))

@@ -88,3 +88,11 @@ def test_architectures_with_other_names_on_disk_and_experts_resume_and_are_publi
     assert len(results) == 12
     assert {case: error for case, error in results.items() if not error < 1e-6} == {}
     assert {error for case, error in results.items() if case.endswith("DDP")} == {0}
+
+
+@pytest.mark.slow
+def test_layers_that_are_read_have_the_gradients_of_one_process(folder):
+    results = launch(folder, "uncalled", 2)
+    assert len(results) == 6
+    # gradients of up to 5, summed in another order
+    assert {case: error for case, error in results.items() if not error < 1e-5} == {}

@@ -4,7 +4,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 HIDDEN, HEADS, HEAD, LAYERS, VOCABULARY = 32, 4, 8, 4, 64
 
@@ -112,3 +112,15 @@ def toy_model(model_type, seed=0, auto_class=AutoModelForCausalLM) -> PreTrained
 def size(model: nn.Module) -> int:
     """The number of parameters."""
     return sum(p.numel() for p in model.parameters())
+
+
+class OwnProducts(LlamaForCausalLM):
+    """A causal model with a layer of one's own, whose weight it uses as it likes."""
+
+    def __init__(self, use):
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        super().__init__(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+        for layer in self.model.layers:
+            layer.mlp.mix = nn.Linear(16, 16)
+            layer.mlp.register_forward_hook(use)

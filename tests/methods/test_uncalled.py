@@ -1,23 +1,16 @@
 """Layers that a model uses without calling them: served exactly, refused by name, or named; never silent."""
 
 import copy
-import json
-import os
 import random
-import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from tiny_runs import METHODS, arguments, gpt2, make_trainer, weights
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from toy_models import toy_model
+from toy_models import OwnProducts, toy_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,8 +18,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -176,18 +167,6 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids):
         return self.encoder(self.embed(input_ids))
-
-
-class OwnProducts(LlamaForCausalLM):
-    """A causal model with a layer of one's own, whose weight it uses as it likes."""
-
-    def __init__(self, use):
-        torch.manual_seed(0)
-        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-        super().__init__(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
-        for layer in self.model.layers:
-            layer.mlp.mix = nn.Linear(16, 16)
-            layer.mlp.register_forward_hook(use)
 
 
 def mamba2():
@@ -421,50 +400,3 @@ def test_what_cola_publishes_runs_in_plain_transformers(name, tmp_path):
     inputs |= {"decoder_input_ids": torch.arange(3)[None]} if name == "t5" else {}
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(**inputs).logits, model.eval()(**inputs).logits)
-
-
-def differences(rank, port, folder):
-    """Largest difference of the gradients of two processes from those of one, for each wrapper and method."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    ids = torch.arange(32).view(4, 8)
-    found = {}
-    for method in ("lora", "sltrain"):
-        model = MODELS["F.linear"]().train()
-        apply_method(model, REPLACING[method], seed=1)
-        perturb(model)
-        whole = copy.deepcopy(model)
-        whole(input_ids=ids, labels=ids).loss.backward()
-        for how in ("ddp", "ddp with unused parameters", "fsdp2"):
-            own = copy.deepcopy(model)
-            if how == "fsdp2":
-                for block in [*own.model.layers, own]:
-                    fully_shard(block)
-                wrapped = own
-            else:
-                wrapped = DistributedDataParallel(own, find_unused_parameters="unused" in how)
-            mine = ids[2 * rank :][:2]
-            wrapped(input_ids=mine, labels=mine).loss.backward()
-            gradients = {
-                n: p.grad.full_tensor() if how == "fsdp2" else p.grad
-                for n, p in own.named_parameters()
-                if p.requires_grad
-            }
-            expected = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
-            assert gradients.keys() == expected.keys()
-            found[f"{method} {how}"] = max((gradients[n] - expected[n]).abs().max().item() for n in expected)
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_layers_that_are_read_have_the_gradients_of_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(differences, (port, str(tmp_path)), nprocs=2)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == 6
-    # gradients of up to 5, summed in another order
-    assert max(found.values()) < 1e-5
