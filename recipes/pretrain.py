@@ -19,7 +19,16 @@ from typing import Any
 # else runs on the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+import datasets
+import huggingface_hub
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.utils import logging as transformers_logging
 
 import hf_lowrank as lr
@@ -131,6 +140,25 @@ def metric_callbacks(recipe: RecipeArguments, data: Data) -> list[TrainerCallbac
     return [make() for name, make in factories.items() if name in recipe.metrics]
 
 
+def share_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model its tokenizer's special tokens; Trainer would do so with a warning that is of no use here."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config is not None and getattr(tokenizer, name) is not None:
+                setattr(config, name, getattr(tokenizer, name))
+
+
+def quiet_progress() -> None:
+    """Show no bar for what takes a moment, and none at all in a log file."""
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        # which the line before has switched off
+        huggingface_hub.utils.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+
+
 def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
     """Prepare data, model, method and output folder: every error of a user is raised here, before training."""
     args = recipe.training
@@ -149,6 +177,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         data.tokenizer.eos_token_id,
     )
     model, trainer_kwargs = lr.prepare(build_model(config, args.seed), recipe.method, args)
+    share_special_tokens(model, data.tokenizer)
     if checkpoint is not None:
         lr.check_resume(checkpoint, model)
     trainer = Trainer(
@@ -168,13 +197,13 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         command=["accelerate", "launch", "recipes/pretrain.py", *recipe.command],
         license=recipe.recipe.license,
     )
-    lr.attach(trainer, *metric_callbacks(recipe.recipe, data), run=info)
+    lr.attach(trainer, *metric_callbacks(recipe.recipe, data), run=info, console=True)
     return trainer, checkpoint
 
 
 def main() -> None:
     """Parse, set up, train; an error before training is printed in one line and ends with exit code 2."""
-    transformers_logging.set_verbosity_warning()
+    quiet_progress()
     main_process = int(os.environ.get("RANK", "0")) == 0
     try:
         recipe = parse_recipe(sys.argv[1:], CONFIGS)

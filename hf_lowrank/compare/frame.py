@@ -33,6 +33,9 @@ COSTS: Mapping[str, tuple[str, str]] = {
     "peak_memory_bytes": ("Peak memory", "bytes"),
     "flops": ("Floating-point operations", "flops"),
     "wall_time_seconds": ("Wall time", "seconds"),
+    "tokens_per_second": ("Tokens a second, in training", "count"),
+    "optimizer_seconds_per_step": ("Optimizer, a step", "seconds"),
+    "refresh_seconds_per_step": ("Refreshes, a step on average", "seconds"),
     "steps_taken": ("Steps to get there", "count"),
     "tokens_taken": ("Tokens to get there", "count"),
 }
@@ -159,6 +162,7 @@ def _costs(of_run: ComparedRun) -> Iterator[Number]:
         "peak_memory_bytes": run.peak_memory_bytes.value,
         "flops": run.flops,
         "wall_time_seconds": run.wall_time_seconds,
+        **(run.speed or {}),
     }
     if taken is not None:
         values |= {"steps_taken": taken.step, "tokens_taken": taken.tokens}

@@ -34,6 +34,7 @@ ENVIRONMENT = Environment(
 _METRIC_WIDTH, _RUN_WIDTH = 44, 36  # characters of the terminal
 _SHOWN_COSTS = (
     *("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds"),
+    *("tokens_per_second", "optimizer_seconds_per_step", "refresh_seconds_per_step"),
     *("steps_taken", "tokens_taken"),
 )
 

@@ -15,6 +15,8 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -95,10 +97,14 @@ class MethodCallback(TrainerCallback):
     Attributes:
         config: the method's settings.
         trainer: set by `hf_lowrank.attach`: what is logged through it reaches TensorBoard, W&B and the like.
+        refreshes: whether it changes what the method trains in from time to time, by a merge for example.
+        refreshing: entered around every such change, to measure what it takes.
     """
 
     config: Any = None
     trainer: Trainer | None = None
+    refreshes: bool = False
+    refreshing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
 
 def uses_deepspeed(args: TrainingArguments) -> bool:

@@ -119,6 +119,7 @@ class LowRankCallback(MethodCallback):
 
     def __init__(self, config: "LowRankFactorsConfig") -> None:
         self.config = config
+        self.refreshes = bool(config.refactorize_every or config.reset_moments_every)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,11 +132,12 @@ class LowRankCallback(MethodCallback):
             return
         reshard(kwargs["model"])
         layers = [module for module in kwargs["model"].modules() if isinstance(module, LowRankLinear)]
-        for layer in layers:
-            if refactorize:
-                layer.refactorize()
-            for p in (layer.A, layer.B) if reset else ():
-                _zero(kwargs["optimizer"].state.get(p, {}))
+        with self.refreshing():
+            for layer in layers:
+                if refactorize:
+                    layer.refactorize()
+                for p in (layer.A, layer.B) if reset else ():
+                    _zero(kwargs["optimizer"].state.get(p, {}))
         if state.is_world_process_zero:
             done = [word for word, is_done in (("refactorised", refactorize), ("moments reset", reset)) if is_done]
             logger.info("%d layers after step %d: %s", len(layers), state.global_step, ", ".join(done))

@@ -122,6 +122,8 @@ class ReLoRACallback(MethodCallback):
         config: the method's settings.
     """
 
+    refreshes = True
+
     def __init__(self, config: "ReLoRAConfig") -> None:
         self.config = config
         self._moments_checked = False
@@ -168,7 +170,8 @@ class ReLoRACallback(MethodCallback):
         moments = {name: _moments(p, name, optimizer) for name, p in _parameters(layers)}
         self._moments_checked = True
         if due:
-            self._restart(layers, moments, args.seed, state)
+            with self.refreshing():
+                self._restart(layers, moments, args.seed, state)
 
     def _restart(self, layers: list[LoRALinear], moments: dict[str, Any], seed: int, state: TrainerState) -> None:
         config, index = self.config, state.global_step // self.config.reset_every

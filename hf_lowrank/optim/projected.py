@@ -12,6 +12,7 @@ parameter (E, m, n) is a stack of E such matrices (see `matrix`).
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +73,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
     factor: ClassVar[str]
     # the values that an option of the method's own may have
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # entered around every refresh of projectors, to measure what refreshes take
+    refreshing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
     def __init__(
         self,
@@ -211,7 +214,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
         if due:
             kept = self._finite(due, [x.G for x in due])
-            self.refresh_projectors([x for x, good in zip(due, kept, strict=True) if good], group)
+            with self.refreshing():
+                self.refresh_projectors([x for x, good in zip(due, kept, strict=True) if good], group)
             broken = {id(x) for x, good in zip(due, kept, strict=True) if not good}
             matrices = [x for x in matrices if id(x) not in broken]
         for x in matrices:

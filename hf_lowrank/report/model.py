@@ -29,12 +29,13 @@ from hf_lowrank.report.part import (
     PeakMemory,
     Positive,
     Seeds,
+    Speed,
 )
 
 __all__ = [
     "SCHEMA_VERSION", "Baseline", "BaselineDifference", "Batch", "BestOf", "CheckpointOf", "Data", "EvaluationEntry",
     "LearningRateSchedule", "MetricEntry", "Model", "Optimizer", "OptimizerStateBytes", "Paper", "Part", "PeakMemory",
-    "Report", "Run", "Seeds", "Space", "details", "json_schema",
+    "Report", "Run", "Seeds", "Space", "Speed", "details", "json_schema",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -170,6 +171,7 @@ class Run(Part):
         best_of: set if the weights and numbers are of the best step and not of the last (`load_best_model_at_end`).
         weights_published: whether the weights are beside the report; null if that is not known.
         command: the command that repeats the run, one argument an item.
+        speed: null in reports of older versions.
         date: when the run ended, ISO 8601.
     """
 
@@ -201,6 +203,7 @@ class Run(Part):
     git_commit: str | None
     hardware: str | dict[str, Any] | None
     wall_time_seconds: Nonnegative | None
+    speed: Speed | None = None
     command: list[str] | None
     license: str | None
     date: str | None

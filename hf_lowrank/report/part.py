@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "Closed", "Count", "LearningRateSchedule", "Name", "Nonnegative", "OptimizerStateBytes", "Part", "PeakMemory",
-    "Positive", "Seeds",
+    "Positive", "Seeds", "Speed",
 ]  # fmt: skip
 
 Name = Annotated[str, Field(pattern=r"\S")]
@@ -92,3 +92,18 @@ class LearningRateSchedule(Part):
 
     type: str | None
     warmup_steps: Annotated[int | float, Field(ge=0)] | None
+
+
+class Speed(Closed):
+    """How fast the run trained, in its last part if it was resumed.
+
+    Attributes:
+        tokens_per_second: of all processes in training alone, without validation, metrics, saving and the first step.
+        optimizer_seconds_per_step: in the optimizer's step, refreshes of projectors included.
+        refresh_seconds_per_step: to refresh projectors, merge adapters or refactorise, spread over all steps; null for
+            a method without.
+    """
+
+    tokens_per_second: Nonnegative | None
+    optimizer_seconds_per_step: Nonnegative | None
+    refresh_seconds_per_step: Nonnegative | None

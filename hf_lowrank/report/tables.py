@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lowrank.report.catalogue import HeadlineMetric, headline_metrics
 from hf_lowrank.report.comparability import Number, latest, numbers
-from hf_lowrank.report.model import Batch, Data, EvaluationEntry, MetricEntry, Report, Run, details
+from hf_lowrank.report.model import Batch, Data, EvaluationEntry, MetricEntry, Report, Run, Speed, details
 from hf_lowrank.report.values import UNKNOWN, describe, format_bytes, format_count, format_duration, format_value
 
 __all__ = ["Fact", "HeadlineRow", "evaluation_rows", "fact_rows", "headline_rows", "measured_with"]
@@ -140,12 +140,27 @@ def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
         ("flops", "Floating-point operations", None if run.flops is None else f"{run.flops:.3g}"),
         ("peak_memory", "Peak memory", f"{peak} ({kind})" if peak and kind else peak),
         ("wall_time", "Wall time", format_duration(run.wall_time_seconds)),
+        *_speed_facts(run.speed),
         ("hardware", "Hardware", describe(run.hardware)),
         ("versions", "Versions", describe(run.versions)),
         ("git_commit", "Git commit", run.git_commit),
         ("date", "Date", run.date),
         ("license", "Licence", run.license),
     ]
+
+
+def _speed_facts(speed: Speed | None) -> list[tuple[str, str, str | None]]:
+    """What is known of a run's speed; reports of older versions hold nothing of it."""
+    if speed is None:
+        return []
+    tokens = speed.tokens_per_second
+    times = {
+        ("optimizer_time", "Optimizer, a step"): speed.optimizer_seconds_per_step,
+        ("refresh_time", "Refreshes, a step on average"): speed.refresh_seconds_per_step,
+    }
+    facts: list[tuple[str, str, str | None]] = []
+    facts += [] if tokens is None else [("tokens_per_second", "Tokens a second, in training", f"{tokens:,.0f}")]
+    return facts + [(*names, format_duration(value)) for names, value in times.items() if value is not None]
 
 
 def _rate(run: Run) -> str | None:

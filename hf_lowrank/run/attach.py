@@ -12,13 +12,15 @@ from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
 from hf_lowrank.methods.prepare import check_handed_on, check_method, method_of
 from hf_lowrank.optim.plan import Plan, plan_of
+from hf_lowrank.run.console import use_console
 from hf_lowrank.run.facts import RunInfo
 from hf_lowrank.run.report import ReportCallback
+from hf_lowrank.run.speed import SpeedCallback
 
 __all__ = ["attach"]
 
 
-def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = None) -> None:
+def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = None, console: bool = False) -> None:
     """Add metric callbacks, the report and publishing to a Trainer, whatever it trains.
 
     The callbacks log through `trainer.log`, so every reporter shows their numbers. `<output_dir>/publish/` gets the
@@ -40,6 +42,7 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         trainer: any `transformers.Trainer`, before `train` is called.
         *callbacks: metric callbacks, or any other.
         run: what Trainer does not know about the run.
+        console: print one short line for each log, in the place of the callbacks by which Trainer prints dictionaries.
 
     Raises:
         ValueError: the Trainer has a report already, something other than a callback was given, or a callback cannot
@@ -67,8 +70,12 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     args.push_to_hub = False
     if args.include_num_input_tokens_seen == "no":
         _count_tokens(trainer)
-    report = ReportCallback(trainer, run or RunInfo(), strategy)
+    speed = SpeedCallback(trainer)
+    report = ReportCallback(trainer, run or RunInfo(), strategy, speed)
+    if console:
+        use_console(trainer, speed)
     trainer.add_callback(report)
+    trainer.add_callback(speed)
     _take_over_pushing(trainer, report)
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import pandas as pd
 import torch
 from huggingface_hub import CommitInfo
-from rich.console import Console
-from rich.table import Table
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -63,10 +61,11 @@ from hf_lowrank.report.catalogue import LOSS
 from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.report.io import ReportError, read_report, up_to, write_report
-from hf_lowrank.report.model import SCHEMA_VERSION, Run
+from hf_lowrank.report.model import SCHEMA_VERSION
 from hf_lowrank.report.samples import Samples
-from hf_lowrank.report.values import format_bytes, format_count, format_duration
+from hf_lowrank.run.console import print_summary
 from hf_lowrank.run.facts import RunInfo, run_facts
+from hf_lowrank.run.speed import SpeedCallback
 
 __all__ = ["ReportCallback"]
 
@@ -89,11 +88,13 @@ class ReportCallback(TrainerCallback):
         trainer: the Trainer it is attached to.
         info: what Trainer does not know about the run.
         push_strategy: Trainer's `hub_strategy`, or None when nothing is pushed.
+        speed: measures how fast it trains.
     """
 
-    def __init__(self, trainer: Trainer, info: RunInfo, push_strategy: str | None) -> None:
+    def __init__(self, trainer: Trainer, info: RunInfo, push_strategy: str | None, speed: SpeedCallback) -> None:
         self.trainer = trainer
         self.info = info
+        self.speed = speed
         self.push_strategy = push_strategy
         self.pushes = PushQueue(self.try_push)
         self._earlier_seconds = 0.0
@@ -210,9 +211,9 @@ class ReportCallback(TrainerCallback):
         if records:
             self._write_records(records)
         self.write_all(model)
-        run = read_report(self.publish).run
-        self._ended = {key: run[key] for key in ("wall_time_seconds", "peak_memory_bytes", "date")}
-        Console().print(self._measured(run))
+        report = read_report(self.publish)
+        self._ended = {key: report.run[key] for key in ("wall_time_seconds", "peak_memory_bytes", "date")}
+        print_summary(report, self.publish)
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
 
@@ -283,7 +284,7 @@ class ReportCallback(TrainerCallback):
         curve = curve.groupby("step", as_index=False).first()
         with atomic_path(folder / "training.parquet") as path:
             curve.to_parquet(path, index=False)
-        run = run_facts(self.trainer, self.info, seconds, self._best) | self._ended
+        run = run_facts(self.trainer, self.info, seconds, self._best) | {"speed": self.speed.facts()} | self._ended
         if self._training and run["steps"] < run["max_steps"]:
             run["checkpoint_of"] = {"steps": None}
         last_step = None if self._best is None else self._best.step
@@ -333,21 +334,6 @@ class ReportCallback(TrainerCallback):
 
     def _repo_id(self) -> str | None:
         return self.trainer.hub_model_id or self.trainer.args.hub_model_id
-
-    def _measured(self, run: Run) -> Table:
-        state_bytes, peak = run.optimizer_state_bytes, run.peak_memory_bytes
-        table = Table(title="measured", title_justify="left", show_header=False)
-        for label, text in (
-            ("optimizer state", format_bytes(state_bytes.measured)),
-            ("predicted", format_bytes(state_bytes.predicted)),
-            ("AdamW on the dense model", format_bytes(state_bytes.adamw)),
-            (f"peak memory ({peak.kind}), refreshes included", format_bytes(peak.value)),
-            ("tokens seen", format_count(run.tokens_seen)),
-            ("wall time", format_duration(run.wall_time_seconds)),
-            ("published folder", str(self.publish)),
-        ):
-            table.add_row(label, text or "unknown")
-        return table
 
     def try_push(self, folder: Path, commit_message: str) -> bool:
         """Push a publish folder; a failure is logged with the command that does it again."""
