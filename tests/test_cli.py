@@ -359,7 +359,7 @@ def test_card_writes_the_card_again(inside, cli, run):
 def edited(card):
     """A sentence of somebody's in a card."""
     text = card.read_text()
-    card.write_text(text.replace("## Limits\n", "## Limits\n\nMine.\n"))
+    card.write_text(text.replace("<summary>Limits</summary>\n", "<summary>Limits</summary>\n\nMine.\n"))
     assert card.read_text() != text
     return text
 

@@ -32,10 +32,10 @@ _DEBIASED_LOOK: Any = {"linestyle": "--", "markerfacecolor": "white"}
 
 
 def similarity_over_depth(activation: pd.DataFrame) -> Figure | None:
-    """Draw each similarity over the layers, one line for each of at most six steps from the first to the last."""
+    """Draw each similarity over the layers, if there are two; one line for each of at most six steps."""
     activation, title = _one_baseline(activation)
     panels = list(_measured(activation))
-    if not panels:
+    if not panels or activation["layer"].nunique() < 2:
         return None
     measured = activation.dropna(subset=[name for name in SIMILARITIES if name in activation], how="all")
     steps = drawing.evenly(sorted({int(step) for step in measured["step"]}), _SHOWN_STEPS)

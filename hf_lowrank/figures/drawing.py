@@ -36,6 +36,8 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    # a tick says its value: no "+3.586e1" beside the axis to add to it
+    "axes.formatter.useoffset": False,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
@@ -156,9 +158,11 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
 def metrics_over_steps(records: pd.DataFrame, metrics: Sequence[HeadlineMetric], title: str) -> Figure | None:
     """Draw a family's records over the measured steps: a panel for each metric, a line for each space and setting.
 
-    Bars show one standard error. Returns None if there is no record of these metrics.
+    Bars show one standard error. A metric of a single step has no panel: a table says as much. Returns None if no
+    panel is left.
     """
-    panels = [(metric, rows) for metric in metrics if len(rows := records[records["name"] == metric.name])]
+    of_metric = [(metric, records[records["name"] == metric.name]) for metric in metrics]
+    panels = [(metric, rows) for metric, rows in of_metric if rows["step"].nunique() > 1]
     if not panels:
         return None
     drawn = [list(lines(rows)) for _, rows in panels]

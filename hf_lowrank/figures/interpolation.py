@@ -123,14 +123,20 @@ def _same_limits(axes: Axes, low: float, high: float) -> None:
 
 
 def barriers_over_steps(records: pd.DataFrame) -> Figure | None:
-    """Draw barriers and their standard errors over steps: one line for neighbouring checkpoints and each peer."""
+    """Draw barriers and their standard errors over steps: one line for neighbouring checkpoints and each peer.
+
+    Barriers of a single step have no panel; a table says as much.
+    """
     barriers = _barriers(records)
     if barriers.empty:
         return None
     consecutive = barriers["subject"] == _CONSECUTIVE
     panels = {"Between neighbouring checkpoints": barriers[consecutive], "To other runs": barriers[~consecutive]}
-    panels = {title: rows for title, rows in panels.items() if len(rows)}
-    peers = _peers([barriers[~consecutive]])
+    panels = {title: rows for title, rows in panels.items() if rows["step"].nunique() > 1}
+    if not panels:
+        return None
+    barriers = pd.concat(panels.values())
+    peers = _peers([barriers[barriers["subject"] != _CONSECUTIVE]])
     weights, space_notes = drawing.space_notes([rows["space"].iloc[0] for rows in panels.values()])
     figure, grid = drawing.panel_grid(len(panels))
     for axes, (title, rows), space_note in zip(grid, panels.items(), space_notes, strict=True):
@@ -169,15 +175,12 @@ def _barriers(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_barriers(axes: Axes, rows: pd.DataFrame, peers: Sequence[str]) -> None:
-    lines = list(rows.groupby(["subject", "other"], sort=False))
-    for index, ((subject, other), line) in enumerate(lines):
+    for (subject, other), line in rows.groupby(["subject", "other"], sort=False):
         line = line.drop_duplicates("step", keep="last").sort_values("step")
         look = drawing.line_style(peers.index(other) if subject != _CONSECUTIVE else 0, len(line))
         if subject.endswith(_ALIGNED):
             look |= _ALIGNED_LOOK
-        # at one step the bars would hide each other
-        aside = 0.6 * ((index + 0.5) / len(lines) - 0.5) if rows["step"].nunique() == 1 else 0.0
-        axes.errorbar(line["step"] + aside, line["value"], yerr=line["stderr"], capsize=2, elinewidth=0.8, **look)
+        axes.errorbar(line["step"], line["value"], yerr=line["stderr"], capsize=2, elinewidth=0.8, **look)
 
 
 def barrier_map(barriers: pd.DataFrame) -> Figure | None:

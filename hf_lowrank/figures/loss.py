@@ -18,7 +18,7 @@ def loss(training: pd.DataFrame) -> Figure | None:
             points = training[["step", column]].dropna().sort_values("step")
             if len(points):
                 curves.append((points["step"], points[column], name, colour))
-    if not curves:
+    if all(len(steps) < 2 for steps, *_ in curves):
         return None
     figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()

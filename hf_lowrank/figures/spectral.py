@@ -17,9 +17,10 @@ __all__ = ["spectra_over_depth", "spectra_over_steps"]
 
 
 def spectra_over_steps(spectral: pd.DataFrame) -> Figure | None:
-    """Draw mean, quartiles and range of each metric over the matrices at every measured step."""
+    """Draw mean, quartiles and range of each metric over the matrices, if two steps or more have it."""
     spectral = one_space(spectral)
-    panels = [metric for metric in SPECTRAL.metrics if metric.name in spectral and spectral[metric.name].notna().any()]
+    present = [metric for metric in SPECTRAL.metrics if metric.name in spectral]
+    panels = [metric for metric in present if spectral.dropna(subset=[metric.name])["step"].nunique() > 1]
     if not panels:
         return None
     figure, grid = drawing.panel_grid(len(panels))
@@ -29,12 +30,8 @@ def spectra_over_steps(spectral: pd.DataFrame) -> Figure | None:
         mean, low, high = values.mean(), values.min(), values.max()
         steps = mean.index.to_numpy()
         middle = values.quantile(0.25), values.quantile(0.75)
-        if len(steps) == 1:  # a band of one point is invisible
-            axes.vlines(steps, low, high, color=colour, alpha=0.3, linewidth=6)
-            axes.vlines(steps, *middle, color=colour, alpha=0.5, linewidth=6)
-        else:
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.fill_between(steps, *middle, color=colour, alpha=0.3, linewidth=0)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, *middle, color=colour, alpha=0.3, linewidth=0)
         axes.plot(steps, mean, color=colour, marker=drawing.marker(len(steps)), markersize=3)
         drawing.metric_axis(axes, metric, low.min(), high.max())
         drawing.step_axis(axes, spectral["step"])
@@ -49,9 +46,9 @@ def spectra_over_steps(spectral: pd.DataFrame) -> Figure | None:
 
 
 def spectra_over_depth(spectral: pd.DataFrame) -> Figure | None:
-    """Draw each metric over the layers at its last step, one line for each kind of module."""
+    """Draw each metric over the layers at its last step, one line for each kind of module, if there are two layers."""
     spectral = one_space(spectral)
-    panels = list(_depth_panels(spectral))
+    panels = [panel for panel in _depth_panels(spectral) if len(panel[2]) > 1]
     if not panels:
         return None
     kinds = list(dict.fromkeys(kind for _, _, table in panels for kind in table.columns))

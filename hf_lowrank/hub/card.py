@@ -22,6 +22,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_lowrank.hub.glance import at_a_glance, first_figures
 from hf_lowrank.hub.metadata import card_metadata, evaluation_results, headline_results, write_benchmarks
 from hf_lowrank.hub.ownership import OverwriteError, is_edited, signed
 from hf_lowrank.report.baseline import Pair, beside_baseline
@@ -109,6 +110,8 @@ def render_card(data: CardData) -> str:
             result.task_type, result.task_name = "other", "Other"
     if results:
         metadata.model_name, metadata.eval_results = name, results
+    first, others = first_figures(data.figures)
+    baseline_name = None if data.baseline is None else data.baseline.name
     papers = {"hf_lowrank_study": STUDY} | ({slug(run.method): paper} if paper else {})
     label = escape(run.method_label or run.method)
     embedded = report.data is not None and report.data.source == "embedded"
@@ -127,6 +130,9 @@ def render_card(data: CardData) -> str:
             loader=Markdown(run.model.loaded_by) if (run.model.loaded_by or "").isidentifier() else None,
             is_causal=run.model.loaded_by == "AutoModelForCausalLM",
             headline=headline,
+            glance=at_a_glance(headline, data.baseline.rows if data.baseline else (), baseline_name),
+            first=first,
+            others=others,
             evaluations=evaluations,
             facts=facts,
             fact={fact.key: fact.text for fact in facts},

@@ -401,7 +401,7 @@ def test_a_baseline_with_checkpoints_is_taken_at_the_same_step(run, tmp_path):
     baseline, theirs = lr.load_report(tmp_path)["baseline"], lr.load_report(folder)
     assert (baseline["name"], baseline["method"]) == (theirs["run"]["name"], theirs["run"]["method"])
     assert "baseline" not in theirs, "a model has no report"
-    assert "### Beside its baseline" in (tmp_path / "publish" / "README.md").read_text()
+    assert "<summary>Beside its baseline</summary>" in (tmp_path / "publish" / "README.md").read_text()
 
 
 def test_a_dense_landscape_of_a_method_without_a_dense_form_is_a_marked_row(tmp_path):

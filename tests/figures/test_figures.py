@@ -81,7 +81,6 @@ def test_all_three_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spectra",
     [
-        spectral(layers=1, steps=(0,)),
         spectral(layers=100, steps=(0, 60_000), kinds=GPT2, space="linearised").replace(
             spectral()[WEIGHT[0]][0], np.inf
         ),
@@ -90,7 +89,7 @@ def test_all_three_twice(tmp_path: Path) -> None:
         ),
         spectral().assign(**dict.fromkeys(UPDATE, np.nan), layer=[*range(27), np.nan]).assign(**{WEIGHT[0]: 0.5}),
     ],
-    ids=["one layer, one step", "100 layers, infinite", "experts", "constant, no updates, one without a layer"],
+    ids=["100 layers, infinite", "experts", "constant, no updates, one without a layer"],
 )
 def test_odd_spectra(tmp_path: Path, spectra: pd.DataFrame) -> None:
     assert draw(tmp_path, spectra) == NAMES[1:]
@@ -99,14 +98,13 @@ def test_odd_spectra(tmp_path: Path, spectra: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     "log",
     [
-        training(1),
         training(100, low=2.5, high=2.5),
         training(low=1.0, high=1e6),
         training().drop(columns="eval_loss"),
         training().drop(columns="loss"),
         training().assign(loss=np.inf),
     ],
-    ids=["one step", "flat", "diverged", "no validation", "no training loss", "infinite"],
+    ids=["flat", "diverged", "no validation", "no training loss", "infinite"],
 )
 def test_odd_losses(tmp_path: Path, log: pd.DataFrame) -> None:
     assert draw(tmp_path, None, log) == NAMES[:1]
@@ -117,6 +115,10 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     nothing = spectral().assign(**dict.fromkeys(WEIGHT + UPDATE, np.nan))
     assert draw(tmp_path, nothing, training().drop(columns=["loss", "eval_loss"])) == []
     assert draw(tmp_path, spectral().head(0), training().head(0)) == []
+    # a single point a panel says nothing that a table does not
+    assert draw(tmp_path, spectral(layers=1, steps=(0,)), training(1)) == []
+    one_step, one_layer = spectral(steps=(10,)), spectral(layers=1)
+    assert (draw(tmp_path, one_step), draw(tmp_path, one_layer)) == (NAMES[2:], NAMES[1:2])
 
 
 def test_stale_figure_is_removed(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_every_picture_has_a_caption_in_the_order_of_drawing() -> None:
                 "barrier_map.parquet": between_runs(["a", "b"], (True,)),
                 "activation.parquet": activation((100,), layers=1),
             },
-            {"similarity_over_steps.png"},
+            {name for name in DRAWN if name.endswith(("over_steps.png", "over_depth.png"))},
         ),
         (
             {
@@ -345,6 +345,12 @@ def test_sharpness_in_two_spaces_and_curvature() -> None:
     titles = [axes.get_title().replace("\n", " ") for axes in figure.axes]
     assert [title.split()[1] for title in titles] == ["sharpness,"] * 3 + ["variance"] * 2
     assert figure.axes[0].get_yscale() == "log"
+    # no offset at the end of an axis, "+3.586e1", from which its ticks are to be counted
+    close = [record("curvature/trace", 35.8646 + step / 1e5, step, None) for step in (0, 50)]
+    with matplotlib.rc_context(STYLE):
+        (axes,) = figure_of(curvature_over_steps, records(close)).axes
+        axes.figure.draw_without_rendering()
+        assert axes.yaxis.get_offset_text().get_text() == ""
     figure = figure_of(curvature_over_steps, records(curvature()))
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear"], "it falls below 0"
     assert not figure.legends

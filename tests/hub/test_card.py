@@ -70,6 +70,11 @@ def body_html(card: str) -> str:
     return MarkdownIt("gfm-like", {"linkify": False}).render(ModelCard(card).text)
 
 
+def part(card: str, summary: str) -> str:
+    """What a reader sees after a click."""
+    return card.split(f"<summary>{summary}</summary>")[1].split("</details>")[0]
+
+
 def python_blocks(card: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
 
@@ -145,14 +150,14 @@ def test_downstream_results_are_told_apart_by_their_settings(report: dict[str, A
 
 def test_baseline(report: dict[str, Any]) -> None:
     card = card_of(report)
-    section = card.split("### Beside its baseline")[1].split("![")[0]
+    section = part(card, "Beside its baseline")
     assert "The baseline is tiny-fullrank: full-rank training, " in section
     assert "14.04 MiB of optimizer state" in section
     assert "37.00 ± 0.42 | 46.25 ± 0.42 | −9.25 ± 0.59" in section
     assert "lambada\\_openai" in section
     # the same items, answered by another form of the weights
     report["evaluations"][0]["settings"] |= {"form": "native", "dtype": "float32", "truncated_requests": 1}
-    assert "lambada\\_openai" in card_of(report).split("### Beside its baseline")[1]
+    assert "lambada\\_openai" in part(card_of(report), "Beside its baseline")
     # measured with other settings there, and not measured here
     assert "spectral/update/stable_rank" not in section
     assert "landscape/random" not in section
@@ -160,15 +165,54 @@ def test_baseline(report: dict[str, Any]) -> None:
 
     report["baseline"]["tokens_seen"] = 10
     report["baseline"]["data"] |= {"tokenizer_hash": "sha256:other"}
-    section = card_of(report).split("### Beside its baseline")[1]
+    section = part(card_of(report), "Beside its baseline")
     assert "**The two runs differ in more than the method: tokenizer (sha256:77aa here, sha256:other there)" in section
     assert "tokens seen (1,228,800 (1.23 M) here, 10 there)" in section
     report["baseline"] |= {"metrics": [], "evaluations": [], "data": None}
-    section = card_of(report).split("### Beside its baseline")[1]
+    section = part(card_of(report), "Beside its baseline")
     assert "data (not recorded for the baseline)" in section
     assert "Nothing was measured on both in the same way." in section
     del report["baseline"]
-    assert "baseline" not in card_of(report).split("## The run")[0]
+    assert "baseline" not in card_of(report).lower()
+
+
+def test_what_is_seen_first(report: dict[str, Any]) -> None:
+    report["metrics"] += [
+        metric_entry("interpolation/cross_method/barrier", value, step=300, space="dense", settings={"other": other})
+        for other, value in (("another", 0.5), ("tiny-fullrank", 0.25))
+    ]
+    report["metrics"].append(metric_entry("validation_loss", 3.611, step=300, stderr=0.011))
+    report["baseline"]["metrics"].append(metric_entry("validation_loss", 4.514, step=300, stderr=0.011))
+    card = render_card(CardData.from_report(report, [*FIGURES, "mine.png"], "user/tiny-galore"))
+    first, code = card.split("\n---\n", 1)[1].split("## How to load it")
+    title, sentence, loss, table, missing, *figures = first.strip().split("\n\n")
+    assert title == "# tiny-galore"
+    assert sentence.count(". ") == 0
+    assert loss == (
+        "Validation loss: 3.611 ± 0.011 nats a token, perplexity 37.00 ± 0.42. The baseline, tiny-fullrank (full-rank "
+        "training), has 4.514 ± 0.011; the difference is −0.903 ± 0.016."
+    )
+    head, _, *rows = table.splitlines()
+    assert head == "| | Metric | Value | Baseline | Difference |"
+    ids = [row.split(" | ")[0].strip("| ") for row in rows]
+    assert ids == sorted(set(ids), key=lambda number: int(number[1:])), "one line each, in their order"
+    assert "| H7 | Barrier to another method (tiny-fullrank) | 0.2500 |  |  |" in rows
+    assert missing == f"Not measured: {', '.join(f'H{n}' for n in range(1, 17) if f'H{n}' not in ids)}."
+    assert [re.search(r"\((.*)\)", each)[1] for each in figures] == [
+        "figures/loss.png", "figures/spectra_over_steps.png", "figures/spectra_over_depth.png",
+    ]  # fmt: skip
+    # all else is a click away
+    seen = re.sub(r"<details>\n.*?</details>", "", code, flags=re.DOTALL)
+    assert re.sub(r"```.*?```", "", seen, flags=re.DOTALL).count("|") == 0
+    assert "figures/mine.png" in part(card, "More figures")
+    assert card.count("<details>") == card.count("</details>") == card.count("<summary>") == 7
+
+    report["baseline"]["tokens_seen"] = 10
+    report["metrics"] = [each for each in report["metrics"] if each["name"] != "validation_loss"]
+    text = card_of(report)
+    assert "perplexity: 37.00 ± 0.42. The baseline is tiny-fullrank (full-rank training). **The two differ in" in text
+    del report["baseline"]
+    assert "| | Metric | Value |\n| --- | --- | --- |\n| H" in card_of(report)
 
 
 def test_a_baseline_holds_what_was_measured_of_it_alone(report: dict[str, Any]) -> None:
@@ -279,7 +323,9 @@ def test_every_method(report: dict[str, Any], method: str) -> None:
             assert f"eprint        = {{{paper.arxiv}}}" in card
             assert f"](https://arxiv.org/abs/{paper.arxiv})" in card
             assert paper.authors.count(", ") == card.split(f"{{{paper.title}}},")[1].split("\n")[1].count(" and ") > 2
-    assert f"- Method: {config.label if config else method}" in card
+    label = config.label if config else method
+    linked = f"[{label}](https://arxiv.org/abs/{config.paper.arxiv})" if config and config.paper else label
+    assert f", trained with {linked} on " in card
     dense = config is None or config.has_dense_form
     assert ("dense=True" in card) == dense
     assert ("trust_remote_code=True" in card) != dense
@@ -401,7 +447,7 @@ def test_unknown_method_name_comes_out_as_text(report: dict[str, Any], text: str
     report["run"] |= {"method": text, "method_label": None}
     card = card_of(report)
     rendered = body_html(card)
-    assert html.unescape(re.sub(r"<[^>]+>", "", rendered)).count(one_line(text)) == 3
+    assert html.unescape(re.sub(r"<[^>]+>", "", rendered)).count(one_line(text)) == 2
     assert "<script" not in rendered
     assert all(re.fullmatch(r"[\w.:-]+", tag) for tag in ModelCard(card).data.tags)
 
