@@ -225,6 +225,7 @@ class CompareOptions(_Checked):
     at: str | None = option(
         None, "Take each run at loss=3.9, matched (the worst final loss), step=200 or tokens=819200."
     )
+    all: bool = option(False, "Print every metric, task, cost and notice, not the headline metrics alone.")
     group_seeds: bool = option(False, "Runs that differ only in their seed as one, mean and error.")
     output: Path = option(Path("comparison"), "Folder for page, tables and figures.")
     push_to_space: str | None = option(None, "Publish the page as this Space, user/name.")

@@ -13,7 +13,8 @@ from hf_lowrank.compare.gather import Gathered, gather
 from hf_lowrank.compare.matched import parse_at
 from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import Comparison, compare
-from hf_lowrank.compare.text import heading, metrics_csv, print_comparison, render_markdown, runs_csv
+from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.compare.text import heading, metrics_csv, render_markdown, runs_csv
 from hf_lowrank.hub.asking import ask_first
 from hf_lowrank.hub.listing import published_runs
 from hf_lowrank.hub.space import push_space, space_card
@@ -55,7 +56,7 @@ def run_compare(sources: list[str], options: CompareOptions) -> int:
         at=place,
     )
     _print_left_out(gathered, console)
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, options.all)
     page, text = _write(comparison, output)
     console.print(Text(f"{output} holds index.html, comparison.md, metrics.csv, runs.csv and figures/"))
     if options.push_to_space is not None:

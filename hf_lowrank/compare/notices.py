@@ -15,7 +15,7 @@ from hf_lowrank.report.catalogue import headline_metric
 from hf_lowrank.report.comparability import PEER, REMARKS, Difference, Level, Number
 from hf_lowrank.report.values import UNKNOWN, describe
 
-__all__ = ["Notice", "metric_notices", "place_notices", "run_notices"]
+__all__ = ["Notice", "by_kind", "folded", "metric_notices", "place_notices", "run_notices"]
 
 _MOST_LABELS = 8  # of runs in one part of a notice
 
@@ -32,12 +32,14 @@ class Notice:
         title: what it is about.
         text: what follows from it.
         parts: (value, the labels of the runs that have it), the most common first.
+        metrics: the metrics that it is about, if it is about metrics.
     """
 
     level: Level
     title: str
     text: str
     parts: Parts = ()
+    metrics: tuple[str, ...] = ()
 
     @property
     def shown(self) -> list[tuple[str, str]]:
@@ -62,6 +64,30 @@ class Notice:
     def line(self) -> str:
         """The notice on one line, as plain text."""
         return ": ".join(part for part in (self.title, self.text, self.values) if part)
+
+
+def by_kind(notices: Sequence[Notice]) -> list[tuple[str, list[Notice]]]:
+    """Return notices on metrics that say the same together, each kind with one line for all of them."""
+    kinds: dict[tuple[Any, ...], list[Notice]] = {}
+    for place, notice in enumerate(notices):
+        # what is not the same may be another thing at every metric: steps, matrices, settings
+        kind = notice.text.partition(" same ")[0] if notice.metrics else place
+        kinds.setdefault((notice.level, kind), []).append(notice)
+    return [(_folded(members), members) for members in kinds.values()]
+
+
+def folded(notices: Sequence[Notice]) -> list[str]:
+    """Return a line for each kind of notice; one on metrics names the first of them and how many they are."""
+    return [line for line, _ in by_kind(notices)]
+
+
+def _folded(members: Sequence[Notice]) -> str:
+    first = members[0]
+    names = list(dict.fromkeys(name for notice in members for name in notice.metrics))
+    if len(names) < 2:
+        return first.line
+    texts = ", ".join(dict.fromkeys(notice.text for notice in members))
+    return f"{_title(names[0])} and {len(names) - 1} more metric{'s' if len(names) > 2 else ''}: {texts}"
 
 
 def run_notices(differing: Sequence[Difference], labels: Sequence[str]) -> list[Notice]:
@@ -108,11 +134,18 @@ def metric_notices(points: pd.DataFrame, labels: Sequence[str], one_place: bool 
         ways = _ways([(run, number) for run, number in numbers if number.comparable], labels)
         if ways:
             say(level, metric, "measured in different ways, so in columns of their own", ways)
-    return [Notice(level, _titles(names), text, parts) for (level, text, parts), names in metrics.items()]
+    return [
+        Notice(level, _titles(names), text, parts, tuple(names)) for (level, text, parts), names in metrics.items()
+    ]
+
+
+def _title(name: str) -> str:
+    metric = headline_metric(name)
+    return name if metric is None else metric.label
 
 
 def _titles(names: Sequence[str]) -> str:
-    shown = [metric.label if (metric := headline_metric(name)) else name for name in dict.fromkeys(names)]
+    shown = [_title(name) for name in dict.fromkeys(names)]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 5 else ", ".join(["", *shown[4:]]))
 
 

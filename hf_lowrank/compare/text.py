@@ -1,14 +1,10 @@
-"""A comparison as text: CSV, Markdown and the terminal's tables."""
+"""A comparison as text: CSV and Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from hf_lowrank.compare.table import Comparison
 from hf_lowrank.report.markdown import Markdown, escape, one_line
@@ -16,7 +12,7 @@ from hf_lowrank.report.significance import UNPAIRED
 from hf_lowrank.report.values import UNKNOWN
 
 __all__ = [
-    "ENVIRONMENT", "heading", "metrics_csv", "print_comparison", "render_markdown", "runs_csv", "significance_text",
+    "ENVIRONMENT", "heading", "metrics_csv", "render_markdown", "runs_csv", "significance_text",
 ]  # fmt: skip
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
@@ -30,12 +26,6 @@ ENVIRONMENT = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
-)
-_METRIC_WIDTH, _RUN_WIDTH = 44, 36  # characters of the terminal
-_SHOWN_COSTS = (
-    *("parameters_trained", "optimizer_state_bytes", "peak_memory_bytes", "wall_time_seconds"),
-    *("tokens_per_second", "optimizer_seconds_per_step", "refresh_seconds_per_step"),
-    *("steps_taken", "tokens_taken"),
 )
 
 
@@ -162,71 +152,3 @@ def _runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         differs = f"≠ {', '.join(row.differs)}" if row.differs else ""
         lines.append([row.label + mark, *(facts.get(key, "") for key in shown), differs])
     return ["run", *(labels.get(key, key) for key in shown), "not comparable in"], lines
-
-
-# ---- the terminal ----
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print notices, runs, headline metrics, tasks and costs; no name is read as markup."""
-    if comparison.conflicts:
-        lines = "\n".join(f"• {notice.line}" for notice in comparison.conflicts)
-        console.print(Panel(Text(lines), title="NOT COMPARABLE", border_style="bold red", title_align="left"))
-    if comparison.at:
-        console.print(Text(heading(comparison), style="bold"))
-    console.print(_terminal_runs(comparison))
-    costs = {index for index, column in enumerate(comparison.columns) if column.name in _SHOWN_COSTS}
-    table = comparison.pivot(_terminal_cell)[sorted({*comparison.usual, *costs})]
-    block = max(1, (console.width - _METRIC_WIDTH) // _RUN_WIDTH)
-    for start in range(0, len(comparison.rows), block):
-        console.print(_terminal_metrics(comparison, table.iloc[start : start + block]))
-    for notice in comparison.notes:
-        console.print(Text(f"note: {notice.line}", style="dim"))
-
-
-def _terminal_runs(comparison: Comparison) -> Table:
-    table = Table(title="runs", title_justify="left")
-    sorted_by: list[str] = []
-    sorted_texts: Mapping[int, str] = {}
-    if comparison.sort is not None:
-        sorted_by = [f"{comparison.columns[comparison.sort].title} {'↓' if comparison.descending else '↑'}"]
-        sorted_texts = comparison.cells["text"].xs(comparison.sort, level="column").to_dict()
-    places = ["taken at"] if comparison.at else []
-    for column in ("run", "method", "seed", "tokens seen", "learning rate", *places, *sorted_by, "not comparable in"):
-        table.add_column(column, overflow="fold")
-    for index, row in enumerate(comparison.rows):
-        facts = {fact.key: fact.text for fact in row.facts}
-        table.add_row(
-            Text(row.label + (" (baseline)" if index == comparison.baseline else "")),
-            Text(row.method),
-            Text(", ".join("?" if seed is None else str(seed) for seed in row.seeds)),
-            Text(facts["tokens_seen"]),
-            Text(facts["learning_rate"]),
-            *(Text(facts["taken_at"]) for _ in places),
-            *(Text(sorted_texts.get(index, "")) for _ in sorted_by),
-            Text(", ".join(row.differs), style="bold red"),
-        )
-    return table
-
-
-def _terminal_metrics(comparison: Comparison, cells: pd.DataFrame) -> Table:
-    table = Table(title="metrics", title_justify="left")
-    table.add_column("metric", overflow="fold", max_width=_METRIC_WIDTH)
-    for index in cells.index:
-        row = comparison.rows[index]
-        head = Text(row.label + (" ≠" if row.differs else ""))
-        if tested := comparison.tested(index):
-            head.append(f"\n{tested}", style="dim")
-        table.add_column(head, justify="right", overflow="fold")
-    for column, texts in cells.items():
-        if texts.notna().any():
-            shown = [Text("") if text is None else text for text in texts]
-            table.add_row(Text(comparison.columns[int(str(column))].title), *shown)
-    return table
-
-
-def _terminal_cell(cell: Any) -> Text:
-    text = Text(cell.text)
-    if cell.delta_text:
-        text.append(f"\n{cell.delta_text} {cell.marks}".rstrip(), style="dim")
-    return text

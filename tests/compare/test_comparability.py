@@ -12,7 +12,8 @@ from rich.console import Console
 
 from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import Comparison, compare
-from hf_lowrank.compare.text import metrics_csv, print_comparison, render_markdown, runs_csv
+from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.compare.text import metrics_csv, render_markdown, runs_csv
 from hf_lowrank.hub.card import CardData, render_card
 from hf_lowrank.report.baseline import baseline_of, beside_baseline
 from hf_lowrank.report.comparability import FACTS, differences

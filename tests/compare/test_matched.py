@@ -15,7 +15,8 @@ from hf_lowrank.compare.charts import charts
 from hf_lowrank.compare.matched import At, parse_at
 from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import compare
-from hf_lowrank.compare.text import heading, metrics_csv, print_comparison, render_markdown, runs_csv
+from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.compare.text import heading, metrics_csv, render_markdown, runs_csv
 from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.io import metric_entry
 from hf_lowrank.report.pairing import Items, blended, paired

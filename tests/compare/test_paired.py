@@ -18,7 +18,8 @@ from scipy.stats import binomtest, false_discovery_control, ttest_rel
 from hf_lowrank.compare.frame import ComparedRun
 from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import Comparison, compare
-from hf_lowrank.compare.text import metrics_csv, print_comparison, render_markdown
+from hf_lowrank.compare.terminal import print_comparison
+from hf_lowrank.compare.text import metrics_csv, render_markdown
 from hf_lowrank.hub.card import CardData, render_card
 from hf_lowrank.report.baseline import baseline_of, beside_baseline, differences_to_baseline
 from hf_lowrank.report.evidence import Kept
