@@ -18,6 +18,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from hf_lowrank.compare.charts import Chart
+from hf_lowrank.compare.heat import heat_maps
+from hf_lowrank.compare.notices import by_kind
 from hf_lowrank.compare.scatter import scatter
 from hf_lowrank.compare.table import Comparison, Row
 from hf_lowrank.compare.text import ENVIRONMENT, heading, significance_text
@@ -26,7 +28,7 @@ from hf_lowrank.report.tables import Fact
 
 __all__ = ["render_page"]
 
-_SCRIPTS = ("compare-base.js", "compare-table.js", "compare-chart.js", "compare-scatter.js", "compare-start.js")
+_SCRIPTS = tuple(f"compare-{part}.js" for part in ("base", "table", "chart", "scatter", "heat", "view", "start"))
 _NAMED = 8  # runs in the page's head
 _SHARED = ("model", "data", "tokens_seen", "steps", "sequence_length", "precision")
 _SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "steps_taken", "tokens_taken")
@@ -46,8 +48,8 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
             heading=heading(comparison),
             names=names,
             shared=_shared_facts(comparison.rows),
-            conflicts=comparison.conflicts,
-            notes=comparison.notes,
+            conflicts=by_kind(comparison.conflicts),
+            notes=by_kind(comparison.notes),
             place=comparison.at,
             rows=[_shown_row(row) for row in comparison.rows],
             reading=significance_text(comparison),
@@ -123,6 +125,7 @@ def _page_data(comparison: Comparison, charts: Sequence[Chart]) -> dict[str, Any
         "cells": comparison.pivot(_cell).values.tolist(),
         "charts": [_chart(chart) for chart in charts],
         "scatter": scatter(comparison),
+        "heat": heat_maps(comparison),
     }
 
 

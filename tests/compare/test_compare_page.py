@@ -37,7 +37,11 @@ def comparison() -> Comparison:
     for one in (report("base", "fullrank", loss=4.0), report(HOSTILE, "<b>galore</b>", loss=3.0), other):
         loss = one["metrics"][-4]["value"]
         training = pd.DataFrame({"step": [10, 100, 1000], "loss": [loss + 2, loss + 1, loss]})
-        made.append(compared(one["run"]["name"], one, {"training": training}, repo="user/run@step-3"))
+        layers = [(step, layer) for step in (0, 150, 300) for layer in range(4)]
+        spectral = pd.DataFrame(layers, columns=["step", "layer"]).assign(space="dense", name="w", module="w")
+        spectral["spectral/weight/stable_rank"] = loss + spectral["step"] / 100 + spectral["layer"]
+        tables = {"training": training, "spectral": spectral}
+        made.append(compared(one["run"]["name"], one, tables, repo="user/run@step-3"))
     return compare(made, baseline=0)
 
 
@@ -122,12 +126,14 @@ class Page:
     def __init__(self, driver: webdriver.Chrome, address: str) -> None:
         self.driver, self.address = driver, address
 
-    def open(self, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+    def open(self, width: int = 1280, height: int = 900, scheme: str = "light", view: str = "") -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        self.driver.get(self.address)
+        # another fragment alone would not load it again
+        self.driver.get("about:blank")
+        self.driver.get(self.address + view)
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -173,8 +179,9 @@ def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pag
 
 @pytest.fixture
 def at(browser: Page) -> Page:
-    """The page, freshly opened at a desk."""
+    """The page, freshly opened at a desk, with a line for each run."""
     browser.open()
+    browser.one("#turned").click()
     return browser
 
 
@@ -224,6 +231,85 @@ def test_sorting_and_choosing_by_keyboard_alone(at: Page) -> None:
     assert at.runs() == [HOSTILE, BASE, OTHER]
     at.driver.switch_to.active_element.send_keys(Keys.SPACE)
     assert at.runs() == [OTHER, BASE, HOSTILE], "focus stays on the column's button"
+
+
+@needs_browser
+def test_few_runs_are_columns_and_metrics_lines_by_family(browser: Page) -> None:
+    browser.open()
+    assert browser.texts("#table thead .name") == [BASE, HOSTILE, OTHER]
+    families = browser.texts("#table .family th")
+    assert families == ["Loss", "Loss landscape", "Spectra", "Downstream tasks", "Cost"]
+    names = browser.texts("#table tbody th button")
+    assert names[:3] == ["Validation loss", "H1 Expected sharpness, random directions", "H9 Stable rank of W"]
+    line = browser.one("#table tbody tr:nth-child(2)")
+    assert [cell.text.split("\n")[0] for cell in line.find_elements(By.TAG_NAME, "td")] == [
+        "4.00 ± 0.10", "3.00 ± 0.10", "5.00 ± 0.10",
+    ]  # fmt: skip
+    assert len(browser.all("#table .base")) == len(names) + 1
+    line.find_element(By.TAG_NAME, "button").click()
+    assert browser.texts("#table thead .name") == [HOSTILE, BASE, OTHER]
+    assert browser.js("return document.activeElement.textContent") == "Validation loss", "focus stays"
+    assert browser.one("#table tbody th[aria-sort=ascending]").text == "Validation loss"
+
+
+@needs_browser
+def test_heat_maps_of_runs_and_of_steps_by_layer(at: Page) -> None:
+    plot, said = at.one("#heat"), at.one("#heat-readout")
+    assert "H9 Stable rank of W" in at.one("#heat-title").text
+    fills = "return [...document.querySelectorAll('#heat .cell')].map((e) => e.getAttribute('fill'))"
+    assert len(set(at.js(fills))) > 4
+    assert len(at.all("#heat .cell")) == 3 * 4, "three runs, four layers"
+    plot.send_keys(Keys.HOME)
+    assert said.text == "base, layer 0: 7", "loss + 300 / 100"
+    plot.send_keys(Keys.ARROW_DOWN, Keys.END)
+    assert said.text == f"{HOSTILE}, layer 3: 9"
+    at.all("#legend input")[1].send_keys(Keys.SPACE)
+    assert len(at.all("#heat .cell")) == 2 * 4
+    at.choose("#heat-view", "Steps × layers: other")
+    assert at.texts("#heat text")[:3] == ["step 0", "step 150", "step 300"]
+    ActionChains(at.driver).move_to_element(at.all("#heat .cell")[5]).perform()
+    assert said.text == "step 150, layer 1: 7.5"
+    at.one("#heat-data summary").click()
+    rows = WebDriverWait(at.driver, 10).until(lambda _: at.texts("#heat-data tbody tr"), "toggle comes later")
+    assert rows == ["step 05678", "step 1506.57.58.59.5", "step 300891011"]
+
+
+SHOWN = """
+return [document.querySelector("#table").textContent, document.querySelector("#status").textContent,
+  ...["#chart", "#scatter", "#heat"].map((id) => document.querySelector(id).getAttribute("aria-label")),
+  ...[...document.querySelectorAll("input, select")].map((e) => e.type === "checkbox" ? e.checked : e.value)];
+"""
+
+
+@needs_browser
+def test_a_link_restores_the_view(at: Page) -> None:
+    before = at.js(SHOWN)
+    assert "columns" not in at.js("return location.hash")
+    at.header("Validation loss").find_element(By.TAG_NAME, "button").click()
+    at.all("#legend input")[2].send_keys(Keys.SPACE)
+    at.one("#filter").send_keys("a")
+    at.all("details.chooser > summary")[1].click()
+    at.one("#metric-choice input:not(:checked)").click()
+    at.choose("#chart-choice", "Stable rank")
+    at.choose("#scatter-x", "Peak memory")
+    at.choose("#scatter-front", "none")
+    at.one("#scatter-log-y").click()
+    at.choose("#heat-view", "Steps × layers: base")
+    chosen, link = at.js(SHOWN), at.js("return document.querySelector('#view-link').href")
+    assert chosen != before
+    assert link == at.js("return location.href")
+    at.open(view=link.removeprefix(at.address))
+    assert at.js(SHOWN) == chosen
+    # what is no view of this page changes nothing
+    for strange in ("#view=1-2-3-4-5&runs=0", "#metrics", "#view=%zz&sort=x"):
+        at.open(view=strange)
+        at.one("#turned").click()
+        assert at.js(SHOWN) == before
+    mark = link.split("view=")[1].split("&")[0]
+    at.open(view=f"#view={mark}&sort=999&runs=7.x&columns=-1.1e9&chart-choice=99&filter=%3Cb%3E&turned=0")
+    assert at.all("b") == []
+    assert at.one("#filter").get_attribute("value") == "<b>"
+    assert at.runs() == []
 
 
 @needs_browser
@@ -315,6 +401,7 @@ def test_every_text_has_contrast_and_fits_the_width(browser: Page, scheme: str, 
     browser.js("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     browser.one("#chart").send_keys(Keys.HOME)
     browser.one("#scatter").send_keys(Keys.HOME)
+    browser.one("#heat").send_keys(Keys.HOME)
     assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
     weak = browser.js(CONTRAST)
@@ -473,6 +560,13 @@ def relative(colour: list[float]) -> float:
 @needs_browser
 def test_on_paper_each_run_lists_its_numbers_without_controls(browser: Page) -> None:
     browser.open(700, 900, "dark")
+    for _ in range(2):
+        # both ways fit the paper; the last one lists what a run has
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+        if browser.one("#turned").is_selected():
+            browser.one("#turned").click()
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert not browser.one("#filter").is_displayed()
     assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
@@ -490,4 +584,4 @@ def test_no_error_and_no_request_in_all_of_this(at: Page) -> None:
     sent = [json.loads(entry["message"])["message"] for entry in at.driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert asked, "the page itself is among them"
-    assert {url for url in asked if not url.startswith("data:")} == {at.address}
+    assert {url for url in asked if not url.startswith(("data:", "about:"))} == {at.address}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hf_lowrank.compare.gather import gather
 from hf_lowrank.compare.notices import Notice, folded
+from hf_lowrank.compare.page import render_page
 from hf_lowrank.compare.table import compare
 from hf_lowrank.compare.terminal import compact, print_comparison
 from hf_lowrank.report.catalogue import headline_metrics
@@ -67,6 +68,13 @@ def test_notices_of_one_kind_are_one_line():
         "Validation loss and 1 more metric: not of the same matrices, not of the same total",
     ]
     assert folded(way[:1]) == ["A: measured in different ways: x (validation_loss)"]
+
+
+def test_the_page_folds_them_too(six):
+    page = render_page(six, [])
+    kind = "<summary>Expected sharpness, random directions and 13 more metrics: measured in different ways"
+    assert page.count(kind) == 1
+    assert "Not comparable in 2 respects" in page
 
 
 @pytest.mark.parametrize(

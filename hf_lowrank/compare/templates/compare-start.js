@@ -9,6 +9,10 @@ function chooseRun(row, on) {
     plot.at = null;
     renderScatter();
   }
+  if (data.heat.length) {
+    heat.at = null;
+    renderHeat();
+  }
   if (data.charts.length) {
     renderChart();
     renderValues();
@@ -32,3 +36,5 @@ runChoices(byId("legend"), true);
 startTable();
 startChart();
 startScatter();
+startHeat();
+startView();

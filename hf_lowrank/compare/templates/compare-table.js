@@ -1,4 +1,4 @@
-const table = { sort: data.sort, descending: data.descending, filter: "", differences: data.baseline !== null };
+const table = { sort: data.sort, descending: data.descending, filter: "", differences: data.baseline !== null, turned: data.rows.length <= 6 };
 
 function haystack(row) {
   return [row.label, row.method, row.seeds, row.text].join(" ").toLowerCase();
@@ -27,20 +27,20 @@ function sortBy(column) {
   if (again) again.focus();
 }
 
-function headerCell(column, label, detail, group) {
+function headerCell(column, label, detail, group, scope = "col") {
   const sorted = table.sort === column ? (table.descending ? "descending" : "ascending") : "none";
   const button = element("button", { type: "button" }, label);
   button.addEventListener("click", () => sortBy(column));
-  const cell = element("th", { scope: "col", "aria-sort": sorted, "data-column": column });
+  const cell = element("th", { scope, "aria-sort": sorted, "data-column": column });
   if (group) cell.append(element("span", { class: "group" }, group));
   cell.append(button);
   if (detail) cell.append(element("span", { class: "sub" }, detail));
   return cell;
 }
 
-function runCell(index) {
+function runCell(index, scope) {
   const row = data.rows[index];
-  const cell = element("th", { scope: "row" }, swatch(index), element("span", { class: "name" }, row.label));
+  const cell = element("th", { scope, class: scope === "col" && index === data.baseline ? "base" : null }, swatch(index), element("span", { class: "name" }, row.label));
   const about = [row.method, row.seeds ? `seed ${row.seeds}` : ""].filter(Boolean).join(", ");
   cell.append(element("span", { class: "sub" }, index === data.baseline ? `${about}, baseline` : about));
   if (row.place) cell.append(element("span", { class: "sub" }, row.place));
@@ -62,20 +62,54 @@ function valueCell(cell, column) {
   return made;
 }
 
-function renderTable() {
-  const columns = data.columns.map((_, index) => index).filter((index) => shown.columns[index]);
-  const rows = chosenRows();
+function nameOfColumn(column) {
+  return column.id ? `${column.id} ${column.label}` : column.label;
+}
+
+// a line for each run, a column for each metric
+function runsDown(rows, columns) {
   const head = element("tr", {}, headerCell("name", "Run", "", ""));
   for (const index of columns) {
     const column = data.columns[index];
-    head.append(headerCell(index, column.id ? `${column.id} ${column.label}` : column.label, column.detail, column.group));
+    head.append(headerCell(index, nameOfColumn(column), column.detail, column.group));
   }
-  byId("table").tHead.replaceChildren(head);
-  byId("table").tBodies[0].replaceChildren(...rows.map((index) => {
-    const line = element("tr", { class: index === data.baseline ? "base" : null }, runCell(index));
+  const lines = rows.map((index) => {
+    const line = element("tr", { class: index === data.baseline ? "base" : null }, runCell(index, "row"));
     line.append(...columns.map((column) => valueCell(data.cells[index][column], column)));
     return line;
-  }));
+  });
+  return [head, lines];
+}
+
+// a column for each run, a line for each metric, family by family
+function runsAcross(rows, columns) {
+  const head = element("tr", {}, headerCell("name", "Run", "", ""), ...rows.map((index) => runCell(index, "col")));
+  const lines = [];
+  let group = null;
+  for (const index of columns) {
+    const column = data.columns[index];
+    if (column.group !== group) {
+      group = column.group;
+      lines.push(element("tr", { class: "family" }, element("th", { scope: "rowgroup", colspan: rows.length + 1 }, group)));
+    }
+    const line = element("tr", {}, headerCell(index, nameOfColumn(column), column.detail, "", "row"));
+    for (const row of rows) {
+      const cell = valueCell(data.cells[row][index], index);
+      if (row === data.baseline) cell.classList.add("base");
+      line.append(cell);
+    }
+    lines.push(line);
+  }
+  return [head, lines];
+}
+
+function renderTable() {
+  const columns = data.columns.map((_, index) => index).filter((index) => shown.columns[index]);
+  const rows = chosenRows();
+  const [head, lines] = (table.turned ? runsAcross : runsDown)(rows, columns);
+  byId("table").classList.toggle("turned", table.turned);
+  byId("table").tHead.replaceChildren(head);
+  byId("table").tBodies[0].replaceChildren(...lines);
   byId("status").textContent = describeTable(rows.length);
   byId("metric-count").textContent = `(${columns.length} of ${data.columns.length} shown)`;
 }
@@ -100,7 +134,7 @@ function buildMetricChoice() {
         shown.columns[index] = on;
         renderTable();
       };
-      const label = element("span", {}, column.id ? `${column.id} ${column.label}` : column.label);
+      const label = element("span", {}, nameOfColumn(column));
       if (column.settings) label.append(element("span", { class: "sub" }, column.settings));
       const choice = checkbox(column.shown, change, label);
       choice.dataset.columnChoice = index;
@@ -112,7 +146,7 @@ function buildMetricChoice() {
 
 function chooseMetrics(wanted) {
   data.columns.forEach((column, index) => {
-    shown.columns[index] = wanted(column);
+    shown.columns[index] = wanted(column, index);
     document.querySelector(`[data-column-choice="${index}"] input`).checked = shown.columns[index];
   });
   renderTable();
@@ -133,6 +167,11 @@ function startTable() {
   buildMetricChoice();
   byId("filter").addEventListener("input", (event) => {
     table.filter = event.target.value;
+    renderTable();
+  });
+  byId("turned").checked = table.turned;
+  byId("turned").addEventListener("change", (event) => {
+    table.turned = event.target.checked;
     renderTable();
   });
   if (data.baseline !== null) {
