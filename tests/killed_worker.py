@@ -17,6 +17,7 @@ from tiny_runs import METHODS, arguments, make_trainer, projected, restarted
 
 import hf_lowrank as lr
 import hf_lowrank.methods.relora as relora
+from hf_lowrank.optim.matrix import Matrix
 
 SAVE_STEPS, MAX_STEPS, MATRICES = 4, 12, 14
 
@@ -51,7 +52,7 @@ def in_backward(trainer):
 
 def in_refresh(trainer):
     # refreshes are due in steps 1, 4 and 7, one call a matrix: this is in the middle of the third
-    kill_at_call(trainer.optimizer_cls_and_kwargs[0], "refresh_projectors", 2 * MATRICES + 5)
+    kill_at_call(Matrix, "set_projector", 2 * MATRICES + 5)
 
 
 def in_update(trainer):

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.methods.prepare import apply_method
 from hf_lowrank.methods.targets import dense_weights
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, projected
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
 STEPS, SEQUENCES, LENGTH = 20, 12, 8
@@ -257,13 +258,62 @@ def ddp(folder):
                 log_level="error",
             )
             trainer = make_trainer(METHODS[method], args, model=llama(**SIZES).to(dtype))
-            trainer.train()
+            refreshed = [0]
+            with patch.object(projected, "refresh_projector", counting(refreshed, projected.refresh_projector)):
+                trainer.train()
             found = {k: v.detach() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
             name = f"{method}, {str(dtype).removeprefix('torch.')}"
             if dist.get_world_size() == 1:
                 torch.save(found, folder / f"ddp {name}.pt")
             results[name] = difference(found, torch.load(folder / f"ddp {name}.pt", weights_only=True))
+            results[name] = max(results[name], apart(trainer.optimizer))
+            if refreshed[0] and dtype is torch.float64:
+                shares = [None] * dist.get_world_size()
+                dist.all_gather_object(shares, refreshed[0])
+                results[f"{method}, share of the refreshes"] = max(shares) / sum(shares)
+    return {**results, **{f"dealt refreshes, {case}": error for case, error in dealt().items()}}
+
+
+def dealt():
+    """Refreshes that are dealt to processes, or would be if these had the same gradients, against each one's own."""
+    results = {}
+    for case in ("the same gradients", "other gradients", "not all gradients"):
+        models, optimizers = [Matrices(), Matrices()], []
+        for model, replicas in zip(models, (True, False), strict=True):
+            optimizers.append(matrix_optimizer(model, GaLoreAdamW, {}))
+            optimizers[-1].replicas = replicas
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step + 1000 * dist.get_rank() * (case == "other gradients"))
+            for i, pair in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+                grad = torch.randn(pair[0].shape, generator=generator, dtype=torch.float64)
+                lacking = case == "not all gradients" and i == dist.get_rank() and step > 5
+                for p in pair:
+                    p.grad = None if lacking else grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        differ = torch.tensor(difference(*(dict(model.named_parameters()) for model in models)))
+        dist.all_reduce(differ, op=dist.ReduceOp.MAX)
+        results[case] = differ.item()
     return results
+
+
+def counting(calls, function):
+    """The function, whose calls are counted."""
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def apart(optimizer):
+    """1.0 unless all processes have the same state of the optimizer, to the bit."""
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    mine = [v.tolist() if torch.is_tensor(v) else v for v in state]
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    return float(any(other != everywhere[0] for other in everywhere))
 
 
 def save(model, optimizer, folder):

@@ -78,6 +78,12 @@ def test_a_sharded_model_is_measured_and_published_as_a_whole_one(folder):
 def test_every_method_with_ddp_equals_one_process(folder):
     launch(folder, "ddp", 1)
     results = launch(folder, "ddp", 2)
+    shares = {case: results.pop(case) for case in list(results) if case.endswith("share of the refreshes")}
+    # the dearest matrices of the two layers are a square of 24 and three of 24 x 27: the shares are about equal
+    assert shares
+    assert {case: share for case, share in shares.items() if not 0.5 <= share <= 0.6} == {}
+    dealt = [results.pop(case) for case in list(results) if case.startswith("dealt refreshes")]
+    assert dealt == [0, 0, 0]
     assert len(results) == 2 * len(METHODS)
     assert apart(results) == {}
 

@@ -72,10 +72,10 @@ class ApolloAdamW(ProjectedAdamW):
             m, n = x.shape
             shape = (group["r"], n) if x.where == "right" else (m, group["r"])
             # every process counts on for the matrices of all
-            for kept in x.projector:
+            if x.own:
                 generator = torch.Generator(x.G.device).manual_seed(x.state["seed"])
                 fresh = torch.randn(shape, generator=generator, device=x.G.device) / math.sqrt(group["r"])
-                kept.copy_(x.shards.local_rows(fresh) if x.where == "left" else fresh)
+                x.set_projector([x.shards.local_rows(fresh) if x.where == "left" else fresh])
             x.state["seed"] = next_seed(x.state["seed"])
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:

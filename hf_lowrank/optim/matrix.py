@@ -83,9 +83,11 @@ class Matrix:
 
     def __init__(self, p: Tensor, state: dict[str, Any], proj_type: str, name: str, index: int | None = None) -> None:
         assert p.grad is not None
-        self.shape = (p.shape[-2], p.shape[-1])
+        self.shape: tuple[int, ...] = p.shape[-2:]
         self.where, self.shards = side(self.shape, proj_type), RowShards.of(p, name)
-        self.W, self.G, self.own = local(p), local(p.grad), True
+        self.W, self.G, self.own = p, p.grad, True
+        if self.shards.mesh is not None:
+            self.W, self.G = local(p), local(p.grad)
         if index is None:
             self.name, self.state = name, state
         else:
@@ -99,14 +101,23 @@ class Matrix:
             self.M = self.V = self.R = self.G
             self.projector: list[Tensor] = []
             return
-        self.M, self.V = local(self.state["exp_avg"]), local(self.state["exp_avg_sq"])
-        self.projector = [local(self.state[key]) for key in PROJECTORS if key in state]
+        self.M, self.V = self.state["exp_avg"], self.state["exp_avg_sq"]
+        self.projector = [self.state[key] for key in PROJECTORS if key in state]
+        if self.shards.mesh is not None:
+            self.M, self.V = local(self.M), local(self.V)
+            self.projector = [local(P) for P in self.projector]
 
     @classmethod
     def each(cls, p: Tensor, state: dict[str, Any], proj_type: str, name: str) -> Iterator["Matrix"]:
         """The parameter as a matrix, or every matrix of a stack, those of other processes as well."""
-        for index in range(p.shape[0]) if p.ndim == 3 else [None]:
-            yield cls(p, state, proj_type, name, index)
+        if p.ndim == 2:
+            return iter([cls(p, state, proj_type, name)])
+        return (cls(p, state, proj_type, name, index) for index in range(p.shape[0]))
+
+    def set_projector(self, fresh: list[Tensor]) -> None:
+        """Overwrite the projector, `left` matrices by rows."""
+        for kept, new in zip(self.projector, fresh, strict=True):
+            kept.copy_(new)
 
     @property
     def by_rows(self) -> bool:

@@ -173,6 +173,20 @@ class Plan:
         if self.after_first_backward is not None and model is not None:
             self.after_first_backward(model, args)
 
+    @staticmethod
+    def replicas(args: Any) -> bool:
+        """Whether Trainer's arguments stand for a run whose processes train copies of one model (DDP).
+
+        That is so if accelerate was set up for several processes without sharding, as every Trainer does. A loop
+        without an `Accelerator` may leave processes out, which the others would wait for in vain.
+        """
+        from accelerate.state import AcceleratorState
+
+        # an AcceleratorState that nobody has made makes itself
+        made = bool(AcceleratorState._shared_state)
+        distributed = args.parallel_mode.value == "distributed"
+        return made and distributed and AcceleratorState().distributed_type.value.startswith("MULTI_")
+
     def check_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Raise `ValueError` for a state that was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
@@ -239,6 +253,7 @@ def with_plan(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Op
             def before_step(*_: Any) -> None:
                 if not self._started:
                     self._started = True
+                    self.replicas = plan.replicas(args)
                     plan.check_gradients(args)
 
             self.register_step_pre_hook(before_step)

@@ -29,6 +29,7 @@ from hf_lowrank.optim.projector import (
     refresh_projector,
     side,
 )
+from hf_lowrank.optim.refresh import refresh
 from hf_lowrank.optim.sharding import RowShards, all_finite
 from hf_lowrank.sharding import local
 
@@ -54,6 +55,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
     rows, whatever has its rows is one too.
 
     A gradient that is not finite changes nothing: its matrix is left out of that step, and a warning is logged.
+
+    Attributes:
+        replicas: whether the processes of the default group train copies of one model with the same gradients (DDP),
+            so that each finds its share of the projectors and broadcasts them. Every process must then make every
+            step. Trainer's DDP runs on prepared models switch it on (see `plan.with_plan`); a loop of one's own may.
 
     Args:
         params: parameters or groups, as for any `torch.optim.Optimizer`.
@@ -89,6 +95,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: none is negative, betas are below 1"
             )
         self._warned = False
+        self.replicas = False
         # (group, place in it) -> name: FSDP2 puts other objects in the parameters' place
         self.names: dict[tuple[int, int], str] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -186,43 +193,37 @@ class ProjectedAdamW(torch.optim.Optimizer):
             if "r" not in group:
                 self._step_plain(index, group)
                 continue
-            for matrices in self._chunks(index, group):
-                self._step_projected(matrices, group)
+            matrices = self._refresh_due(list(self._matrices(index, group)), group)
+            for chunk in _chunks(matrices):
+                self._step_projected(chunk, group)
         return loss
 
-    def _chunks(self, index: int, group: dict[str, Any]) -> Iterator[list[Matrix]]:
-        """The group's matrices that have gradients, in chunks that are stepped together."""
-        chunk: list[Matrix] = []
-        elements = 0
+    def _matrices(self, index: int, group: dict[str, Any]) -> Iterator[Matrix]:
+        """The group's matrices that have gradients."""
         for place, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            self._check_dense(p.grad, index, place)
-            state, name = self._state_of(p, index, place), self._name(index, place)
-            for matrix in Matrix.each(p, state, group["proj_type"], name):
-                alone = matrix.shards.mesh is None and not matrix.W.is_cuda
-                apart = bool(chunk) and (chunk[0].shards != matrix.shards or chunk[0].W.device != matrix.W.device)
-                if chunk and (alone or apart or elements + math.prod(matrix.shape) > CHUNK_ELEMENTS):
-                    yield chunk
-                    chunk, elements = [], 0
-                chunk.append(matrix)
-                elements += math.prod(matrix.shape)
-        if chunk:
-            yield chunk
+            if p.grad is not None:
+                self._check_dense(p.grad, index, place)
+                state = self._state_of(p, index, place)
+                yield from Matrix.each(p, state, group["proj_type"], self._name(index, place))
+
+    def _refresh_due(self, matrices: list[Matrix], group: dict[str, Any]) -> list[Matrix]:
+        """Refresh the projectors that are due; the matrices that are left to be stepped."""
+        due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
+        if not due:
+            return matrices
+        finite = self._finite(due, [x.G for x in due])
+        kept = [x for x, good in zip(due, finite, strict=True) if good]
+        if kept:
+            with self.refreshing():
+                self.refresh_projectors(kept, group)
+        broken = {id(x) for x, good in zip(due, finite, strict=True) if not good}
+        return [x for x in matrices if id(x) not in broken]
 
     def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
-        due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
-        if due:
-            kept = self._finite(due, [x.G for x in due])
-            with self.refreshing():
-                self.refresh_projectors([x for x, good in zip(due, kept, strict=True) if good], group)
-            broken = {id(x) for x, good in zip(due, kept, strict=True) if not good}
-            matrices = [x for x in matrices if id(x) not in broken]
         for x in matrices:
             if x.own:
                 x.R = project(x.G, x.projector, x.where)
-        if matrices:
-            matrices[0].shards.all_reduce([x.R for x in matrices if not x.by_rows])
+        matrices[0].shards.all_reduce([x.R for x in matrices if not x.by_rows])
         # any entry of G that is not finite spreads into R, which is smaller to look through
         kept = self._finite(matrices, [x.R for x in matrices])
         matrices = [x for x, good in zip(matrices, kept, strict=True) if good]
@@ -238,11 +239,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
-        matrices = [x for x in matrices if x.own]
-        world = matrices[0].shards.world if matrices else 1
-        # one matrix a process at a time: each is whole on its owner alone
-        for start in range(0, len(matrices), world):
-            _refresh_subspaces(matrices[start : start + world], group)
+
+        def compute(x: Matrix, G: Tensor, previous: list[Tensor] | None) -> list[Tensor]:
+            return refresh_projector(G, group["r"], x.where, group["refresh"], previous)
+
+        refresh(matrices, compute, self.replicas)
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
         """Change the weights, given N = M / (sqrt(V) + eps) in the projection; weight decay included."""
@@ -300,26 +301,23 @@ def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = state["step"].cpu()
 
 
-def _refresh_subspaces(matrices: list[Matrix], group: dict[str, Any]) -> None:
-    """Refresh at most one matrix a process: gather it to its owner, decompose it there, broadcast the projector."""
-    gathered: list[tuple[Tensor | None, list[Tensor | None]]] = []
-    for owner, x in enumerate(matrices):
-        G, m = x.shards.gather(x.G, x.shape[0], owner), x.shape[0]
-        previous = [x.shards.gather(P, m, owner) if _by_rows(x, i) else P for i, P in enumerate(x.projector)]
-        gathered.append((G, previous if x.t > 1 else []))
-    own: list[Tensor] = []
-    for x, (G, previous) in zip(matrices, gathered, strict=True):
-        if G is not None:
-            whole = [P for P in previous if P is not None]
-            own = refresh_projector(G, group["r"], x.where, group["refresh"], whole or None)
-    for owner, x in enumerate(matrices):
-        for i, kept in enumerate(x.projector):
-            shape = (x.shape[0], group["r"]) if _by_rows(x, i) else tuple(kept.shape)
-            fresh = own[i] if x.shards.rank == owner else kept.new_empty(shape)
-            x.shards.broadcast(fresh, owner)
-            kept.copy_(x.shards.local_rows(fresh) if _by_rows(x, i) else fresh)
+def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
+    """The matrices in chunks that are stepped together."""
+    chunk: list[Matrix] = []
+    elements = 0
+    for matrix in matrices:
+        size = math.prod(matrix.shape)
+        if chunk and (elements + size > CHUNK_ELEMENTS or not _go_together(chunk[0], matrix)):
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(matrix)
+        elements += size
+    if chunk:
+        yield chunk
 
 
-def _by_rows(x: Matrix, i: int) -> bool:
-    """Whether the projector's i-th matrix has W's rows."""
-    return i == 0 and x.where != "right"
+def _go_together(x: Matrix, y: Matrix) -> bool:
+    """Whether two matrices are stepped together; on a CPU whole ones go one by one."""
+    if y.shards.mesh is None and not y.W.is_cuda:
+        return False
+    return x.shards == y.shards and x.W.device == y.W.device

@@ -44,7 +44,7 @@ class RowShards:
                 shard placement).
         """
         if not isinstance(p, DTensor):
-            return cls()
+            return _WHOLE
         placements: tuple[Any, ...] = tuple(p.placements)
         sharding = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
         if not sharding:
@@ -142,12 +142,15 @@ class RowShards:
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner), group=self.group)
 
 
+_WHOLE = RowShards()
+
+
 def all_finite(tensors: list[Tensor], meshes: list[Any]) -> list[bool]:
     """Whether each tensor holds finite numbers only: if it is sharded, on every process of its mesh."""
     if not tensors:
         return []
     # NaN and infinity go through a sum, and cannot leave it again; one that is not finite may also have overflowed
-    if not any(mesh is not None for mesh in meshes) and not tensors[0].is_cuda:
+    if not tensors[0].is_cuda and all(mesh is None for mesh in meshes):
         return [math.isfinite(x.sum().item()) or bool(_extremes(x).isfinite().all()) for x in tensors]
     finite = torch.stack([x.sum().to(tensors[0].device) for x in tensors]).isfinite()
     if not finite.all():

@@ -5,6 +5,7 @@ import torch
 
 from hf_lowrank.optim import projector
 from hf_lowrank.optim.projector import moment_shape, project, projector_shapes, refresh_projector, side
+from hf_lowrank.optim.refresh import deal
 
 SHAPES = [(24, 40), (32, 32), (40, 24)]
 
@@ -86,3 +87,17 @@ def test_shapes_agree_with_what_is_computed(shape, proj_type):
     where = side(shape, proj_type)
     R = project(G, refresh_projector(G, 5, where, "gram", None), where)
     assert tuple(R.shape) == moment_shape(shape, 5, proj_type)
+
+
+@pytest.mark.parametrize(
+    ("costs", "world", "expected"),
+    [
+        ([], 2, []),
+        ([1, 1, 1], 1, [0, 0, 0]),
+        ([1, 5, 2, 2], 2, [1, 0, 1, 1]),
+        ([3, 3, 2, 2, 2], 2, [0, 1, 0, 1, 0]),
+        ([1, 2], 4, [1, 0]),
+    ],
+)
+def test_work_is_dealt_by_its_cost(costs, world, expected):
+    assert deal(costs, world) == expected
