@@ -81,6 +81,9 @@ class RecipeArguments:
         default_factory=lambda: ["quick"], metadata={"help": "lm-eval tasks of --metrics downstream."}
     )
     metrics_limit: float | None = option(None, "Items of each of these tasks, or a share below 1 (default: all).")
+    log_figures: bool = option(
+        False, "Figures and the final table also go to trackio, W&B and TensorBoard (--report_to)."
+    )
     baseline: str | None = option(None, "Run or Hub repo of the full-rank model with which activations are compared.")
     cpu_threads: int | None = option(
         None, "Threads of a process on a CPU (default: its share of the cores; accelerate launch sets one)."

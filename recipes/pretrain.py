@@ -197,7 +197,9 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         command=["accelerate", "launch", "recipes/pretrain.py", *recipe.command],
         license=recipe.recipe.license,
     )
-    lr.attach(trainer, *metric_callbacks(recipe.recipe, data), run=info, console=True)
+    lr.attach(
+        trainer, *metric_callbacks(recipe.recipe, data), run=info, console=True, log_figures=recipe.recipe.log_figures
+    )
     return trainer, checkpoint
 
 

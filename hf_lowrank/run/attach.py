@@ -16,11 +16,18 @@ from hf_lowrank.run.console import use_console
 from hf_lowrank.run.facts import RunInfo
 from hf_lowrank.run.report import ReportCallback
 from hf_lowrank.run.speed import SpeedCallback
+from hf_lowrank.run.tracking import close_trackers_last
 
 __all__ = ["attach"]
 
 
-def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = None, console: bool = False) -> None:
+def attach(
+    trainer: Trainer,
+    *callbacks: TrainerCallback,
+    run: RunInfo | None = None,
+    console: bool = False,
+    log_figures: bool = False,
+) -> None:
     """Add metric callbacks, the report and publishing to a Trainer, whatever it trains.
 
     The callbacks log through `trainer.log`, so every reporter shows their numbers. `<output_dir>/publish/` gets the
@@ -42,6 +49,8 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
         trainer: any `transformers.Trainer`, before `train` is called.
         *callbacks: metric callbacks, or any other.
         run: what Trainer does not know about the run.
+        log_figures: at the end, log the figures and the table of headline metrics to trackio, Weights & Biases and
+            TensorBoard, where Trainer reports to them.
         console: print one short line for each log, in the place of the callbacks by which Trainer prints dictionaries.
 
     Raises:
@@ -71,10 +80,11 @@ def attach(trainer: Trainer, *callbacks: TrainerCallback, run: RunInfo | None = 
     if args.include_num_input_tokens_seen == "no":
         _count_tokens(trainer)
     speed = SpeedCallback(trainer)
-    report = ReportCallback(trainer, run or RunInfo(), strategy, speed)
+    report = ReportCallback(trainer, run or RunInfo(), strategy, speed, log_figures)
     if console:
         use_console(trainer, speed)
     trainer.add_callback(report)
+    close_trackers_last(trainer)
     trainer.add_callback(speed)
     _take_over_pushing(trainer, report)
 

@@ -66,6 +66,7 @@ from hf_lowrank.report.samples import Samples
 from hf_lowrank.run.console import print_summary
 from hf_lowrank.run.facts import RunInfo, run_facts
 from hf_lowrank.run.speed import SpeedCallback
+from hf_lowrank.run.tracking import log_figures
 
 __all__ = ["ReportCallback"]
 
@@ -89,12 +90,15 @@ class ReportCallback(TrainerCallback):
         info: what Trainer does not know about the run.
         push_strategy: Trainer's `hub_strategy`, or None when nothing is pushed.
         speed: measures how fast it trains.
+        figures: whether the figures go to Trainer's trackers at the end.
     """
 
-    def __init__(self, trainer: Trainer, info: RunInfo, push_strategy: str | None, speed: SpeedCallback) -> None:
+    def __init__(
+        self, trainer: Trainer, info: RunInfo, push_strategy: str | None, speed: SpeedCallback, figures: bool = False
+    ) -> None:
         self.trainer = trainer
         self.info = info
-        self.speed = speed
+        self.speed, self.figures = speed, figures
         self.push_strategy = push_strategy
         self.pushes = PushQueue(self.try_push)
         self._earlier_seconds = 0.0
@@ -213,6 +217,8 @@ class ReportCallback(TrainerCallback):
         self.write_all(model)
         report = read_report(self.publish)
         self._ended = {key: report.run[key] for key in ("wall_time_seconds", "peak_memory_bytes", "date")}
+        if self.figures:
+            log_figures(self.trainer, report, self.publish)
         print_summary(report, self.publish)
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
