@@ -53,7 +53,7 @@ LEAST = {
     "gradient_accumulation_steps": 1,
 }
 # secrets, and flags that say where a run is stored but not what it is: the command in the report lacks them
-NOT_REPORTED = ("hub_token", "push_to_hub_token", "output_dir", "resume_from_checkpoint", "overwrite")
+NOT_REPORTED = ("hub_token", "push_to_hub_token", "output_dir", "resume_from_checkpoint", "overwrite", "data_cache")
 
 
 @dataclass
@@ -61,7 +61,9 @@ class RecipeArguments:
     """The recipe's own flags; those of training, data and method are classes of their own."""
 
     method: str = option("galore", "Pre-training method.")
-    model_size: str | None = option(None, "tiny, 60m, 130m, 350m or 1b: the study's Llama sizes (default: tiny).")
+    model_size: str | None = option(
+        None, "nano, tiny (the default), or the study's Llama sizes 60m, 130m, 350m and 1b."
+    )
     model_config: str | None = option(
         None, "Instead of a size: folder, JSON file or Hub repo of a transformers config."
     )
@@ -88,6 +90,7 @@ class RecipeArguments:
     cpu_threads: int | None = option(
         None, "Threads of a process on a CPU (default: its share of the cores; accelerate launch sets one)."
     )
+    data_cache: str | None = option(None, "Folder for tokenizer and rows, which runs on the same data share.")
     overwrite: bool = option(False, "Start anew where the output folder holds a run: the old run is removed.")
     license: str | None = option(None, "Licence of the weights, as the Hub names it.")
 

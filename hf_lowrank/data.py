@@ -6,17 +6,22 @@ documents and rows, so that caching, streaming, sharding and resuming a stream w
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import hf_lowrank
 from hf_lowrank.corpora import Documents, embedded_files, explained, load_documents
 from hf_lowrank.options import DataArguments, DataError
 
@@ -32,6 +37,8 @@ _TOKENIZER_CHARACTERS = 20_000_000
 # bounds the memory and gives the same rows whether the data set is streamed or not.
 _PACKED_TOGETHER = 10_000
 _IDS = List(Value("int32"))
+# file of a tokenizer that was trained here, in the cache
+_BACKEND = "tokenizer.json"
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Data:
     description: dict[str, Any]
 
 
-def load_data(arguments: DataArguments) -> Data:
+def load_data(arguments: DataArguments, cache: str | Path | None = None) -> Data:
     """Read the corpus, hold out validation documents, get the tokenizer and make the rows.
 
     Where the source has no validation split, `split_seed` draws `validation_fraction` of the documents; a stream,
@@ -60,12 +67,25 @@ def load_data(arguments: DataArguments) -> Data:
     split_seed. The description is published, so local sources are named without their folder. A local source is hashed
     by its files' bytes (about a second per GB); a Hub data set is identified by its commit.
 
+    Args:
+        arguments: what to read.
+        cache: folder in which tokenizer and rows are kept for later calls with the same text, settings and version of
+            this package. A stream is not kept.
+
     Raises `DataError` if source or tokenizer cannot be read, or a share does not fill one row.
     """
     train, validation, source = load_documents(arguments)
-    tokenizer = _tokenizer(train, arguments)
-    train_rows = _rows(train, tokenizer, arguments, "training")
-    rows = _validation_rows(validation, tokenizer, arguments)
+    cached = cache is not None and isinstance(train, Dataset)
+    named = _named_tokenizer(arguments) if arguments.tokenizer_name else None
+    entry = _entry(Path(str(cache)), arguments, source, named) if cached else None
+    if entry is not None and entry.is_dir():
+        tokenizer, train_rows, rows = _read_entry(entry, named)
+    else:
+        tokenizer = named or _trained_tokenizer(train, arguments)
+        train_rows = _rows(train, tokenizer, arguments, "training")
+        rows = _validation_rows(validation, tokenizer, arguments)
+        if entry is not None:
+            _write_entry(entry, tokenizer, train_rows, rows)
     tokenizer_name = arguments.tokenizer_name or f"byte-level-bpe-{arguments.vocab_size}"
     packed_tokens = len(rows) * arguments.sequence_length
     description = {
@@ -83,6 +103,39 @@ def load_data(arguments: DataArguments) -> Data:
     return Data(train_rows, rows, tokenizer, description)
 
 
+def _entry(
+    cache: Path, arguments: DataArguments, source: dict[str, str | None], named: PreTrainedTokenizerBase | None
+) -> Path:
+    """The folder that holds, or will hold, the rows of a text cut in one way."""
+    versions = [hf_lowrank.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    versions += [version(name) for name in ("datasets", "tokenizers", "transformers")]
+    key = [versions, asdict(arguments), source, None if named is None else tokenizer_hash(named)]
+    return cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_entry(entry: Path, tokenizer: PreTrainedTokenizerBase, train: Dataset, validation: Dataset) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.save(str(temporary / _BACKEND))
+    train.save_to_disk(str(temporary / "train"))
+    validation.save_to_disk(str(temporary / "validation"))
+    try:
+        temporary.rename(entry)
+    except OSError:
+        # another process was faster
+        shutil.rmtree(temporary)
+
+
+def _read_entry(
+    entry: Path, named: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
+    with explained(f"the cached data in {entry} cannot be read", "remove that folder"):
+        tokenizer = named or _wrapped(Tokenizer.from_file(str(entry / _BACKEND)))
+        train, validation = (datasets.load_from_disk(str(entry / share)) for share in ("train", "validation"))
+        return tokenizer, train, validation
+
+
 def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
     """Only the validation rows of `load_data`, made with an existing tokenizer, and the source's description.
 
@@ -90,8 +143,8 @@ def load_validation(arguments: DataArguments) -> tuple[Dataset, dict[str, Any]]:
     """
     if arguments.tokenizer_name is None:
         raise DataError("tokenizer_name None: name the tokenizer that the model was trained with")
-    train, validation, source = load_documents(arguments)
-    return _validation_rows(validation, _tokenizer(train, arguments), arguments), source
+    _, validation, source = load_documents(arguments)
+    return _validation_rows(validation, _named_tokenizer(arguments), arguments), source
 
 
 def _validation_rows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
@@ -118,16 +171,19 @@ def _kind(arguments: DataArguments) -> str:
     return "local" if arguments.dataset_name or arguments.dataset_path else "embedded"
 
 
-def _tokenizer(train: Documents, arguments: DataArguments) -> PreTrainedTokenizerBase:
-    """The named tokenizer, or a byte-level BPE of up to `vocab_size` entries trained on the training documents."""
-    if name := arguments.tokenizer_name:
-        with explained(f"tokenizer_name {name!r} cannot be loaded", "check it and the network, or drop it"):
-            # a published folder may contain modelling code, which a tokenizer does not need
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if tokenizer.eos_token is None:
-            raise DataError(f"tokenizer {name!r} has no end-of-text token: set eos_token and save it, or take another")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
+def _named_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase:
+    name = arguments.tokenizer_name
+    with explained(f"tokenizer_name {name!r} cannot be loaded", "check it and the network, or drop it"):
+        # a published folder may contain modelling code, which a tokenizer does not need
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if tokenizer.eos_token is None:
+        raise DataError(f"tokenizer {name!r} has no end-of-text token: set eos_token and save it, or take another")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _trained_tokenizer(train: Documents, arguments: DataArguments) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of up to `vocab_size` entries, trained on the training documents."""
 
     def texts() -> Iterator[str]:
         left = _TOKENIZER_CHARACTERS
@@ -145,6 +201,10 @@ def _tokenizer(train: Documents, arguments: DataArguments) -> PreTrainedTokenize
         vocab_size=arguments.vocab_size, special_tokens=[_END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts(), trainer)
+    return _wrapped(backend)
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "attention_mask"],  # decoders take no token_type_ids

@@ -17,8 +17,9 @@ from hf_lowrank.options import nearest
 
 __all__ = ["SIZES", "build_model", "model_config", "needed_vocabulary"]
 
-# hidden size, MLP size, heads, layers; `tiny` is the embedded default's, the others are the study's (Table of sizes)
+# hidden size, MLP size, heads, layers; `nano` and `tiny` are for the embedded corpus, the others are the study's
 SIZES: dict[str, tuple[int, int, int, int]] = {
+    "nano": (48, 128, 4, 4),
     "tiny": (128, 344, 4, 4),
     "60m": (512, 1376, 8, 8),
     "130m": (768, 2048, 12, 12),
@@ -46,7 +47,7 @@ def model_config(
     if size_or_path in SIZES:
         hidden, mlp, heads, layers = SIZES[size_or_path]
         return LlamaConfig(
-            vocab_size=vocabulary if size_or_path == "tiny" else max(vocabulary, STUDY_VOCABULARY),
+            vocab_size=vocabulary if size_or_path in ("nano", "tiny") else max(vocabulary, STUDY_VOCABULARY),
             hidden_size=hidden,
             intermediate_size=mlp,
             num_attention_heads=heads,

@@ -14,7 +14,16 @@ from hf_lowrank.report.catalogue import CATALOGUE
 if TYPE_CHECKING:
     from hf_lowrank.families.family import Preset
 
-__all__ = ["CompareOptions", "DataArguments", "DataError", "EvaluateOptions", "MeasureOptions", "nearest", "option"]
+__all__ = [
+    "CompareOptions",
+    "DataArguments",
+    "DataError",
+    "EvaluateOptions",
+    "MeasureOptions",
+    "StudyOptions",
+    "nearest",
+    "option",
+]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -231,6 +240,18 @@ class CompareOptions(_Checked):
     push_to_space: str | None = option(None, "Publish the page as this Space, user/name.")
     yes: bool = option(False, "Overwrite a Space that hf-lowrank did not make.")
     token: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyOptions(_Checked):
+    """Where a study lies and how its jobs run."""
+
+    output: Path | None = option(None, "Folder of the study; default: studies/<name of the file>.")
+    dry_run: bool = option(False, "Print runs, tokens, hours and disk, from a few steps of each size, and stop.")
+    jobs: int = option(1, "Jobs at a time; where there are GPUs, each has its own.", least=1)
+    launcher: str = option("local", "local, or slurm: one array job a stage.", choices=("local", "slurm"))
+    keep_checkpoints: bool = option(False, "Keep checkpoints that are measured; default: the reference's alone.")
+    analyse: bool = option(False, "Analyse the reports in folders or Hub repos; nothing is trained.")
 
 
 class DataError(ValueError):

@@ -169,7 +169,7 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
     split_batch(args, recipe.recipe.total_batch_size)
     checkpoint = starting_point(args, recipe.recipe.overwrite)
     with args.main_process_first(desc="loading the data"):
-        data: Data = load_data(recipe.data)
+        data: Data = load_data(recipe.data, recipe.recipe.data_cache)
     config = model_config(
         recipe.recipe.model_config or size,
         needed_vocabulary(data.tokenizer),

@@ -21,7 +21,7 @@ from hf_lowrank.report.catalogue import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_lowrank"
-SIZES = ("tiny", "60m", "130m", "350m", "1b")
+SIZES = ("nano", "tiny", "60m", "130m", "350m", "1b")
 
 # package -> the parts of hf_lowrank it may import beside itself
 MAY_IMPORT = {
@@ -46,7 +46,7 @@ MAY_IMPORT = {
     },
     "downstream/quick": {"data", "report"},
     "compare": {"figures", "hub", "report"},
-    "study": set(),
+    "study": {"arguments", "checkpoints", "options", "report"},
     "evaluation": {"metrics"},
     "evaluation/modules": {"options"},
     "evaluation/modules/*": {"evaluation", "families", "metrics"},

@@ -10,7 +10,7 @@ import typer
 
 from hf_lowrank import __version__
 from hf_lowrank.cli.flags import with_flags
-from hf_lowrank.options import CompareOptions, EvaluateOptions, MeasureOptions
+from hf_lowrank.options import CompareOptions, EvaluateOptions, MeasureOptions, StudyOptions
 
 __all__ = ["app", "fail", "main"]
 
@@ -153,6 +153,24 @@ def compare(
 
     if run_compare(runs or [], options):
         raise typer.Exit(1)
+
+
+@app.command()
+@with_flags
+def study(
+    options: StudyOptions,
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="The study's YAML file; with --analyse folders or Hub repos.")
+    ] = None,
+) -> None:
+    """Run a study: methods x sizes x seeds, their metrics and tasks, the analysis.
+
+    The same command continues an interrupted study. Exit code 1: a run failed, diverged or was left out.
+    """
+    from hf_lowrank.cli.study import run_study_command
+
+    if code := run_study_command(sources or [], options):
+        raise typer.Exit(code)
 
 
 @app.command()
