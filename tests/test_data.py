@@ -716,3 +716,34 @@ def test_a_tokenizer_without_end_of_text(tmp_path, corpus):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has no end-of-text token: set eos_token"):
         load(dataset_path=corpus["dataset_path"], tokenizer_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_cached_rows_and_tokenizer_are_those_that_were_not_cached(named, tmp_path, corpus, monkeypatch):
+    cache, path = tmp_path / "cache", write_jsonl(tmp_path / "text.jsonl", DOCUMENTS)
+    arguments = DataArguments(
+        dataset_path=str(path), vocab_size=512, sequence_length=32, validation_fraction=0.1,
+        **(only(corpus) if named else {}),
+    )  # fmt: skip
+    plain = load_data(arguments)
+    saved = []
+    for number, data in enumerate((plain, load_data(arguments, cache), load_data(arguments, cache))):
+        assert data.description == plain.description
+        assert data.train[:] == plain.train[:]
+        assert data.validation[:] == plain.validation[:]
+        data.tokenizer.save_pretrained(tmp_path / str(number))
+        saved.append({file.name: file.read_bytes() for file in (tmp_path / str(number)).iterdir()})
+    assert saved[0] == saved[1] == saved[2]
+    (entry,) = cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_lowrank.data._rows", None)
+        load_data(arguments, cache)
+    # another text under the same name, or another cut, is another entry
+    write_jsonl(path, DOCUMENTS[1:])
+    load_data(arguments, cache)
+    load_data(dataclasses.replace(arguments, sequence_length=16), cache)
+    assert len(list(cache.iterdir())) == 3
+    (entry / "train" / "state.json").unlink()
+    write_jsonl(path, DOCUMENTS)
+    with pytest.raises(DataError, match="cached data in .* cannot be read .*remove that folder"):
+        load_data(arguments, cache)
