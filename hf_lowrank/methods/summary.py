@@ -69,7 +69,7 @@ class Summary:
 
     def table(self) -> Table:
         """The table that is shown before training."""
-        table = Table(title=f"{self.method}: target layers", title_justify="left", min_width=64)
+        table = Table(title=f"{self.method}: target layers", title_justify="left", min_width=78)
         for column in ("module", "layers", "shape", "rank"):
             table.add_column(column, justify="left" if column == "module" else "right")
         for kind, (count, rows, cols, rank) in self.modules.items():

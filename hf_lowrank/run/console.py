@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from hf_lowrank.report.catalogue import entry_of, headline_metric
+from hf_lowrank.report.io import ReportError, read_report
 from hf_lowrank.report.markdown import one_line, slug
 from hf_lowrank.report.model import Report
 from hf_lowrank.report.tables import fact_rows, headline_rows
@@ -37,6 +38,8 @@ _UNSHOWN = ("runtime", "_per_second", "_stderr", "_time")
 
 # facts of the last table, by key
 _COSTS = ("peak_memory", "tokens_seen", "wall_time", "tokens_per_second", "optimizer_time", "refresh_time")
+# folders beside a run that are looked at, and runs among them that it is compared with
+_MOST_BESIDE, _MOST_COMPARED = 100, 5
 
 
 def use_console(trainer: Trainer, speed: SpeedCallback) -> None:
@@ -90,12 +93,7 @@ class ConsoleCallback(ProgressCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         place = f"step {state.global_step}/{state.max_steps}" if state.max_steps > 0 else f"step {state.global_step}"
-        if "loss" in logs:
-            parts = [f"{part} " for part in self._training(logs, state)]
-        elif any(name.startswith("eval_") for name in logs):
-            parts = [f"{part} " for part in _validation(logs)]
-        else:
-            parts = measured(logs)
+        parts = self._training(logs, state) if "loss" in logs else log_words(logs)
         if parts:
             self._say(fitting([f"{place} ", *parts], _width()))
 
@@ -107,7 +105,7 @@ class ConsoleCallback(ProgressCallback):
         if done > 0 and state.max_steps > state.global_step:
             seconds = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
             parts.append(f"{format_duration(seconds)} left")
-        return parts
+        return apart(parts)
 
     def _say(self, line: str) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -118,8 +116,13 @@ class ConsoleCallback(ProgressCallback):
             print(line, flush=True)
 
 
+def log_words(logs: Mapping[str, Any]) -> list[str]:
+    """Return in words what a validation or a metric has logged; nothing for what is neither."""
+    return _validation(logs) if any(name.startswith("eval_") for name in logs) else _measured(logs)
+
+
 def _validation(logs: Mapping[str, Any]) -> list[str]:
-    """Return a validation's results, `validation loss 6.195`, `perplexity 490.3 ± 29.3`."""
+    """Return a validation's results, `validation loss 6.195`, `perplexity 490.3 ± 29.3`, or those of tasks."""
     results = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
     shown = {name: value for name, value in results.items() if not name.endswith(_UNSHOWN)}
     texts = [
@@ -127,10 +130,12 @@ def _validation(logs: Mapping[str, Any]) -> list[str]:
         for name, value in shown.items()
         if isinstance(value, int | float)
     ]
-    return [f"validation {texts[0]}", *texts[1:]] if texts else []
+    # the harness's tasks are named task/metric
+    what = "tasks" if all("/" in name for name in shown) else "validation"
+    return apart([f"{what} {texts[0]}", *texts[1:]]) if texts else []
 
 
-def measured(logs: Mapping[str, Any]) -> list[str]:
+def _measured(logs: Mapping[str, Any]) -> list[str]:
     """Return what a family has measured: its headline metrics by number or name, or else the first of its numbers."""
     values = {name: value for name, value in logs.items() if "/" in name and isinstance(value, int | float)}
     if not values:
@@ -154,6 +159,11 @@ def _number(text: tuple[bool, str]) -> tuple[bool, int]:
     return unnumbered, 0 if unnumbered else int(words.split()[0][1:])
 
 
+def apart(parts: list[str]) -> list[str]:
+    """Return parts of several words, of which a line shows the ends by a second blank."""
+    return [f"{part} " for part in parts]
+
+
 def fitting(parts: list[str], width: int) -> str:
     """Return as many parts as one line of `width` columns holds."""
     while len(line := " ".join(parts)) > width and len(parts) > 1:
@@ -169,14 +179,11 @@ def print_summary(report: Report, publish: Path) -> None:
     """Print what a run came to, where it lies, and the commands that come next."""
     console = Console()
     console.print(summary_table(report))
-    figures = sorted((publish / "figures").glob("*.png"))
     places = {"card": publish / "README.md", "figures": publish / "figures"}
-    for name, path in places.items():
-        if path.is_file() or (name == "figures" and figures):
-            console.print(Text(f"{name:<8} {_shown(path)}"), soft_wrap=True)
-    console.print("next:")
-    for command in next_commands(report, publish.parent):
-        console.print(Text(f"  {command}"), soft_wrap=True)
+    lines = [f"{name:<8} {_shown(path)}" for name, path in places.items() if path.exists()]
+    lines += ["next:", *(f"  {command}" for command in next_commands(report, publish.parent))]
+    # never broken: a path or a command can be copied
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def summary_table(report: Report) -> Table:
@@ -210,15 +217,22 @@ def summary_table(report: Report) -> Table:
 
 def next_commands(report: Report, run: Path) -> list[str]:
     """Return commands to copy: compare the run with those beside it, publish it, measure what is missing."""
-    beside = [
-        folder for folder in sorted(run.resolve().parent.glob("*/publish")) if (folder / "report.json").is_file()
-    ]
-    others = [folder.parent for folder in beside if folder.parent != run.resolve()][:5]
+    others = [folder for folder in sorted(run.resolve().parent.glob("*")) if folder != run.resolve()]
+    others = [folder for folder in others[:_MOST_BESIDE] if _is_like(report, folder)][:_MOST_COMPARED]
     return [
         shlex.join(["hf-lowrank", "compare", *map(_shown, (run, *others)), "--output", "comparison"]),
         shlex.join(["hf-lowrank", "push", _shown(run), "--repo-id", slug(report.run.name)]),
         shlex.join(["hf-lowrank", "measure", _shown(run)]),
     ]
+
+
+def _is_like(report: Report, folder: Path) -> bool:
+    """Whether a folder holds a run of the same model."""
+    try:
+        other = read_report(folder)
+    except (ReportError, OSError):
+        return False
+    return report.run.model.config_hash is not None and other.run.model.config_hash == report.run.model.config_hash
 
 
 def _shown(path: Path) -> str:

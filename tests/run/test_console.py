@@ -1,7 +1,9 @@
 """What a run shows: one short line a log, one table at the end, commands to copy; and how fast it trained."""
 
+import json
 import re
 import shlex
+import shutil
 import sys
 from collections import deque
 from functools import partial
@@ -15,7 +17,7 @@ import hf_lowrank as lr
 from hf_lowrank.evaluation.perplexity import perplexity_metrics
 from hf_lowrank.optim.spans import Spans
 from hf_lowrank.report.io import read_report
-from hf_lowrank.run.console import ConsoleCallback, fitting, measured
+from hf_lowrank.run.console import ConsoleCallback, fitting, log_words, next_commands
 
 SPECTRA = ("H8", "H9", "H10", "H11", "H12", "H13")
 
@@ -71,6 +73,19 @@ def test_the_end_is_one_table_and_commands_to_copy(finished):
     ]
 
 
+def test_the_comparison_to_copy_is_with_runs_of_the_same_model(finished, tmp_path):
+    _, folder, _ = finished
+    report = read_report(folder)
+    for name in ("mine", "alike", "other", "no report"):
+        shutil.copytree(folder / "publish", tmp_path / name / "publish")
+    other = json.loads((tmp_path / "other" / "publish" / "report.json").read_text())
+    other["run"]["model"]["config_hash"] = "another"
+    (tmp_path / "other" / "publish" / "report.json").write_text(json.dumps(other))
+    (tmp_path / "no report" / "publish" / "report.json").write_text("{}")
+    compare = next_commands(report, tmp_path / "mine")[0]
+    assert shlex.split(compare)[2:-2] == [str(tmp_path / "mine"), str(tmp_path / "alike")]
+
+
 def test_callbacks_of_a_users_trainer_stay_unless_asked(tmp_path):
     for console in (False, True):
         trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, disable_tqdm=not console))
@@ -96,6 +111,12 @@ def test_a_terminal_has_a_bar_below_the_lines(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("logs", "line"),
     [
+        ({"eval_loss": 6.195, "eval_runtime": 9.3, "eval_samples_per_second": 2.0}, "validation loss 6.195"),
+        (
+            {"eval_en_loss": 2.0, "eval_en_perplexity": 7.4, "eval_en_perplexity_stderr": 0.1},
+            "validation en_loss 2.000  en_perplexity 7.40 ± 0.10",
+        ),
+        ({"eval_brackets/acc": 0.5, "eval_brackets/acc_stderr": 0.02}, "tasks brackets/acc 0.500 ± 0.020"),
         ({"spectral/weight/stable_rank": 22.04, "spectral/weight/rank": 3, "epoch": 1.0}, "spectral  H9 22"),
         ({"curvature/trace": -1020.0, "epoch": 1.0}, "curvature  trace -1.02e+03"),
         (
@@ -106,7 +127,7 @@ def test_a_terminal_has_a_bar_below_the_lines(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_measurement_in_words(logs, line):
-    assert " ".join(measured(logs)) == line
+    assert " ".join(log_words(logs)).rstrip() == line
 
 
 def test_a_line_never_outgrows_its_width():
