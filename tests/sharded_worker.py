@@ -49,6 +49,10 @@ MATRIX_CASES = {
         if "proj_type" in cls.options and cls is not GaLoreAdamW
     },
     **{cls.__name__: (cls, {}) for cls in optimizers() if "proj_type" not in cls.options},
+    "GaLoreAdamW sampled": (GaLoreAdamW, {"projection": "sampled", "rotate_moments": True}),
+    "GaLoreAdamW dct": (GaLoreAdamW, {"projection": "dct", "proj_type": "full", "rotate_moments": True}),
+    "GaLoreAdamW adaptive": (GaLoreAdamW, {"adaptive_gap": True, "update_proj_gap": 1}),
+    "FiraAdamW random": (FiraAdamW, {"projection": "random", "stagger_refreshes": True}),
     "FiraAdamW alpha 1": (FiraAdamW, {"alpha": 1.0}),
     "ApolloAdamW tensor": (ApolloAdamW, {"scale_type": "tensor", "scale": 128.0}),
 }

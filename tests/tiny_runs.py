@@ -15,6 +15,9 @@ METHODS = {
     "galore": lr.GaLoreConfig(r=4, update_proj_gap=3),
     "galore-subspace": lr.GaLoreConfig(r=4, update_proj_gap=3, refresh="subspace"),
     "galore-full": lr.GaLoreConfig(r=4, update_proj_gap=3, proj_type="full", other_lr_scale=2),
+    "golore": lr.GaLoreConfig(
+        r=4, update_proj_gap=3, projection="sampled", random_after=0.5, rotate_moments=True, stagger_refreshes=True
+    ),
     "fira": lr.FiraConfig(r=4, update_proj_gap=3),
     "apollo": lr.ApolloConfig(r=4, update_proj_gap=3),
     "apollo-mini": lr.ApolloConfig(r=1, update_proj_gap=3, scale=128, scale_type="tensor"),

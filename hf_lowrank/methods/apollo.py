@@ -4,7 +4,6 @@ Shapes: G: (m, n), P: (r, n) or (m, r) random, R and N as in `optim.projector`; 
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,9 +14,9 @@ from transformers import TrainingArguments
 from hf_lowrank.methods.base import Paper, register
 from hf_lowrank.methods.projected import ProjectedConfig
 from hf_lowrank.optim.adam import step_size
-from hf_lowrank.optim.matrix import matrices_in
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW
 from hf_lowrank.optim.scaling import limit_growth, norms, sum_over_rows
+from hf_lowrank.optim.subspace import next_seed
 
 __all__ = ["ApolloAdamW", "ApolloConfig"]
 
@@ -44,18 +43,6 @@ class ApolloAdamW(ProjectedAdamW):
     factor: ClassVar[str] = "scale"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"scale_type": SCALE_TYPES}
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self._seed = seed
-        super().__init__(params, lr, betas, eps, weight_decay)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "r" in param_group:
             # the shorter side alone, as the paper has it
@@ -63,9 +50,8 @@ class ApolloAdamW(ProjectedAdamW):
         super().add_param_group(param_group)
 
     def add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
-        earlier = sum(sum(matrices_in(group)) for group in self.param_groups[:index])
         state["scaled_norm"] = W.new_zeros(())
-        state["seed"] = (earlier + place + 1 + 1_000_003 * self._seed) % 2**63
+        state["seed"] = self.first_seed(index, place)
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         for x in matrices:
@@ -123,12 +109,6 @@ class ApolloConfig(ProjectedConfig):
     def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         optimizer_cls, kwargs = super().optimizer(args)
         return optimizer_cls, {**kwargs, "seed": args.seed}
-
-
-def next_seed(seed: int) -> int:
-    """The seed of the next projection: the 15th number that a generator seeded with this one draws."""
-    generator = torch.Generator().manual_seed(seed)
-    return int(torch.randint(0, torch.iinfo(torch.int64).max, (15,), generator=generator)[-1])
 
 
 def _scalings(matrices: list[Matrix], N: list[Tensor], scale_type: str) -> list[Tensor]:

@@ -6,9 +6,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_lowrank.methods.base import Paper, register
-from hf_lowrank.methods.projected import ProjectedConfig, proj_type_field, refresh_field
+from hf_lowrank.methods.projected import (
+    ProjectedConfig,
+    adaptive_gap_field,
+    proj_type_field,
+    projection_field,
+    random_after_field,
+    refresh_field,
+    rotate_moments_field,
+    stagger_refreshes_field,
+)
 from hf_lowrank.optim.adam import step_size
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
+from hf_lowrank.optim.subspace import SUBSPACE_OPTIONS
 
 __all__ = ["GaLoreAdamW", "GaLoreConfig"]
 
@@ -17,11 +27,14 @@ class GaLoreAdamW(ProjectedAdamW):
     """AdamW in the gradient's top-r singular subspace (Algorithm 2), for the groups that carry `r`.
 
     Such a group holds matrices only and may carry `update_proj_gap` (200), `scale` (0.25), `proj_type` ("std") and
-    `refresh` ("gram", "subspace" or "svd"). W <- (1 - lr wd) (W - lr_t scale back(N)), where lr_t is the learning
-    rate with the bias correction. State, arguments and errors: see `ProjectedAdamW`.
+    `refresh` ("gram", "subspace" or "svd"), and the options of
+    `optim.subspace`. W <- (1 - lr wd) (W - lr_t scale back(N)), where lr_t is the learning rate with the bias
+    correction. State, arguments and errors: see `ProjectedAdamW`.
     """
 
-    options: ClassVar[dict[str, Any]] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "refresh": "gram"}
+    options: ClassVar[dict[str, Any]] = {
+        "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **SUBSPACE_OPTIONS,
+    }  # fmt: skip
     factor: ClassVar[str] = "scale"
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
@@ -58,3 +71,8 @@ class GaLoreConfig(ProjectedConfig):
     scale: float = field(default=0.25, metadata={"help": "Factor on the update that is projected back."})
     proj_type: str = proj_type_field()
     refresh: str = refresh_field()
+    projection: str = projection_field()
+    random_after: float | None = random_after_field()
+    adaptive_gap: bool = adaptive_gap_field()
+    rotate_moments: bool = rotate_moments_field()
+    stagger_refreshes: bool = stagger_refreshes_field()

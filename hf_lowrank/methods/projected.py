@@ -14,9 +14,12 @@ from transformers import TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.optim.projected import ProjectedAdamW
-from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
+from hf_lowrank.optim.projector import PROJ_TYPES, PROJECTIONS, REFRESHES
 
-__all__ = ["ProjectedConfig", "proj_type_field", "refresh_field"]
+__all__ = [
+    "ProjectedConfig", "adaptive_gap_field", "proj_type_field", "projection_field", "random_after_field",
+    "refresh_field", "rotate_moments_field", "stagger_refreshes_field",
+]  # fmt: skip
 
 
 def proj_type_field() -> Any:
@@ -29,6 +32,41 @@ def refresh_field() -> Any:
     """The field `refresh` of a method that projects onto a singular subspace."""
     text = f"How the singular subspace is found: {REFRESHES[0]} (eigh of the small Gram matrix), "
     return field(default=REFRESHES[0], metadata={"help": text + f"{', '.join(REFRESHES[1:])}."})
+
+
+def projection_field(*more: str) -> Any:
+    """The field `projection` of a method that lets the user choose the subspace.
+
+    Args:
+        more: choices beside those of all methods.
+    """
+    text = "Subspace of the projection: svd (top singular vectors), random, sampled (singular vectors drawn by their "
+    text += "values), dct (vectors of the cosine transform)"
+    return field(default=PROJECTIONS[0], metadata={"help": ", ".join([text, *more]) + "."})
+
+
+def random_after_field() -> Any:
+    """The field `random_after`: GoLore."""
+    text = "Share of training (of max_steps) after which projections are random (GoLore); None: never."
+    return field(default=None, metadata={"help": text})
+
+
+def adaptive_gap_field() -> Any:
+    """The field `adaptive_gap`: Q-GaLore's."""
+    text = "Double a matrix's gap while its first singular vector keeps its direction (Q-GaLore)."
+    return field(default=False, metadata={"help": text})
+
+
+def rotate_moments_field() -> Any:
+    """The field `rotate_moments`: LDAdam's and GoLore's."""
+    text = "Carry the first moment over into the new subspace at a refresh, instead of keeping its numbers."
+    return field(default=False, metadata={"help": text})
+
+
+def stagger_refreshes_field() -> Any:
+    """The field `stagger_refreshes`."""
+    text = "Spread the refreshes after the first over the steps of a gap, instead of refreshing all matrices in one."
+    return field(default=False, metadata={"help": text})
 
 
 @dataclass
@@ -56,7 +94,17 @@ class ProjectedConfig(LowRankConfig):
 
     def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         # eps is the method's own: adam_epsilon belongs to an Adam that adds it after the bias correction
-        return self.optimizer_cls, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        kwargs: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        if "projection" in self.optimizer_cls.options:
+            kwargs["seed"] = args.seed
+            if (after := getattr(self, "random_after", None)) is not None:
+                if args.max_steps < 1:
+                    raise ValueError(
+                        f"random_after={after!r} is a share of training, whose length is not "
+                        "known from the number of epochs: give max_steps"
+                    )
+                kwargs["total_steps"] = args.max_steps
+        return self.optimizer_cls, kwargs
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         # the optimizer itself makes the state of a weight that takes no memory

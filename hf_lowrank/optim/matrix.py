@@ -75,10 +75,12 @@ class Matrix:
         state: its own state.
         t: the step that is being taken, from 1.
         shards: how rows are spread.
+        overlap: product of the first vectors of the last projector and the one before, over this process's rows.
         R: the projected gradient; whole on every process unless it has W's rows.
     """
 
     R: Tensor
+    overlap: Tensor
     state: Any
 
     def __init__(self, p: Tensor, state: dict[str, Any], proj_type: str, name: str, index: int | None = None) -> None:
@@ -114,10 +116,29 @@ class Matrix:
             return iter([cls(p, state, proj_type, name)])
         return (cls(p, state, proj_type, name, index) for index in range(p.shape[0]))
 
-    def set_projector(self, fresh: list[Tensor]) -> None:
-        """Overwrite the projector, `left` matrices by rows."""
+    def set_projector(self, fresh: list[Tensor], rotate: bool = False) -> None:
+        """Overwrite the projector, `left` matrices by rows.
+
+        Args:
+            fresh: its matrices.
+            rotate: whether the first moment is carried over into the new basis: M <- P'^T P M (LDAdam, GoLore). The
+                second one, which is no vector, stays as it is.
+        """
+        new, old = (P[0][0] if self.where == "right" else P[0][:, 0] for P in (fresh, self.projector))
+        self.overlap = (new * old).sum()
+        if rotate and self.t > 1:
+            self._rotate(fresh)
         for kept, new in zip(self.projector, fresh, strict=True):
             kept.copy_(new)
+
+    def _rotate(self, fresh: list[Tensor]) -> None:
+        if self.where != "right":
+            # both are spread by rows
+            change = torch.mm(fresh[0].T, self.projector[0])
+            self.shards.all_reduce([change])
+            self.M.copy_(torch.mm(change, self.M))
+        if self.where != "left":
+            self.M.copy_(torch.mm(self.M, torch.mm(self.projector[-1], fresh[-1].T)))
 
     @property
     def by_rows(self) -> bool:

@@ -22,15 +22,24 @@ from hf_lowrank.optim.adam import adam_direction, adamw
 from hf_lowrank.optim.matrix import PROJECTORS, Matrix, apply_back_projection, matrices_in, stack_states
 from hf_lowrank.optim.projector import (
     PROJ_TYPES,
+    PROJECTIONS,
     REFRESHES,
     moment_shape,
     project,
     projector_shapes,
-    refresh_projector,
     side,
 )
 from hf_lowrank.optim.refresh import refresh
 from hf_lowrank.optim.sharding import RowShards, all_finite
+from hf_lowrank.optim.subspace import (
+    SUBSPACE_OPTIONS,
+    adapt_gaps,
+    check_subspace,
+    compute_projector,
+    is_due,
+    next_seed,
+    subspace_state,
+)
 from hf_lowrank.sharding import local
 
 __all__ = ["Matrix", "ProjectedAdamW", "apply_back_projection"]
@@ -67,6 +76,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, of projected weights as well.
+        seed: of what is drawn for projections.
+        total_steps: length of training, which `random_after` is a share of.
 
     Raises:
         ValueError: an option out of range; a projected parameter that is neither a matrix nor a stack of some, or
@@ -89,6 +100,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        seed: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
@@ -96,6 +109,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             )
         self._warned = False
         self.replicas = False
+        self._seed, self._total_steps = seed, total_steps
         # (group, place in it) -> name: FSDP2 puts other objects in the parameters' place
         self.names: dict[tuple[int, int], str] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -125,9 +139,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
             raise ValueError(f"update_proj_gap={gap!r}: give a whole number of steps, 1 or more")
         if not 0 < factor < math.inf:
             raise ValueError(f"{cls.factor}={factor!r}: the factor on the update is a positive number")
-        for key, choices in {"proj_type": PROJ_TYPES, "refresh": REFRESHES, **cls.choices}.items():
-            if key in group and group[key] not in choices:
-                raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(choices)}")
+        choices = {"proj_type": PROJ_TYPES, "refresh": REFRESHES, "projection": PROJECTIONS, **cls.choices}
+        for key, values in choices.items():
+            if key in group and group[key] not in values:
+                raise ValueError(f"{key}={group[key]!r}: it is one of {', '.join(values)}")
+        if "projection" in group:
+            check_subspace(group)
 
     def _name(self, group: int, place: int) -> str:
         return self.names.get((group, place), f"parameter {place} of group {group}")
@@ -160,15 +177,26 @@ class ProjectedAdamW(torch.optim.Optimizer):
             state[key] = shards.zeros(p, stack + moment, by_rows=where == "right")
         first = sum(matrices_in(group)[:place])
         if not stack:
-            self.add_state(state, local(p), index, first)
+            self._add_state(state, local(p), index, first)
             return state
         state["step"] = torch.zeros(stack)
         W = local(p).new_zeros(()).expand(local(p).shape[-2:])
         added: list[dict[str, Any]] = [{} for _ in range(stack[0])]
         for i, own in enumerate(added):
-            self.add_state(own, W, index, first + i)
+            self._add_state(own, W, index, first + i)
         state.update(stack_states(added, p, shards))
         return state
+
+    def _add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
+        group = self.param_groups[index]
+        count = sum(matrices_in(group))
+        state.update(subspace_state(group, W, self.first_seed(index, place), place, count))
+        self.add_state(state, W, index, place)
+
+    def first_seed(self, index: int, place: int) -> int:
+        """Seed of a matrix's first draw; arguments as for `add_state`."""
+        earlier = sum(sum(matrices_in(group)) for group in self.param_groups[:index])
+        return (earlier + place + 1 + 1_000_003 * self._seed) % 2**63
 
     def add_state(self, state: dict[str, Any], W: Tensor, index: int, place: int) -> None:
         """What a method keeps for a projected matrix beside its moments and projector.
@@ -208,7 +236,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def _refresh_due(self, matrices: list[Matrix], group: dict[str, Any]) -> list[Matrix]:
         """Refresh the projectors that are due; the matrices that are left to be stepped."""
-        due = [x for x in matrices if (x.t - 1) % group["update_proj_gap"] == 0]
+        due = [x for x in matrices if is_due(x, group)]
         if not due:
             return matrices
         finite = self._finite(due, [x.G for x in due])
@@ -238,12 +266,19 @@ class ProjectedAdamW(torch.optim.Optimizer):
             )
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
-        """Overwrite projectors that are due, here by the top singular subspaces of the gradients."""
+        """Overwrite projectors that are due, here as `projection` and the options beside it say."""
+        options = {**SUBSPACE_OPTIONS, **group}
 
         def compute(x: Matrix, G: Tensor, previous: list[Tensor] | None) -> list[Tensor]:
-            return refresh_projector(G, group["r"], x.where, group["refresh"], previous)
+            return compute_projector(x, G, previous, options, self._total_steps)
 
-        refresh(matrices, compute, self.replicas)
+        refresh(matrices, compute, self.replicas, options["rotate_moments"])
+        if options["adaptive_gap"]:
+            adapt_gaps(matrices)
+        for x in matrices:
+            # every process counts on for the matrices of all
+            if "seed" in x.state:
+                x.state["seed"] = next_seed(x.state["seed"])
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
         """Change the weights, given N = M / (sqrt(V) + eps) in the projection; weight decay included."""

@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 Compute = Callable[[Matrix, Tensor, list[Tensor] | None], list[Tensor]]
 
 
-def refresh(matrices: list[Matrix], compute: Compute, replicas: bool) -> None:
+def refresh(matrices: list[Matrix], compute: Compute, replicas: bool, rotate: bool = False) -> None:
     """Overwrite the projectors of matrices by what `compute` makes of their gradients.
 
     Args:
         matrices: all whose refresh is due, those that another process holds as well.
         compute: called once for a matrix, on its owner.
         replicas: whether every process of the default group has these matrices and gradients (DDP).
+        rotate: as for `Matrix.set_projector`.
     """
     dealt = replicas and _replicated([x for x in matrices if x.shards.mesh is None])
     by_layout: dict[Hashable, list[Matrix]] = {}
@@ -40,11 +41,11 @@ def refresh(matrices: list[Matrix], compute: Compute, replicas: bool) -> None:
     for alike in by_layout.values():
         shards = alike[0].shards
         if shards.mesh is None:
-            _refresh_dealt(alike, compute, dealt)
+            _refresh_dealt(alike, compute, dealt, rotate)
             continue
         # one matrix a process at a time: each is whole on its owner alone
         for start in range(0, len(alike), shards.world):
-            _refresh_gathered(alike[start : start + shards.world], compute)
+            _refresh_gathered(alike[start : start + shards.world], compute, rotate)
 
 
 def deal(costs: Sequence[float], world: int) -> list[int]:
@@ -77,13 +78,13 @@ def _warn_of_differences() -> None:
     logger.warning("the processes' gradients differ: each finds all of its projectors by itself (logged once)")
 
 
-def _refresh_dealt(matrices: list[Matrix], compute: Compute, dealt: bool) -> None:
+def _refresh_dealt(matrices: list[Matrix], compute: Compute, dealt: bool, rotate: bool) -> None:
     """Refresh whole matrices: all of them here, or each on the process that it is dealt to."""
     rank, world = rank_and_world() if dealt else (0, 1)
     owners = deal([_cost(x) for x in matrices], world)
     if world == 1:
         for x in matrices:
-            x.set_projector(compute(x, x.G, _previous(x)))
+            x.set_projector(compute(x, x.G, _previous(x)), rotate)
         return
     fresh = {x: compute(x, x.G, _previous(x)) for x, owner in zip(matrices, owners, strict=True) if owner == rank}
     for owner in range(world):
@@ -98,14 +99,14 @@ def _refresh_dealt(matrices: list[Matrix], compute: Compute, dealt: bool) -> Non
         dist.broadcast(together, src=owner)
         parts = iter(together.split(sizes))
         for x in its:
-            x.set_projector([next(parts).view(P.shape) for P in x.projector])
+            x.set_projector([next(parts).view(P.shape) for P in x.projector], rotate)
 
 
 def _previous(x: Matrix) -> list[Tensor] | None:
     return x.projector if x.t > 1 else None
 
 
-def _refresh_gathered(matrices: list[Matrix], compute: Compute) -> None:
+def _refresh_gathered(matrices: list[Matrix], compute: Compute, rotate: bool) -> None:
     """Refresh at most one matrix a process: gather it to its owner, decompose it there, broadcast the projector."""
     gathered: list[tuple[Tensor | None, list[Tensor | None]]] = []
     for owner, x in enumerate(matrices):
@@ -123,7 +124,7 @@ def _refresh_gathered(matrices: list[Matrix], compute: Compute) -> None:
             whole = own[i] if x.shards.rank == owner else kept.new_empty(shape)
             x.shards.broadcast(whole, owner)
             fresh.append(x.shards.local_rows(whole) if _by_rows(x, i) else whole)
-        x.set_projector(fresh)
+        x.set_projector(fresh, rotate)
 
 
 def _by_rows(x: Matrix, i: int) -> bool:

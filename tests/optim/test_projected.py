@@ -10,7 +10,7 @@ from tiny_runs import optimizers
 from torch import nn
 
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW
-from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
+from hf_lowrank.optim.projector import PROJ_TYPES, PROJECTIONS, REFRESHES
 
 KINDS = {
     **{
@@ -21,6 +21,9 @@ KINDS = {
     },
     **{cls.__name__: (cls, {}) for cls in optimizers() if "proj_type" not in cls.options},
     **{f"GaLore {r}": (GaLoreAdamW, {"refresh": r}) for r in REFRESHES},
+    **{f"GaLore {p}": (GaLoreAdamW, {"projection": p}) for p in PROJECTIONS[1:]},
+    "GaLore adaptive": (GaLoreAdamW, {"adaptive_gap": True, "stagger_refreshes": True, "rotate_moments": True}),
+    "Fira full random": (FiraAdamW, {"projection": "random", "proj_type": "full", "rotate_moments": True}),
     "Fira alpha 1": (FiraAdamW, {"alpha": 1.0}),
     "APOLLO-Mini": (ApolloAdamW, {"scale": 128.0, "scale_type": "tensor"}),
 }
