@@ -26,7 +26,7 @@ from hf_lowrank.compare.text import ENVIRONMENT, heading, significance_text
 from hf_lowrank.report.markdown import one_line
 from hf_lowrank.report.tables import Fact
 
-__all__ = ["render_page"]
+__all__ = ["page_file", "policy_hash", "render_page"]
 
 _SCRIPTS = tuple(f"compare-{part}.js" for part in ("base", "table", "chart", "scatter", "heat", "view", "start"))
 _NAMED = 8  # runs in the page's head
@@ -36,8 +36,8 @@ _SHOWN_COSTS = ("parameters_trained", "optimizer_state_bytes", "steps_taken", "t
 
 def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
     """Return the page; equal comparisons give equal text."""
-    script = '(function () {\n"use strict";\n' + "\n".join(_file(name) for name in _SCRIPTS) + "})();\n"
-    style = _file("compare.css")
+    script = '(function () {\n"use strict";\n' + "\n".join(page_file(name) for name in _SCRIPTS) + "})();\n"
+    style = page_file("compare.css")
     labels = [row.label for row in comparison.rows]
     names = ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
     return (
@@ -54,19 +54,21 @@ def render_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
             rows=[_shown_row(row) for row in comparison.rows],
             reading=significance_text(comparison),
             style=Markup(style),
-            style_hash=_hash(style),
+            style_hash=policy_hash(style),
             script=Markup(script),
-            script_hash=_hash(script),
+            script_hash=policy_hash(script),
             data=Markup(_json(_page_data(comparison, charts))),
         )
     )
 
 
-def _file(name: str) -> str:
+def page_file(name: str) -> str:
+    """A file of the page's style or script, as text."""
     return resources.files("hf_lowrank.compare").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def policy_hash(text: str) -> str:
+    """The hash by which a page's policy admits a style or script of its own."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
