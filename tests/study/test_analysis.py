@@ -43,11 +43,12 @@ def null():
 
 def test_planted_losses_are_found_and_the_others_left_open(planted):
     text = said(planted, "perplexity")
-    assert "galore has a higher loss than fullrank (+0.3" in text
+    assert "galore has a higher loss than fullrank (+0.29" in text
     assert "the data do not tell whether the loss of sltrain" in text
     row = rows(of(planted, "perplexity").table, group="galore").iloc[0]
     assert row["test"] == "paired over 4 seeds"
-    assert row["low"] < 0.3 < row["high"]
+    assert row["difference"] == pytest.approx(0.3, abs=0.02)
+    assert 0 < row["low"] < row["difference"] < row["high"]
     assert row["optimizer_state_bytes"] == 9961472
 
 
@@ -96,7 +97,8 @@ def test_controls_split_a_difference_into_rates_and_rank(planted):
 def test_of_runs_that_differ_in_nothing_nothing_is_said_to_differ(null):
     for key in ("perplexity", "metrics", "barriers", "activations", "controls"):
         assert not (of(null, key).table["q"] < 0.05).any(), key
-    assert [claim.holds for claim in null.claims] == ["the data do not tell"] * 4
+    # the loss settles these scores
+    assert [claim.holds for claim in null.claims] == [*["the data do not tell"] * 3, "does not hold"]
     assert all("the data do not tell" in text for text in of(null, "perplexity").sentences)
 
 
@@ -107,7 +109,7 @@ def test_scores_are_predicted_with_the_number_of_runs_said_first():
     }
     found = findings(Simulated(groups=groups, seeds=(1, 2, 3), helps=3.0, seed=3))
     text = of(found, "downstream").sentences
-    assert text[0].startswith("With 24 runs in 8 groups and 5 metrics only a strong relation")
+    assert text[0].startswith("With 24 runs in 8 groups and 4 metrics only a strong relation")
     table = rows(of(found, "downstream").table, task="mean of tasks").set_index("left_out")
     assert list(table.index) == ["run", "method"]
     assert table.loc["run", "metrics_r2"] > table.loc["run", "loss_r2"] + 0.2

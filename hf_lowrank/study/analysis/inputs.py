@@ -267,11 +267,14 @@ def _matched(runs: Sequence[ComparedRun]) -> tuple[dict[int, ComparedRun], list[
 
 def _tidy(points: pd.DataFrame, runs: pd.DataFrame, places: Sequence[str]) -> list[dict[str, Any]]:
     lines = []
+    peers: dict[tuple[str, int], int] = {}
     fields = zip(
         points["run"], points["number"], points["step"], points["value"], points["stderr"], places, strict=True
     )
     for run, number, step, value, stderr, place in fields:
         settings, peer_name = _without_peer(number)
+        if peer_name and (peer_name, int(run)) not in peers:
+            peers[peer_name, int(run)] = _peer(peer_name, int(run), runs)
         lines.append(
             {
                 "run": int(run),
@@ -279,7 +282,7 @@ def _tidy(points: pd.DataFrame, runs: pd.DataFrame, places: Sequence[str]) -> li
                 "metric": number.name,
                 "space": number.space or "",
                 "way": settings if number.comparable else f"unknown text of run {run}",
-                "peer": _peer(peer_name, int(run), runs) if peer_name else -1,
+                "peer": peers.get((peer_name, int(run)), -1),
                 "peer_name": peer_name,
                 "step": step,
                 "place": place,

@@ -6,7 +6,6 @@ from typing import Any
 import pandas as pd
 
 from hf_lowrank.report.significance import Delta
-from hf_lowrank.report.values import format_count
 from hf_lowrank.study.analysis.figures import draw_perplexity
 from hf_lowrank.study.analysis.inputs import StudyData
 from hf_lowrank.study.analysis.result import Analysis, listed
@@ -103,7 +102,7 @@ def _sentences(data: StudyData, lines: list[dict[str, Any]], deltas: list[Delta]
             sentences.append(f"{size}: there is no full-rank run to compare with.")
             continue
         tokens = here[0][0]["tokens"]
-        after = "" if pd.isna(tokens) else f" after {format_count(int(tokens))} tokens"
+        after = "" if pd.isna(tokens) else f" after {int(tokens):,} tokens"
         said = []
         for sign, word in ((-1, "lower"), (1, "higher")):
             said += [

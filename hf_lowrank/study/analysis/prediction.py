@@ -120,43 +120,46 @@ def prediction_rows(
         for _ in range(RANDOM_DRAWS if bootstraps else 0)
     ]
     sets = {"loss": [by_loss[:, 0]], "metrics": [by_both[:, 0]], **({"random": draws} if draws else {})}
-    chosen = _resampled(blocks, bootstraps, rng)
+    counts = _resampled(blocks, bootstraps, rng)
     found: dict[str, float] = {}
-    r2: dict[str, list[float]] = {}
+    r2: dict[str, Floats] = {}
     for name, several in sets.items():
-        r2[name] = [float(np.mean([_r2(scores, each, means[:, 0], rows) for each in several])) for rows in chosen]
-        rho = [float(np.mean([_rho(scores, each, rows) for each in several])) for rows in chosen]
+        r2[name] = np.mean([_weighted_r2(scores, each, means[:, 0], counts) for each in several], axis=0)
+        rho = np.mean([_weighted_rho(scores, each, counts) for each in several], axis=0)
         found |= _with_interval(f"{name}_r2", r2[name]) | _with_interval(f"{name}_rho", rho)
-    found |= _with_interval("gain", [both - one for one, both in zip(r2["loss"], r2["metrics"], strict=True)])
+    found |= _with_interval("gain", r2["metrics"] - r2["loss"])
     found["p"] = float((1 + (gains[1:] >= gains[0] - 1e-12).sum()) / (1 + permutations))
     return found
 
 
-def _resampled(blocks: Sequence[Any], count: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """The rows of the data, and of bootstraps over blocks."""
+def _resampled(blocks: Sequence[Any], count: int, rng: np.random.Generator) -> Floats:
+    """(1 + count, n) how often each run is there: once in the data, then in bootstraps over blocks."""
     names = pd.factorize(np.array([str(block) for block in blocks], dtype=object))[0]
-    of_block = [np.flatnonzero(names == block) for block in range(names.max() + 1)]
-    drawn = [rng.integers(len(of_block), size=len(of_block)) for _ in range(count)]
-    return [np.arange(len(names)), *(np.concatenate([of_block[b] for b in each]) for each in drawn)]
+    total = int(names.max()) + 1
+    drawn = rng.multinomial(total, np.full(total, 1 / total), size=count)
+    return np.vstack([np.ones(len(names)), drawn[:, names]])
 
 
-def _r2(scores: Floats, values: Floats, means: Floats, rows: NDArray[np.int64]) -> float:
-    total = float(((scores[rows] - means[rows]) ** 2).sum())
-    return 1 - float(((scores[rows] - values[rows]) ** 2).sum()) / total if total else np.nan
+def _weighted_r2(scores: Floats, values: Floats, means: Floats, counts: Floats) -> Floats:
+    total = counts @ (scores - means) ** 2
+    return 1 - counts @ (scores - values) ** 2 / np.where(total > 0, total, np.nan)
 
 
-def _rho(scores: Floats, values: Floats, rows: NDArray[np.int64]) -> float:
-    one, other = rankdata(scores[rows]), rankdata(values[rows])
-    if one.std() == 0 or other.std() == 0:
-        return np.nan
-    return float(np.corrcoef(one, other)[0, 1])
+def _weighted_rho(scores: Floats, values: Floats, counts: Floats) -> Floats:
+    """Rank correlations, with the ranks that runs have in the data."""
+    one, other = rankdata(scores), rankdata(values)
+    weights = counts / counts.sum(1, keepdims=True)
+    mean_one, mean_other = weights @ one, weights @ other
+    product = weights @ (one * other) - mean_one * mean_other
+    spread = (weights @ one**2 - mean_one**2) * (weights @ other**2 - mean_other**2)
+    return product / np.sqrt(np.where(spread > 1e-12, spread, np.nan))
 
 
-def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+def _with_interval(name: str, values: Floats) -> dict[str, float]:
     """The number of the data with the 95 % percentile interval of its bootstraps."""
-    drawn = [value for value in values[1:] if np.isfinite(value)]
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if drawn else (np.nan, np.nan)
-    return {name: values[0], f"{name}_low": low, f"{name}_high": high}
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if len(drawn) else (np.nan, np.nan)
+    return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
 
 
 def partial_ranks(
