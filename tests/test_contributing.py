@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "downstream/quick": {"data", "report"},
     "compare": {"figures", "hub", "report"},
     "study": {"arguments", "checkpoints", "options", "report"},
+    "study/analysis": {"compare", "figures", "report"},
     "evaluation": {"metrics"},
     "evaluation/modules": {"options"},
     "evaluation/modules/*": {"evaluation", "families", "metrics"},

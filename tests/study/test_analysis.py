@@ -123,7 +123,7 @@ def test_scores_are_predicted_with_the_number_of_runs_said_first():
 
 
 def single_seed(study):
-    study.__init__(seeds=(1,))
+    study.reports = {name: report for name, report in study.reports.items() if name.endswith("s1")}
 
 
 def diverged(study):
@@ -173,7 +173,7 @@ CASES = {
 
 @pytest.mark.parametrize("harm", CASES)
 def test_what_lacks_is_named(harm, tmp_path):
-    study = Simulated(seed=4)
+    study = Simulated(groups=dict(list(GROUPS.items())[:3]), seed=4)
     harm(study)
     for name, report in study.reports.items():
         write_run(tmp_path / "runs" / name, report, curves=False)
@@ -207,7 +207,7 @@ def test_runs_of_other_people_are_grouped_by_what_their_reports_say():
 
 
 def test_equal_runs_give_equal_bytes(tmp_path):
-    study = Simulated(seeds=(1, 2, 3), seed=6)
+    study = Simulated(seeds=(1, 2), seed=6)
     for name, report in study.reports.items():
         folder = write_run(tmp_path / "runs" / name, report, curves=False)
         (folder / "publish" / "metrics").mkdir()

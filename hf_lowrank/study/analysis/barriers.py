@@ -98,11 +98,11 @@ def between_minus_within(pairs: pd.DataFrame, one: str, other: str) -> tuple[Del
     """
     groups = list(zip(pairs["group_a"], pairs["group_b"], strict=True))
     sets = []
-    for ends, same in zip(groups, pairs["same_start"], strict=True):
-        if set(ends) == {one, other}:
+    for of_pair, same in zip(groups, pairs["same_start"], strict=True):
+        if set(of_pair) == {one, other}:
             sets.append("between, one seed" if same else "between")
         else:
-            sets.append(f"within {ends[0]}" if ends[0] == ends[1] and ends[0] in (one, other) else "")
+            sets.append(f"within {of_pair[0]}" if of_pair[0] == of_pair[1] and of_pair[0] in (one, other) else "")
     chosen = np.array([name != "" for name in sets], dtype=bool)
     names = [name for name in sets if name]
     values = pairs["value"].to_numpy(dtype=float)[chosen]

@@ -130,7 +130,8 @@ def _sentences(data: StudyData, tested: list[tuple[dict[str, Any], Delta]]) -> l
         here = [(line, delta) for line, delta in losses if line["size"] == size]
         split = list(dict.fromkeys(line["group"] for line, _ in here if line["part"] not in ("total", "factors")))
         for group in split:
-            told, untold = [], []
+            told: list[str] = []
+            untold: list[str] = []
             for line, delta in here:
                 if line["group"] == group:
                     said = f"{WORDS[line['part']]} ({line['of']} minus {line['minus']}: {interval_text(delta)})"

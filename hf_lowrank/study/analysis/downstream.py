@@ -86,11 +86,7 @@ def features(data: StudyData) -> Features:
     having = data.kept[data.kept["run"].isin(loss.index)]
     table = pd.DataFrame({**metrics}, index=having["run"])
     scores = pd.DataFrame({**tasks}, index=having["run"])
-    for frame, what in ((table, "metrics"), (scores, "tasks")):
-        few = [str(name) for name in frame if frame[name].notna().mean() < _SHARE]
-        if few:
-            notes.append(f"left out because too few runs have them: {what} {listed(few)}")
-            frame.drop(columns=few, inplace=True)
+    table, scores = _often(table, "metrics", notes), _often(scores, "tasks", notes)
     whole = table.notna().all(axis=1) & scores.notna().all(axis=1)
     if not whole.all():
         missing = having[having["run"].isin(whole.index[~whole])].groupby(["size", "group"], sort=False).size()
@@ -103,6 +99,14 @@ def features(data: StudyData) -> Features:
     values = {str(name): scores[name].to_numpy(float) for name in scores}
     values = {_ALL: np.mean(list(values.values()), axis=0), **values} if values else {}
     return Features(runs, loss.loc[table.index].to_numpy(float), matrix, list(table), values, notes)
+
+
+def _often(table: pd.DataFrame, what: str, notes: list[str]) -> pd.DataFrame:
+    """The columns that enough runs have; a note names the others."""
+    few = [str(name) for name in table if table[name].notna().mean() < _SHARE]
+    if few:
+        notes.append(f"left out because too few runs have them: {what} {listed(few)}")
+    return table.drop(columns=few)
 
 
 def _scaled(values: Floats) -> Floats:

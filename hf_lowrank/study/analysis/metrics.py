@@ -144,7 +144,8 @@ def ranking(measured: list[tuple[dict[str, Any], pd.DataFrame]]) -> tuple[pd.Dat
         key = (*(about[name] for name in ("size", "place", "id", "metric")), _plain_way(about["way"]))
         groups = {str(group): values_of(mine) for group, mine in rows.groupby("group", sort=True)}
         by_metric.setdefault(key, {})[about["form"]] = groups
-    lines, rankings = [], []
+    lines: list[dict[str, Any]] = []
+    rankings: list[dict[str, Any]] = []
     for key, forms in by_metric.items():
         if len(forms) < 2:
             continue
