@@ -290,7 +290,8 @@ def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
         if isinstance(module, ReparameterizedLinear):
             for key in module.state_dict():
                 del state[f"{name}.{key}"]
-            state.update({f"{name}.{key}": tensor for key, tensor in module.dense_state().items()})
+            place = module.dense_place(name)
+            state.update({f"{place}.{key}": tensor for key, tensor in module.dense_state().items()})
     return state
 
 

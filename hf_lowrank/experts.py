@@ -49,10 +49,13 @@ def stacks_in(module: nn.Module, path: str) -> dict[str, Stack]:
     layouts = [_is_transposed(module, name, p) for name, p in own.items()]
     # where one parameter's shape does not tell, another's does
     transposed = next((layout for layout in layouts if layout is not None), False)
+    # a method's layer keeps parameters of several layouts
+    declared: dict[str, bool] = getattr(module, "stored_transposed", {})
     found = {}
     for name, p in own.items():
-        rows, cols = reversed(p.shape[1:]) if transposed else p.shape[1:]
-        found[name] = Stack(p.shape[0], rows, cols, transposed)
+        flipped = declared.get(name, transposed)
+        rows, cols = reversed(p.shape[1:]) if flipped else p.shape[1:]
+        found[name] = Stack(p.shape[0], rows, cols, flipped)
     return found
 
 

@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import PushToHubMixin
 
+from hf_lowrank.experts import Stack
 from hf_lowrank.methods.derived_weight import derive
 from hf_lowrank.plugins import load_plugins
 
@@ -169,6 +170,10 @@ class ReparameterizedLinear(nn.Module, ABC):
             state["bias"] = bias.detach()
         return state
 
+    def dense_place(self, path: str) -> str:
+        """Where the module is in the dense model that `dense_state` belongs to; `path` is the layer's own."""
+        return path
+
     def fixed_structure(self) -> dict[str, Tensor]:
         """Buffers that are drawn once and never trained, by name; two layers that differ here are not the same."""
         return {}
@@ -271,6 +276,24 @@ class LowRankConfig(PushToHubMixin):
             **kwargs: `bias`, `fan_in_fan_out` and `generator`, as `ReparameterizedLinear` and `torch.nn` name them.
         """
         raise NotImplementedError(f"{self.label} leaves the layers as they are")
+
+    def replace_stack(self, weight: nn.Parameter, stack: Stack, r: int, key: str, name: str, seed: int) -> Any:
+        """The `hf_lowrank.methods.stacks.ReparameterizedStack` that takes a stack's place; where `takes_stacks`.
+
+        Args:
+            weight, stack: the parameter as it is stored, and its layout.
+            r, key, name: rank of every matrix, the parameter's name in its module, the target's.
+            seed: of what is drawn; each matrix draws what a layer `name[i]` would.
+        """
+        layers = [
+            self.new_layer(stack.cols, stack.rows, r, generator=seeded_generator(seed, f"{name}[{i}]"))
+            for i in range(stack.count)
+        ]
+        return self.new_stack(stack, key, layers).to(device=weight.device, dtype=weight.dtype)
+
+    def new_stack(self, stack: Stack, key: str, layers: list[Any]) -> Any:
+        """One module of the layers of a stack's matrices, a `hf_lowrank.methods.stacks.StackOfLayers`."""
+        raise NotImplementedError(f"{self.label} takes no stacks of experts")
 
     def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
         """Set what a model needs for training alone, once its layers are the method's."""

@@ -18,25 +18,32 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.experts import Stack
 from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, register, seeded_generator
+from hf_lowrank.methods.stacks import ReparameterizedStack
 from hf_lowrank.optim.sharding import RowShards
+from hf_lowrank.sharding import like as sharded_like
 from hf_lowrank.sharding import local
 
-__all__ = ["LoRAConfig", "LoRALinear", "add_product", "own_rows"]
+__all__ = ["LoRAConfig", "LoRAExperts", "LoRALinear", "add_product", "own_rows"]
 
 ADAPTER = "default"
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """base + scaling * left right, summed in fp32 or better and rounded once to the dtype of `base`."""
+    """base + scaling * left right, summed in fp32 or better and rounded once to the dtype of `base`.
+
+    All three are matrices, or stacks of them.
+    """
     dtype = torch.promote_types(base.dtype, torch.float32)
+    add = torch.addmm if base.ndim == 2 else torch.baddbmm
     with torch.autocast(base.device.type, enabled=False):
-        return torch.addmm(base.to(dtype), left.to(dtype), right.to(dtype), alpha=scaling).to(base.dtype)
+        return add(base.to(dtype), left.to(dtype), right.to(dtype), alpha=scaling).to(base.dtype)
 
 
 def own_rows(whole: Tensor, like: Tensor, name: str) -> Tensor:
-    """The rows of `whole` that this process holds of `like`, the parameter `name` or its optimizer state."""
-    return RowShards.of(like, name).local_rows(whole)
+    """The rows of `whole`, or its matrices, that this process holds of `like`: the parameter `name` or its state."""
+    return RowShards.of(like, name).local_rows(whole) if like.ndim == 2 else local(sharded_like(whole, like))
 
 
 class _DroppedProduct(torch.autograd.Function):
@@ -137,14 +144,52 @@ class LoRALinear(PeftLinear, ReparameterizedLinear):  # type: ignore[misc]
             self.lora_A.float()
             self.lora_B.float()
 
-    @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """A Kaiming-uniform (a = sqrt 5), B zero; the values do not depend on device, dtype or number of processes."""
-        # with fan-in n that is uniform in these bounds
-        bound = 1 / math.sqrt(self.in_features)
-        A = torch.empty(self.A.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-        local(self.A).copy_(own_rows(A, self.A, f"{self.name}.A"))
-        local(self.B).zero_()
+        draw_adapters(self, generator)
+
+
+class LoRAExperts(ReparameterizedStack):
+    """LoRA on a stack of experts' matrices, W + (alpha / r) B A for each, with A: (E, r, n) and B: (E, m, r).
+
+    W is frozen. The sum is rounded to W's dtype, as PEFT does it for such parameters (`target_parameters`): experts
+    take a parameter, so that no input of theirs can be dropped.
+
+    Args:
+        weight: the parameter, as it is stored.
+        stack: its layout.
+        key: its name in the module of experts.
+        r: rank of every matrix.
+        alpha: the product is scaled by alpha / r.
+    """
+
+    def __init__(self, weight: nn.Parameter, stack: Stack, key: str, r: int, alpha: float) -> None:
+        super().__init__(stack, key)
+        self.r, self.factor = r, alpha / r
+        self.base_weight = weight
+        self.stored_transposed = {"base_weight": stack.transposed}
+        kwargs: Any = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        self.A = nn.Parameter(torch.empty(stack.count, r, stack.cols, **kwargs))
+        self.B = nn.Parameter(torch.empty(stack.count, stack.rows, r, **kwargs))
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        return self.base_weight, self.A, self.B
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        weight, A, B = parts
+        return add_product(weight.mT if self.fan_in_fan_out else weight, B, A, self.factor)
+
+    def draw(self, generator: torch.Generator) -> None:
+        draw_adapters(self, generator)
+
+
+@torch.no_grad()
+def draw_adapters(layer: LoRALinear | LoRAExperts, generator: torch.Generator) -> None:
+    """A Kaiming-uniform (a = sqrt 5), B zero; the values do not depend on device, dtype or number of processes."""
+    # with fan-in n that is uniform in these bounds
+    bound = 1 / math.sqrt(layer.in_features)
+    A = torch.empty(layer.A.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    local(layer.A).copy_(own_rows(A, layer.A, f"{layer.name}.A"))
+    local(layer.B).zero_()
 
 
 @register
@@ -166,6 +211,7 @@ class LoRAConfig(LowRankConfig):
         "Weizhu Chen",
     )
     replaces_layers: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
     keeps_weights: ClassVar[bool] = True
 
     r: int | None = field(default=None, metadata={"help": "Rank of the adapters; default hidden_size / 4."})
@@ -211,6 +257,19 @@ class LoRAConfig(LowRankConfig):
             layer.train(layer.base_layer.training)
             layer.draw(seeded_generator(seed, name))
 
+    def replace_stack(self, weight: nn.Parameter, stack: Stack, r: int, key: str, name: str, seed: int) -> LoRAExperts:
+        if self.dropout > 0:
+            raise ValueError(
+                f"dropout={self.dropout:g}: the experts of {name} are one parameter, whose adapters' input cannot be "
+                "dropped; set dropout=0, or leave the experts full-rank by naming the other layers in target_modules"
+            )
+        _check_floating(weight, name)
+        layer = LoRAExperts(weight, stack, key, r, self.alpha)
+        layer.name = name
+        layer.base_weight.requires_grad_(False)
+        layer.draw(seeded_generator(seed, name))
+        return layer
+
     def before_training(self, model: nn.Module, args: TrainingArguments) -> None:
         """`ValueError` for FSDP where what trains is in several dtypes: FSDP shards parameters of one."""
         trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
@@ -231,5 +290,9 @@ def _check_weights(model: nn.Module, names: list[str]) -> None:
     for name in names:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        if not weight.is_floating_point():
-            raise ValueError(f"the weight of layer {name} is {weight.dtype}: load the model without quantisation")
+        _check_floating(weight, name)
+
+
+def _check_floating(weight: Tensor, name: str) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight of layer {name} is {weight.dtype}: load the model without quantisation")

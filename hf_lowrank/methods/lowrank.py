@@ -8,6 +8,7 @@ Shapes: A: (r, n), B: (m, r), x: (..., n), y: (..., m).
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +17,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.experts import Stack
 from hf_lowrank.methods.base import LowRankConfig, MethodCallback, Paper, ReparameterizedLinear, register
+from hf_lowrank.methods.stacks import StackOfLayers
 from hf_lowrank.sharding import like, local, reshard, whole
 
 __all__ = ["LowRankCallback", "LowRankFactorsConfig", "LowRankLinear", "balanced"]
@@ -93,6 +96,32 @@ class LowRankLinear(ReparameterizedLinear):
         )
 
 
+class LowRankExperts(StackOfLayers):
+    """Low-rank factors of a stack of experts' matrices: A: (E, r, n), B: (E, m, r)."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, stack: Stack, key: str, layers: Sequence[LowRankLinear]) -> None:
+        super().__init__(stack, key, layers)
+        self.scaling = layers[0].scaling
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        return self.A, self.B
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        A, B = parts
+        with torch.autocast(A.device.type, enabled=False):
+            return torch.bmm(B, A) * self.scaling
+
+    @torch.no_grad()
+    def refactorize(self) -> None:
+        """As `LowRankLinear.refactorize`, for each matrix."""
+        pairs = [balanced(A, B) for A, B in zip(whole(self.A), whole(self.B), strict=True)]
+        for p, factors in zip((self.A, self.B), zip(*pairs, strict=True), strict=True):
+            local(p).copy_(local(like(torch.stack(factors).to(p.dtype), p)))
+
+
 def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors with the product of B: (m, r) and A: (r, n), B = U sqrt(S) and A = sqrt(S) V^T of its SVD.
 
@@ -131,7 +160,7 @@ class LowRankCallback(MethodCallback):
         if not (refactorize or reset):
             return
         reshard(kwargs["model"])
-        layers = [module for module in kwargs["model"].modules() if isinstance(module, LowRankLinear)]
+        layers = [module for module in kwargs["model"].modules() if isinstance(module, LowRankLinear | LowRankExperts)]
         with self.refreshing():
             for layer in layers:
                 if refactorize:
@@ -171,6 +200,7 @@ class LowRankFactorsConfig(LowRankConfig):
         authors="Athanasios Glentis, Jiaxiang Li, Qiulin Shang, Andi Han, Ioannis Tsaknakis, Quan Wei, Mingyi Hong",
     )
     replaces_layers: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     r: int | None = field(default=None, metadata={"help": "Rank of the weights; default hidden_size / 4."})
     alpha: float = field(default=32, metadata={"help": "The factors' product is scaled by alpha / r."})
@@ -200,6 +230,9 @@ class LowRankFactorsConfig(LowRankConfig):
 
     def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> LowRankLinear:
         return LowRankLinear(in_features, out_features, r, alpha=self.alpha, **kwargs)
+
+    def new_stack(self, stack: Stack, key: str, layers: list[Any]) -> LowRankExperts:
+        return LowRankExperts(stack, key, layers)
 
     def callbacks(self, args: TrainingArguments) -> list[MethodCallback]:
         return [LowRankCallback(self)] if self.refactorize_every or self.reset_moments_every else []

@@ -18,6 +18,7 @@ from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
+from hf_lowrank.methods.stacks import put_stack
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, refuse_shared, target_parameters
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
@@ -144,16 +145,26 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
                 f"{config.label} replaces the layers of a pretrained model and cannot keep their weights: pass "
                 "reinit=True to train them from scratch, or make the model from its config"
             )
-        frozen = [target.name for target in targets if not _trains(target)]
+        frozen = [target.name for target in targets if not target.trains]
         if frozen and not config.keeps_weights:
             raise ValueError(
                 f"layer {frozen[0]} is frozen ({len(frozen)} in all) and {config.label} trains what it replaces: "
                 "unfreeze it, or leave it out with target_modules"
             )
-        config.replace_layers(model, {t.name: ranks[t.name] for t in targets}, seed)
+        _replace(model, config, targets, ranks, seed)
     model_config = getattr(model, "config", None)
     if model_config is not None:
         model_config.lowrank = {**config.to_dict(), "form": "native", "structure": structure_hash(model)}
+
+
+def _replace(model: nn.Module, config: LowRankConfig, targets: list[Target], r: dict[str, int], seed: int) -> None:
+    """Put the method's layers in the place of the targets."""
+    for t, stack in [(t, t.stack) for t in targets if t.stack is not None]:
+        own, key = t.own_parameters, t.weight_name.rpartition(".")[2]
+        layer = config.replace_stack(own[key], stack, r[t.name], key, t.name, seed)
+        put_stack(t.module, layer, t.name)
+    if layers := {t.name: r[t.name] for t in targets if t.stack is None}:
+        config.replace_layers(model, layers, seed)
 
 
 def _layers_of(config: LowRankConfig) -> dict[str, Any]:
@@ -318,7 +329,7 @@ def _method_not_run(config: LowRankConfig, reason: str) -> str:
 def _refuse_frozen(model: nn.Module, config: LowRankConfig) -> None:
     targets = method_targets(model, config)
     # PEFT freezes what it adapts, and apply_method refuses that by its name
-    if not any(_trains(target) or is_adapted(target.module) for target in targets):
+    if not any(target.trains or is_adapted(target.module) for target in targets):
         raise ValueError(
             f"all {len(targets)} target layers are frozen, {targets[0].name} for one, so that {config.label} would "
             "train nothing: unfreeze them, or name others with target_modules"
@@ -342,10 +353,6 @@ def _rated_parameters(model: nn.Module, config: LowRankConfig, targets: list[Tar
     return frozenset(rated)
 
 
-def _trains(target: Target) -> bool:
-    return all(p.requires_grad for name, p in target.own_parameters.items() if name.rpartition(".")[2] != "bias")
-
-
 def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The method's own optimizer, or the one that `args.optim` names."""
     own = config.optimizer(args)
@@ -363,7 +370,11 @@ def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[tor
 
 def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
     """Refuse a state dict of another form where `load_state_dict(strict=False)`, Trainer's way, would half-load it."""
-    expected = {t.name: set(t.module.state_dict()) for t in targets if t.stack is None}
+    expected = {
+        t.weight_name.rpartition(".")[0]: set(t.module.state_dict())
+        for t in targets
+        if t.stack is None or isinstance(t.module, ReparameterizedLinear)
+    }
     # a local function could not be pickled with the model
     model.register_load_state_dict_pre_hook(functools.partial(_refuse_other_forms, expected))
 

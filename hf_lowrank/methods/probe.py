@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from hf_lowrank.methods.base import ReparameterizedLinear, uses_deepspeed
 from hf_lowrank.methods.derived_weight import Composed, UncalledLayerError, collect_unserved
 from hf_lowrank.methods.foreign import is_foreign
+from hf_lowrank.methods.stacks import layer_path
 from hf_lowrank.methods.targets import Target
 from hf_lowrank.sharding import is_dtensor
 
@@ -128,9 +129,15 @@ def check_first_batch(known: set[str], model: nn.Module, args: TrainingArguments
 
 
 def own_weights(targets: list[Target]) -> dict[str, Tensor]:
-    """Target name -> its weight, for the plain layers among the targets."""
-    layers: list[tuple[str, Any]] = [(target.name, target.module) for target in targets]
-    return {n: m.weight for n, m in layers if not isinstance(m, ReparameterizedLinear) and not is_foreign(m)}
+    """Where a method's layer will be -> the weight there, for the plain layers and stacks among the targets."""
+    weights = {}
+    for target in targets:
+        module: Any = target.module
+        if isinstance(module, ReparameterizedLinear) or is_foreign(module):
+            continue
+        path = target.name if target.stack is None else layer_path(target.weight_name)
+        weights[path] = getattr(module, target.weight_name.rpartition(".")[2])
+    return weights
 
 
 def _is_reached(gradient: Tensor | None) -> bool:

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.methods.base import MethodCallback, Paper, register, seeded_generator, uses_deepspeed
-from hf_lowrank.methods.lora import LoRAConfig, LoRALinear, add_product, own_rows
+from hf_lowrank.methods.lora import LoRAConfig, LoRAExperts, LoRALinear, add_product, own_rows
+from hf_lowrank.optim.sharding import RowShards
 from hf_lowrank.sharding import local, reshard, whole
 
 __all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
@@ -37,7 +38,7 @@ def _plain(value: Any) -> str:
 
 
 @torch.no_grad()
-def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
+def fold(layer: LoRALinear | LoRAExperts, generator: torch.Generator) -> Tensor:
     """W += (alpha / r) B A, then A drawn anew and B zero, in place (Section 3 of the paper).
 
     The sum is made in fp32 or better and rounded once to the dtype of W, so the function changes by that rounding.
@@ -51,12 +52,15 @@ def fold(layer: LoRALinear, generator: torch.Generator) -> Tensor:
     """
     A, B = whole(layer.A), whole(layer.B)
     stored, weight = layer.base_weight, local(layer.base_weight)
-    left, right = (A.T, B.T) if layer.fan_in_fan_out else (B, A)
+    left, right = (A.mT, B.mT) if layer.fan_in_fan_out else (B, A)
+    shards = RowShards.of(stored, f"{layer.name}.weight")
+    if shards.by_matrix:
+        right = right[list(shards.matrices(len(right)))]
     weight.copy_(add_product(weight, own_rows(left, stored, f"{layer.name}.weight"), right, layer.factor))
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(dtype), B.to(dtype)
     # ||B A||^2 is the trace of (B^T B)(A A^T), which needs no matrix of W's size
-    squared = layer.factor**2 * ((B.T @ B) * (A @ A.T)).sum()
+    squared = layer.factor**2 * ((B.mT @ B) * (A @ A.mT)).sum()
     layer.draw(generator)
     return squared
 
@@ -71,7 +75,7 @@ def prune(state: dict[str, Any], kind: str, ratio: float, generator: torch.Gener
     Args:
         state: holds `exp_avg` and `exp_avg_sq`; sharded by rows, every process calls this in the same order.
         kind: `random` (round(ratio * entries) of them, uniformly), `magnitude` (as many, the smallest |exp_avg|) or
-            `reset` (all).
+            `reset` (all); of a stack, so many of each matrix.
         ratio: share to zero; `reset` does not look at it.
         generator: source of the choice.
 
@@ -79,18 +83,20 @@ def prune(state: dict[str, Any], kind: str, ratio: float, generator: torch.Gener
         Number of entries zeroed in each of the two, over all processes.
     """
     first = state["exp_avg"]
-    count = first.numel() if kind == "reset" else round(ratio * first.numel())
+    matrices, entries = first.shape[:-2].numel(), first.shape[-2:].numel()
+    count = entries if kind == "reset" else round(ratio * entries)
+    mask = torch.zeros(matrices, entries, dtype=torch.bool)
     if kind == "magnitude":
         # stable, so that ties fall alike on every process
-        chosen = torch.argsort(whole(first).abs().flatten(), stable=True)[:count].cpu()
+        order = torch.argsort(whole(first).abs().view(matrices, entries), stable=True)
+        mask.scatter_(1, order[:, :count].cpu(), True)
     else:
-        chosen = torch.randperm(first.numel(), generator=generator)[:count]
-    mask = torch.zeros(first.numel(), dtype=torch.bool)
-    mask[chosen] = True
+        for row in mask:
+            row[torch.randperm(entries, generator=generator)[:count]] = True
     for key in MOMENTS:
         moment = local(state[key])
         moment.masked_fill_(own_rows(mask.view(first.shape), state[key], key).to(moment.device), 0)
-    return count
+    return count * matrices
 
 
 def with_restarts(base: Callable[[int], float], reset_every: int, warmup: int) -> Callable[[int], float]:
@@ -173,7 +179,9 @@ class ReLoRACallback(MethodCallback):
             with self.refreshing():
                 self._restart(layers, moments, args.seed, state)
 
-    def _restart(self, layers: list[LoRALinear], moments: dict[str, Any], seed: int, state: TrainerState) -> None:
+    def _restart(
+        self, layers: list[LoRALinear | LoRAExperts], moments: dict[str, Any], seed: int, state: TrainerState
+    ) -> None:
         config, index = self.config, state.global_step // self.config.reset_every
         entries = sum(p.numel() for _, p in _parameters(layers))
         squared = [fold(layer, seeded_generator(seed, layer.name, index)) for layer in layers]
@@ -197,12 +205,12 @@ class ReLoRACallback(MethodCallback):
             )  # fmt: skip
 
 
-def adapters(model: nn.Module) -> list[LoRALinear]:
+def adapters(model: nn.Module) -> list[LoRALinear | LoRAExperts]:
     """The LoRA layers of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return [module for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts)]
 
 
-def _parameters(layers: list[LoRALinear]) -> list[tuple[str, Tensor]]:
+def _parameters(layers: list[LoRALinear | LoRAExperts]) -> list[tuple[str, Tensor]]:
     """Names that no wrapper changes, and the adapters' parameters."""
     return [(f"{layer.name}.{side}", getattr(layer, side)) for layer in layers for side in ("A", "B")]
 

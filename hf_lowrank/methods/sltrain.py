@@ -4,6 +4,7 @@ Shapes: A: (r, n), B: (m, r), S: (m, n) with int(sparsity * m * n) non-zeros, x:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from hf_lowrank.experts import Stack
 from hf_lowrank.methods.base import LowRankConfig, Paper, ReparameterizedLinear, register
+from hf_lowrank.methods.stacks import StackOfLayers
 
 __all__ = ["SLTrainConfig", "SLTrainLinear"]
 
@@ -128,6 +131,31 @@ class SLTrainLinear(ReparameterizedLinear):
         )
 
 
+class SLTrainExperts(StackOfLayers):
+    """SLTrain on a stack of experts' matrices: A: (E, r, n), B: (E, m, r), and as many values of S for each."""
+
+    A: Tensor
+    B: Tensor
+    sparse_values: Tensor
+    sparse_support: Tensor
+
+    def __init__(self, stack: Stack, key: str, layers: Sequence[SLTrainLinear]) -> None:
+        super().__init__(stack, key, layers)
+        self.scaling = layers[0].scaling
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        return self.A, self.B, self.sparse_values, self.sparse_support
+
+    def compose(self, *parts: Tensor) -> Tensor:
+        A, B, values, support = parts
+        with torch.autocast(A.device.type, enabled=False):
+            low_rank = torch.bmm(B, A) * self.scaling
+            return low_rank.flatten(1).scatter_add(1, support.long(), values).view_as(low_rank)
+
+    def fixed_structure(self) -> dict[str, Tensor]:
+        return {"sparse_support": self.sparse_support}
+
+
 @register
 @dataclass
 class SLTrainConfig(LowRankConfig):
@@ -141,6 +169,7 @@ class SLTrainConfig(LowRankConfig):
         authors="Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",
     )
     replaces_layers: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     r: int | None = field(default=None, metadata={"help": "Rank of the low-rank part; default hidden_size / 4."})
     alpha: float = field(default=32, metadata={"help": "The low-rank part is scaled by alpha / r."})
@@ -155,6 +184,9 @@ class SLTrainConfig(LowRankConfig):
 
     def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> SLTrainLinear:
         return SLTrainLinear(in_features, out_features, r, alpha=self.alpha, sparsity=self.sparsity, **kwargs)
+
+    def new_stack(self, stack: Stack, key: str, layers: list[Any]) -> SLTrainExperts:
+        return SLTrainExperts(stack, key, layers)
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         return 2 * (r * (m + n) + int(self.sparsity * m * n))

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.experts import Stack, stacks_in
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear
+from hf_lowrank.methods.base import METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.foreign import base_layer, foreign_weight, is_adapted, is_foreign, is_quantized
+from hf_lowrank.methods.stacks import ReparameterizedStack
 from hf_lowrank.sharding import reshard, whole
 
 __all__ = [
@@ -54,7 +55,13 @@ class Target:
         """Name in the module -> parameter: of the layer, or the stack alone."""
         name = self.weight_name.rpartition(".")[2]
         own = dict(self.module.named_parameters())
-        return own if self.stack is None else {name: own[name]}
+        whole = self.stack is None or isinstance(self.module, ReparameterizedStack)
+        return own if whole else {name: own[name]}
+
+    @property
+    def trains(self) -> bool:
+        """Whether all of these but a bias train."""
+        return all(p.requires_grad for name, p in self.own_parameters.items() if name.rpartition(".")[2] != "bias")
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -74,6 +81,8 @@ class Target:
         """W: (m, n), detached; transposed where the layer stores it so. Of a stack, one of its `matrices`."""
         if self.stack is not None:
             assert self.index is not None, f"{self.name} is a stack"
+            if isinstance(self.module, ReparameterizedStack):
+                return self.module.dense_matrix(self.index)
             matrix = self.module.get_parameter(self.weight_name.rpartition(".")[2])[self.index].detach()
             return matrix.T if self.stack.transposed else matrix
         if isinstance(self.module, ReparameterizedLinear):
@@ -123,6 +132,12 @@ def linear_layers(model: nn.Module) -> list[Target]:
         if replaced is not None and name.startswith(replaced):
             continue
         replaced = f"{name}." if isinstance(module, ReparameterizedLinear) or is_adapted(module) else None
+        if isinstance(module, ReparameterizedStack):
+            holder, key = name.rpartition(".")[0], module.key
+            path = holder if key == "weight" else f"{holder}.{key}"
+            sizes = module.stack.rows, module.stack.cols
+            layers.append(Target(path, module, *sizes, *place(path, key), f"{name}.weight", module.stack))
+            continue
         for key, stack in stacks_in(module, name).items():
             path = name if key == "weight" else f"{name}.{key}"
             where = place(path, key)
@@ -211,7 +226,7 @@ def method_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
         raise ValueError(
             f"target_modules={unserved or names!r} matches only parameters that hold the experts of a layer as one "
             f"stack, {targets[0].name} for one, and {config.label} takes linear layers alone: leave them out, or "
-            "train with GaLore, Fira, APOLLO or Muon, which take them"
+            f"train with {', '.join(c.label for c in METHODS.values() if c.takes_stacks)}, which take them"
         )
     return layers
 
@@ -268,9 +283,12 @@ def native_weights(model: nn.Module, target_modules: list[str] | str | None = No
                 yield replace(matrix, module=target.module), matrix.dense_weight()
             continue
         for name, p in layer.named_parameters():
-            if p.ndim == 2 and not (is_adapted(layer) and name.startswith("base_layer.")):
-                names = f"{target.name}.{name}", f"{target.kind}.{name}"
-                yield replace(target, name=names[0], kind=names[1], rows=p.shape[0], cols=p.shape[1]), p.detach()
+            if p.ndim != (2 if target.stack is None else 3) or (is_adapted(layer) and name.startswith("base_layer.")):
+                continue
+            factors = {name: p} if target.stack is None else {f"{name}[{i}]": p[i] for i in range(len(p))}
+            for key, factor in factors.items():
+                (rows, cols), names = factor.shape, (f"{target.name}.{key}", f"{target.kind}.{key}")
+                yield replace(target, name=names[0], kind=names[1], rows=rows, cols=cols), factor.detach()
 
 
 def whole_layer(module: nn.Module) -> nn.Module:
