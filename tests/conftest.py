@@ -14,6 +14,7 @@ from pathlib import Path
 # importable as `loopback_hub` whether or not tests/ is a package
 sys.path.insert(0, str(Path(__file__).parent))
 
+from launcher import Launcher
 from loopback_hub import LoopbackHub
 
 # huggingface_hub, transformers and datasets read these once, at import. The endpoint is a reserved port of this
@@ -46,6 +47,14 @@ import pytest  # noqa: E402
 @atexit.register
 def _remove_home() -> None:
     shutil.rmtree(_home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Runs `main` of a worker module in several processes, without an import of torch in each."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""What every process of a torchrun launch does in the tests of sharded training; one launch runs all cases.
+"""What every process of a launch does in the tests of sharded training; one launch runs all cases.
 
-Usage: torchrun --nproc_per_node N sharded_worker.py FOLDER PART. Results go to FOLDER/<part>-<world>.json on the first
-process: case -> largest relative difference to one process without any sharding.
+Usage: torchrun --nproc_per_node N sharded_worker.py FOLDER PART (the tests fork it: launcher.py). FOLDER gets
+<part>-<world>.json of the first process: case -> largest relative difference to one process that shards nothing.
 """
 
 import copy
@@ -19,7 +19,7 @@ from tiny_runs import METHODS, VOCABULARY, arguments, llama, make_trainer, optim
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from toy_models import OwnProducts, toy_model
 
@@ -104,7 +104,8 @@ def step_matrices(model, optimizer, steps, broken=()):
             if step in broken and i == step % len(SHAPES):
                 grad.view(-1)[-1] = float("nan")
             if isinstance(p, DTensor):
-                grad = torch.distributed.tensor.distribute_tensor(grad, p.device_mesh, p.placements)
+                # every process draws the whole gradient: nothing is to be sent
+                grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
             p.grad = grad
         optimizer.step()
 

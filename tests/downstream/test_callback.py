@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from hf_lowrank.families import callback as base
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.items import ITEMS, read_items
 
-TESTS = Path(__file__).parents[1]
 NAMES = ["step", "task", "metric"]
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2)
 
@@ -172,17 +167,9 @@ def test_what_cannot_be_meant_is_refused_before_training(tasks, tmp_path, go_off
 
 
 @pytest.mark.slow
-def test_numbers_do_not_depend_on_the_processes(tasks, tmp_path):
+def test_numbers_do_not_depend_on_the_processes(launcher, tasks, tmp_path):
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [*command, str(TESTS / "evaluation_worker.py"), str(tasks), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launcher("evaluation_worker", tasks, tmp_path, processes=processes)
     alone, shared = (json.loads((tmp_path / f"evaluated-{n}.json").read_text()) for n in (1, 2))
     assert alone.keys() == shared.keys()
     # a process alone shards nothing
