@@ -30,7 +30,7 @@ from hf_lowrank.methods.targets import dense_weights
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, projected
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
-STEPS, SEQUENCES, LENGTH = 20, 12, 8
+STEPS, MATRIX_STEPS, SEQUENCES, LENGTH = 12, 14, 12, 8
 # 27 rows of the MLP are shared unevenly by 2 and 4 processes; k_proj's and v_proj's 6 rows leave a fourth without any
 SIZES = dict(hidden_size=24, intermediate_size=27, num_key_value_heads=1, attention_dropout=0.0)
 # one row, fewer rows than processes, uneven rows; stacks, which are dealt out by matrices
@@ -68,11 +68,23 @@ def whole(tensor):
 
 
 def difference(mine, reference):
-    """Largest relative difference over tensors, by norms."""
+    """Largest relative difference over tensors, by norms; nothing where the first process alone has a reference."""
+    assert reference is None or mine.keys() == reference.keys()
     worst = 0.0
-    for key, value in reference.items():
-        worst = max(worst, ((whole(mine[key]) - value).norm() / value.norm().clamp_min(1e-30)).item())
+    for key in sorted(mine):
+        value = whole(mine[key])
+        if reference is not None:
+            worst = max(worst, ((value - reference[key]).norm() / reference[key].norm().clamp_min(1e-30)).item())
     return worst
+
+
+def floating(state):
+    return {k: v.detach() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+
+def alone(compute):
+    """What the first process computes without the others, who need not do it again; None for them."""
+    return compute() if dist.get_rank() == 0 else None
 
 
 class Matrices(torch.nn.Module):
@@ -131,23 +143,21 @@ def matrices(folder):
         cases += [(case, (), (2, 2), None) for case in HYBRID_CASES]
     for case, broken, sizes, placement in cases:
         optimizer_cls, options = MATRIX_CASES[case]
-        plain, sharded = Matrices(), Matrices()
-        reference = matrix_optimizer(plain, optimizer_cls, options)
-        step_matrices(plain, reference, range(STEPS), broken)
+
+        def stepped(model, optimizer_cls=optimizer_cls, options=options, broken=broken):
+            optimizer = matrix_optimizer(model, optimizer_cls, options)
+            step_matrices(model, optimizer, range(MATRIX_STEPS), broken)
+            found = dict(model.named_parameters())
+            for name, p in model.named_parameters():
+                found |= {f"{name} {k}": v for k, v in optimizer.state[p].items() if torch.is_tensor(v)}
+            return found
+
+        sharded = Matrices()
         fully_shard(sharded, mesh=mesh(*sizes), shard_placement_fn=placement)
-        optimizer = matrix_optimizer(sharded, optimizer_cls, options)
-        step_matrices(sharded, optimizer, range(STEPS), broken)
         name = case + ", NaN in some steps" * bool(broken) + ", HSDP" * bool(sizes)
         name += ", stacks by rows" * bool(placement)
-        results[name] = difference(dict(sharded.named_parameters()), dict(plain.named_parameters()))
-        states = zip(sharded.parameters(), plain.parameters(), strict=True)
-        for p, q in states:
-            mine, theirs = optimizer.state[p], reference.state[q]
-            found = difference(
-                {k: v for k, v in mine.items() if torch.is_tensor(v)},
-                {k: v for k, v in theirs.items() if torch.is_tensor(v)},
-            )
-            results[name] = max(results[name], found)
+        mine, expected = stepped(sharded), alone(lambda stepped=stepped: stepped(Matrices()))
+        results[name] = difference(mine, expected)
     return results
 
 
@@ -203,9 +213,13 @@ def methods(folder):
     results = {}
     for method in METHODS:
         for dtype in (torch.float64, torch.float32):
-            plain, reference = make(method, dtype, sharded=False)
-            train(plain, reference, range(STEPS), slice(None))
-            expected = {k: v.detach() for k, v in plain.state_dict().items() if v.is_floating_point()}
+
+            def trained_alone(method=method, dtype=dtype):
+                plain, optimizer = make(method, dtype, sharded=False)
+                train(plain, optimizer, range(STEPS), slice(None))
+                return floating(plain.state_dict())
+
+            expected = alone(trained_alone)
             for order in ("before", "after"):
                 model, optimizer = make(method, dtype, sharded=True, order=order)
                 train(model, optimizer, range(STEPS // 2), my_share())
@@ -213,7 +227,7 @@ def methods(folder):
                     save(model, optimizer, folder / method)
                 train(model, optimizer, range(STEPS // 2, STEPS), my_share())
                 name = f"{method}, {str(dtype).removeprefix('torch.')}, optimizer made {order} sharding"
-                results[name] = difference(model.state_dict(), expected)
+                results[name] = difference(floating(model.state_dict()), expected)
             if dtype is torch.float64 and dist.get_rank() == 0:
                 torch.save(expected, folder / f"{method}.pt")
     return results
@@ -233,8 +247,8 @@ def publish(folder):
         if whole_model is not None:
             export(whole_model, folder / method / "publish")
             loaded = lr.from_pretrained(folder / method / "publish").state_dict()
-            expected = {k: v for k, v in plain.state_dict().items() if v.is_floating_point()}
-            results[f"{method}, published"] = difference(loaded, expected)
+            expected = floating(plain.state_dict())
+            results[f"{method}, published"] = difference(floating(loaded), expected)
     return results
 
 
@@ -246,7 +260,7 @@ def resume(folder):
         model, optimizer = make(method, torch.float64, sharded=dist.get_world_size() > 1)
         load(model, optimizer, folder / method)
         train(model, optimizer, range(STEPS // 2, STEPS), my_share())
-        results[method] = difference(model.state_dict(), expected)
+        results[method] = difference(floating(model.state_dict()), expected)
     return results
 
 
@@ -266,7 +280,7 @@ def ddp(folder):
             refreshed = [0]
             with patch.object(projected, "refresh_projector", counting(refreshed, projected.refresh_projector)):
                 trainer.train()
-            found = {k: v.detach() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
+            found = floating(trainer.model.state_dict())
             name = f"{method}, {str(dtype).removeprefix('torch.')}"
             if dist.get_world_size() == 1:
                 torch.save(found, folder / f"ddp {name}.pt")
@@ -287,7 +301,7 @@ def dealt():
         for model, replicas in zip(models, (True, False), strict=True):
             optimizers.append(matrix_optimizer(model, GaLoreAdamW, {}))
             optimizers[-1].replicas = replicas
-        for step in range(STEPS):
+        for step in range(MATRIX_STEPS):
             generator = torch.Generator().manual_seed(step + 1000 * dist.get_rank() * (case == "other gradients"))
             for i, pair in enumerate(zip(*(model.parameters() for model in models), strict=True)):
                 grad = torch.randn(pair[0].shape, generator=generator, dtype=torch.float64)
@@ -354,7 +368,7 @@ def converted(folder):
             )
             trainer = make_trainer(METHODS[method], args, model=toy_model(model_type))
             trainer.train(**given)
-            return {k: v.detach() for k, v in trainer.model.state_dict().items() if v.is_floating_point()}
+            return floating(trainer.model.state_dict())
 
         expected = trained("whole")
         checkpoint = str(folder / f"{model_type}-whole" / "checkpoint-2")
@@ -364,16 +378,16 @@ def converted(folder):
         train(model, optimizer, range(2), my_share())
         save(model, optimizer, folder / f"{model_type}-shards")
         train(model, optimizer, range(2, 4), my_share())
-        expected = {k: whole(v).clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+        expected = {k: whole(v).clone() for k, v in floating(model.state_dict()).items()}
         resumed, its_optimizer = make(method, torch.float32, True, model=toy_model(model_type, seed=1))
         load(resumed, its_optimizer, folder / f"{model_type}-shards")
         train(resumed, its_optimizer, range(2, 4), my_share())
-        results[f"{model_type}, FSDP2"] = difference(resumed.state_dict(), expected)
+        results[f"{model_type}, FSDP2"] = difference(floating(resumed.state_dict()), expected)
         gathered = gather_model(resumed, keep=dist.get_rank() == 0)
         if gathered is not None:
             export(gathered, folder / f"{model_type}-publish")
             loaded = lr.from_pretrained(folder / f"{model_type}-publish").state_dict()
-            results[f"{model_type}, published"] = difference(loaded, expected)
+            results[f"{model_type}, published"] = difference(floating(loaded), expected)
     return results
 
 
