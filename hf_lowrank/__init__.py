@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FullRankConfig,
         GaLoreConfig,
         LoRAConfig,
+        LoroConfig,
         LowRankConfig,
         LowRankFactorsConfig,
         MuonConfig,
@@ -38,7 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCallback", "ApolloConfig", "CheckpointError", "CoLAConfig", "CurvatureCallback", "EvaluationCallback",
     "FiraConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback", "LoRAConfig",
-    "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig",
+    "LoroConfig", "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig",
     "SpectralCallback", "attach", "check_checkpoint", "check_resume", "from_pretrained", "last_checkpoint",
     "load_report", "prepare", "push", "to_dense",
 ]  # fmt: skip
@@ -50,7 +51,7 @@ _NAMES = {
     "families": "ActivationCallback CurvatureCallback InterpolationCallback LandscapeCallback SpectralCallback",
     "hub.load": "from_pretrained load_report",
     "hub.push": "push",
-    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LowRankConfig "
+    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LoroConfig LowRankConfig "
     "LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig",
     "methods.prepare": "prepare",
     "run.attach": "attach",

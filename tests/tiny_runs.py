@@ -24,6 +24,7 @@ METHODS = {
     "sltrain": lr.SLTrainConfig(r=4, sparsity=0.1),
     "muon": lr.MuonConfig(),
     "lowrank": lr.LowRankFactorsConfig(r=4, alpha=4, refactorize_every=3, reset_moments_every=3),
+    "loro": lr.LoroConfig(r=4, exact_every=3, restart_warmup_steps=1),
     "cola": lr.CoLAConfig(r=4),
     "cola-m": lr.CoLAConfig(r=4, recompute=True),
     "lora": lr.LoRAConfig(r=4),

@@ -123,7 +123,7 @@ def render_card(data: CardData) -> str:
             name=name,
             metadata=Markdown(metadata.to_yaml()),
             label=label,
-            method=Markdown(f"[{label}]({_address(paper)})") if paper else label,
+            method=Markdown(f"[{label}]({paper.address})") if paper and paper.address else label,
             # a method that does not tell has the form that most have
             dense=run.dense_form is not False,
             published=run.weights_published is not False,
@@ -142,7 +142,7 @@ def render_card(data: CardData) -> str:
             repo=Markdown(json.dumps(data.repo_id or f"user/{slug(run.name)}")),
             has_tokenizer=report.data is not None and report.data.tokenizer_hash is not None,
             prompt=Markdown(json.dumps("def " if embedded else "Once upon a time")),
-            study=Markdown(f"[{STUDY.title}]({_address(STUDY)})"),
+            study=Markdown(f"[{STUDY.title}]({STUDY.address})"),
             command=None if run.command is None else fenced(shlex.join(run.command), "bash"),
             bibtex=fenced("\n\n".join(_bibtex(paper, key) for key, paper in papers.items()), "bibtex"),
         )
@@ -241,22 +241,18 @@ def _place_named(report: Report, publish: Path) -> str | None:
     return None
 
 
-def _address(paper: Paper) -> str:
-    return f"https://arxiv.org/abs/{quote(paper.arxiv)}"
-
-
 def _bibtex(paper: Paper, key: str) -> str:
-    return (
-        f"@misc{{{key},\n"
-        f"  title         = {{{one_line(paper.title)}}},\n"
-        f"  author        = {{{one_line(paper.authors).replace(', ', ' and ')}}},\n"
-        # the first two digits are the year
-        f"  year          = {{20{one_line(paper.arxiv)[:2]}}},\n"
-        f"  eprint        = {{{one_line(paper.arxiv)}}},\n"
-        f"  archivePrefix = {{arXiv}},\n"
-        f"  url           = {{{_address(paper)}}}\n"
-        f"}}"
-    )
+    # the first two digits of a number on arXiv are the year
+    year = f"20{one_line(paper.arxiv)[:2]}" if paper.arxiv else paper.year
+    fields = {
+        "title": one_line(paper.title),
+        "author": one_line(paper.authors).replace(", ", " and "),
+        "year": year,
+        **({"eprint": one_line(paper.arxiv), "archivePrefix": "arXiv"} if paper.arxiv else {}),
+        "url": one_line(paper.address),
+    }
+    lines = ",\n".join(f"  {name:13} = {{{value}}}" for name, value in fields.items() if value)
+    return f"@misc{{{key},\n{lines}\n}}"
 
 
 def _environment() -> Environment:

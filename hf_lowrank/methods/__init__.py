@@ -7,6 +7,7 @@ from hf_lowrank.methods.fira import FiraAdamW, FiraConfig
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.galore import GaLoreAdamW, GaLoreConfig
 from hf_lowrank.methods.lora import LoRAConfig, LoRALinear
+from hf_lowrank.methods.loro import LoroAdamW, LoroConfig
 from hf_lowrank.methods.lowrank import LowRankFactorsConfig, LowRankLinear
 from hf_lowrank.methods.muon import MuonAdamW, MuonConfig
 from hf_lowrank.methods.projected import ProjectedConfig
@@ -15,7 +16,7 @@ from hf_lowrank.methods.sltrain import SLTrainConfig, SLTrainLinear
 
 __all__ = [
     "METHODS", "ApolloAdamW", "ApolloConfig", "CoLAConfig", "CoLALinear", "FiraAdamW", "FiraConfig", "FullRankConfig",
-    "GaLoreAdamW", "GaLoreConfig", "LoRAConfig", "LoRALinear", "LowRankConfig", "LowRankFactorsConfig",
-    "LowRankLinear", "MuonAdamW", "MuonConfig", "Paper", "ProjectedConfig", "ReLoRAConfig", "ReparameterizedLinear",
-    "SLTrainConfig", "SLTrainLinear", "get_method", "register",
+    "GaLoreAdamW", "GaLoreConfig", "LoRAConfig", "LoRALinear", "LoroAdamW", "LoroConfig", "LowRankConfig",
+    "LowRankFactorsConfig", "LowRankLinear", "MuonAdamW", "MuonConfig", "Paper", "ProjectedConfig", "ReLoRAConfig",
+    "ReparameterizedLinear", "SLTrainConfig", "SLTrainLinear", "get_method", "register",
 ]  # fmt: skip

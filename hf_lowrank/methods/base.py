@@ -77,13 +77,16 @@ class Paper:
 
     Attributes:
         title: of the paper.
-        arxiv: its number there, `2403.03507` for example.
+        arxiv: its number there, `2403.03507` for example; None if it is not there.
         authors: their names, separated by commas.
+        url, year: where else it is to be read, and since when, for a paper that is not on arXiv.
     """
 
     title: str
-    arxiv: str
+    arxiv: str | None
     authors: str
+    url: str | None = None
+    year: int | None = None
 
 
 def seeded_generator(seed: int, *names: str | int) -> torch.Generator:

@@ -22,7 +22,7 @@ from hf_lowrank.methods.base import LowRankConfig, MethodCallback, Paper, Repara
 from hf_lowrank.methods.stacks import StackOfLayers
 from hf_lowrank.sharding import like, local, reshard, whole
 
-__all__ = ["LowRankCallback", "LowRankFactorsConfig", "LowRankLinear", "balanced"]
+__all__ = ["LowRankCallback", "LowRankFactorsConfig", "LowRankLinear", "balanced", "factorized"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,19 @@ def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """
     Q, R = torch.linalg.qr(B.double())
     P, T = torch.linalg.qr(A.T.double())
-    U, S, Vh = torch.linalg.svd(R @ T.T)
-    left, right, root = Q @ U, Vh @ P.T, S.sqrt()
+    return factorized(Q, R @ T.T, P, len(A))
+
+
+def factorized(Q: Tensor, core: Tensor, P: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A: (r, n) and B: (m, r) that share the r largest singular values of Q core P^T, evenly and with fixed signs.
+
+    Args:
+        Q, P: (m, k) and (n, k) with orthonormal columns.
+        core: (k, k).
+        r: number of singular values that are kept.
+    """
+    U, S, Vh = torch.linalg.svd(core)
+    left, right, root = Q @ U[:, :r], Vh[:r] @ P.T, S[:r].sqrt()
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return (root * sign).T * right, left * sign * root
 

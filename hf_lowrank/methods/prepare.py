@@ -74,7 +74,7 @@ def prepare(
         Console().print((summary := summarize(model, config, targets, ranks)).table())
         warn_of_uncovered(summary, config)
         warn_unused(model, unused or [], "a few tokens that prepare tried")
-    options = {t.weight_name: config.group_options(ranks.get(t.name, 0)) for t in targets}
+    options = {name: config.group_options(ranks.get(t.name, 0)) for t in targets for name in t.trained_names}
     plan = Plan(
         model,
         {name: group for name, group in options.items() if group},
@@ -294,12 +294,11 @@ def check_method(
         if config.replaces_layers and not isinstance(target.module, ReparameterizedLinear):
             raise ValueError(_method_not_run(config, f"{name} is a plain {type(target.module).__name__}"))
         options = config.group_options(ranks.get(name, 0))
-        if not options or not (weight := model.get_parameter(target.weight_name)).requires_grad:
-            continue
-        group = groups.get(id(weight), {})
-        for key, value in options.items():
-            if group.get(key) != value:
-                raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
+        trained = [model.get_parameter(own) for own in target.trained_names] if options else []
+        for group in (groups.get(id(p), {}) for p in trained if p.requires_grad):
+            for key, value in options.items():
+                if group.get(key) != value:
+                    raise ValueError(_method_not_run(config, f"{name} would be trained with {key}={group.get(key)!r}"))
 
 
 def _check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

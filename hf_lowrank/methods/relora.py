@@ -4,23 +4,21 @@ Shapes: W: (m, n), A: (r, n), B: (m, r).
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.methods.base import MethodCallback, Paper, register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRAExperts, LoRALinear, add_product, own_rows
+from hf_lowrank.methods.schedule import check_restarts, plain, restart_schedule
 from hf_lowrank.optim.sharding import RowShards
 from hf_lowrank.sharding import local, reshard, whole
 
-__all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune", "with_restarts"]
+__all__ = ["PRUNING", "ReLoRACallback", "ReLoRAConfig", "fold", "prune"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +26,6 @@ PRUNING = ("random", "magnitude", "reset")
 # what AdamW keeps of a parameter beside its step
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# schedules that are no function of the step alone
-ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-
-
-def _plain(value: Any) -> str:
-    """An argument as it is written on the command line, for transformers makes enums of some."""
-    return str(getattr(value, "value", value))
 
 
 @torch.no_grad()
@@ -99,25 +90,6 @@ def prune(state: dict[str, Any], kind: str, ratio: float, generator: torch.Gener
     return count * matrices
 
 
-def with_restarts(base: Callable[[int], float], reset_every: int, warmup: int) -> Callable[[int], float]:
-    """A schedule's factor with a linear warm-up after each restart.
-
-    From step k * reset_every on, the factor climbs from 0 to where `base` stands `warmup` steps later. The official
-    code's `cosine_restarts` climbs to another point of the cosine and jumps from there, and has no such warm-up as
-    long as the first one lasts.
-    """
-
-    # a plain function: LambdaLR would save the attributes of any other callable
-    def factor(step: int) -> float:
-        since = step % reset_every
-        if step < reset_every or since >= warmup:
-            return base(step)
-        return base(step - since + warmup) * since / warmup
-
-    factor.restarts = True  # type: ignore[attr-defined]
-    return factor
-
-
 class ReLoRACallback(MethodCallback):
     """Folds the adapters, prunes their moments and puts the restarts into the learning-rate schedule.
 
@@ -147,20 +119,8 @@ class ReLoRACallback(MethodCallback):
             raise ValueError("the model has no LoRA layers: give the Trainer the model that prepare returned")
         if any(isinstance(module, FullyShardedDataParallel) for module in kwargs["model"].modules()):
             raise ValueError("FSDP 1 flattens the weights that ReLoRA merges: use FSDP 2 (fsdp_version 2) or DDP")
-        scheduler = kwargs["lr_scheduler"]
-        while isinstance(scheduler, AcceleratedScheduler):
-            scheduler = scheduler.scheduler
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"lr_scheduler_type='{_plain(args.lr_scheduler_type)}' or the Trainer's optimizers= gives a "
-                f"{type(scheduler).__name__}, which takes no restarts: ReLoRA needs a LambdaLR, "
-                "lr_scheduler_type='cosine_with_min_lr' for example"
-            )
-        every, warmup = self.config.reset_every, self.config.restart_warmup_steps
-        # a schedule given to the Trainer serves every call of train()
-        scheduler.lr_lambdas = [
-            base if hasattr(base, "restarts") else with_restarts(base, every, warmup) for base in scheduler.lr_lambdas
-        ]
+        every = self.config.reset_every
+        restart_schedule(kwargs["lr_scheduler"], every, self.config.restart_warmup_steps, "ReLoRA", args)
         if state.max_steps <= every and state.is_world_process_zero:
             logger.warning("reset_every=%d: no restart within the %d steps of training", every, state.max_steps)
 
@@ -276,23 +236,14 @@ class ReLoRAConfig(LoRAConfig):
     def check_arguments(self, args: TrainingArguments) -> None:
         if args.optim not in ADAMW:
             raise ValueError(
-                f"optim='{_plain(args.optim)}': ReLoRA prunes AdamW's moments at a restart; use {' or '.join(ADAMW)}"
-            )
-        if args.lr_scheduler_type in ADAPTIVE_SCHEDULES:
-            raise ValueError(
-                f"lr_scheduler_type='{_plain(args.lr_scheduler_type)}' takes no restarts: ReLoRA needs a schedule "
-                "that is a function of the step, 'cosine_with_min_lr' for example"
+                f"optim='{plain(args.optim)}': ReLoRA prunes AdamW's moments at a restart; use {' or '.join(ADAMW)}"
             )
         if uses_deepspeed(args):
             raise ValueError(
                 "DeepSpeed's ZeRO keeps the moments in flat shards, which ReLoRA cannot prune; "
                 "train with DDP (recipes/accelerate/ddp.yaml) or FSDP 2 (recipes/accelerate/fsdp2.yaml)"
             )
-        if args.fp16:
-            raise ValueError(
-                "fp16=True: where the gradient scaler skips a step the schedule stands still, so that the restarts of "
-                "the learning rate would drift away from those of the adapters; use bf16=True"
-            )
+        check_restarts("ReLoRA", args)
 
     def callbacks(self, args: TrainingArguments) -> list[MethodCallback]:
         return [ReLoRACallback(self)]

@@ -64,6 +64,13 @@ class Target:
         return all(p.requires_grad for name, p in self.own_parameters.items() if name.rpartition(".")[2] != "bias")
 
     @property
+    def trained_names(self) -> list[str]:
+        """Names in the model of what an optimizer trains in W's place: the weight itself, or a layer's factors."""
+        if not isinstance(self.module, ReparameterizedLinear):
+            return [self.weight_name]
+        return [f"{self.name}.{name}" for name in self.own_parameters if name.rpartition(".")[2] != "bias"]
+
+    @property
     def stored_shape(self) -> tuple[int, int]:
         """Shape of the matrix as it lies in memory, and as the optimizer sees it."""
         transposed = isinstance(self.module, Conv1D) if self.stack is None else self.stack.transposed

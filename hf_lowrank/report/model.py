@@ -14,6 +14,7 @@ a curve. `about` only describes, and decides nothing.
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import Field
 from pydantic.json_schema import GenerateJsonSchema
@@ -47,13 +48,24 @@ class Paper(Closed):
     """The paper that introduced a method.
 
     Attributes:
-        arxiv: its number on arXiv, for example 2403.03507.
+        arxiv: its number on arXiv, for example 2403.03507; None if it is not there.
         authors: separated by commas.
+        url, year: where else it is to be read, and since when.
     """
 
     title: Name
-    arxiv: Name
+    arxiv: Name | None
     authors: Name
+    url: Name | None = None
+    year: int | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the paper is to be read; empty if that is not known."""
+        if self.arxiv:
+            return f"https://arxiv.org/abs/{quote(self.arxiv)}"
+        # what it holds becomes a link, where a bracket would end it
+        return quote(self.url, safe=":/?=&") if self.url and self.url.startswith("https://") else ""
 
 
 class Model(Part):

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback
 import hf_lowrank as lr
 from hf_lowrank.methods import LoRALinear
 from hf_lowrank.methods.base import seeded_generator
-from hf_lowrank.methods.relora import MOMENTS, PRUNING, ReLoRACallback, fold, prune, with_restarts
+from hf_lowrank.methods.relora import MOMENTS, PRUNING, ReLoRACallback, fold, prune
+from hf_lowrank.methods.schedule import with_restarts
 
 RELORA = lr.ReLoRAConfig(r=4, dropout=0.1, reset_every=3, restart_warmup_steps=2)
 
