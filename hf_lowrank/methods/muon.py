@@ -4,7 +4,7 @@ A full-rank baseline that is stronger than AdamW. Shapes: W, G: (m, n), by rows 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig, Paper, register
+from hf_lowrank.optim.marked import MarkedAdamW
 from hf_lowrank.sharding import like, local, whole
 
-__all__ = ["MuonAdamW", "MuonConfig", "orthogonalized"]
+__all__ = ["MuonAdamW", "MuonConfig", "adamw_arguments", "orthogonalized"]
 
 ADJUSTMENTS = ("match_rms_adamw", "original")
 # the quintic's coefficients, and what keeps a zero gradient from a division by zero, as in torch.optim.Muon
@@ -45,7 +46,7 @@ def orthogonalized(G: Tensor, steps: int) -> Tensor:
     return X.mT if tall else X
 
 
-class MuonAdamW(torch.optim.AdamW):
+class MuonAdamW(MarkedAdamW):
     """Muon for the groups that carry `ns_steps`, `torch.optim.AdamW` for the others.
 
     A Muon group carries `momentum`, `nesterov`, `ns_steps` and `adjust_lr_fn` as `torch.optim.Muon` has them. On whole
@@ -57,9 +58,13 @@ class MuonAdamW(torch.optim.AdamW):
         params: parameters or groups, as for any `torch.optim.Optimizer`.
         **kwargs: `torch.optim.AdamW`'s.
 
+    A gradient that is not finite leaves its parameter out of that step.
+
     Raises:
         ValueError: a Muon parameter is no matrix and no stack of matrices.
     """
+
+    mark = "ns_steps"
 
     def __init__(self, params: Iterable[Any], **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
@@ -68,20 +73,11 @@ class MuonAdamW(torch.optim.AdamW):
                 if p.ndim < 2:
                     raise ValueError(f"Muon and a parameter of shape {tuple(p.shape)}: it orthogonalises matrices")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; returns what `closure` returns."""
-        groups = self.param_groups
-        try:
-            self.param_groups = [group for group in groups if "ns_steps" not in group]
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            for p in group["params"] if "ns_steps" in group else ():
-                if p.grad is not None:
-                    self._step_muon(p, p.grad, group)
-        return loss
+    def step_marked(self, group: dict[str, Any]) -> None:
+        """See `MarkedAdamW`."""
+        for p in group["params"]:
+            if p.grad is not None:
+                self._step_muon(p, p.grad, group)
 
     def _step_muon(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -99,6 +95,17 @@ class MuonAdamW(torch.optim.AdamW):
         update = orthogonalized(direction, group["ns_steps"])
         W.mul_(1 - group["lr"] * group["weight_decay"])
         W.add_(local(like(update, p)), alpha=-group["lr"] * _adjustment(group["adjust_lr_fn"], p.shape))
+
+
+def adamw_arguments(label: str, args: TrainingArguments) -> dict[str, Any]:
+    """Trainer's arguments for torch's AdamW; `ValueError` if it was to make another optimizer."""
+    own = str(getattr(args.optim, "value", args.optim))
+    if own not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(
+            f"optim='{own}': {label} trains what is no target by torch's AdamW; use adamw_torch or adamw_torch_fused"
+        )
+    kwargs: dict[str, Any] = Trainer.get_optimizer_cls_and_kwargs(args)[1]
+    return kwargs
 
 
 def _adjustment(kind: str, shape: torch.Size) -> float:
@@ -150,12 +157,7 @@ class MuonConfig(LowRankConfig):
         return {name: getattr(self, name) for name in names}
 
     def optimizer(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        own = str(getattr(args.optim, "value", args.optim))
-        if own not in ("adamw_torch", "adamw_torch_fused"):
-            raise ValueError(
-                f"optim='{own}': Muon trains what is no target by torch's AdamW; use adamw_torch or adamw_torch_fused"
-            )
-        return MuonAdamW, Trainer.get_optimizer_cls_and_kwargs(args)[1]
+        return MuonAdamW, adamw_arguments(self.label, args)
 
     def state_elements(self, m: int, n: int, r: int) -> int:
         return m * n

@@ -83,3 +83,18 @@ def test_values_out_of_range_are_named(fields, word):
 def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="optim='adafactor': Muon trains what is no target by torch's AdamW"):
         lr.prepare(llama(), lr.MuonConfig(), arguments(tmp_path, optim="adafactor"))
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_gradient_that_is_not_finite_leaves_its_parameter_out(broken, caplog):
+    weight, other = nn.Parameter(torch.ones(12, 20)), nn.Parameter(torch.ones(5))
+    optimizer = MuonAdamW([{"params": [weight], **OPTIONS}, {"params": [other]}], lr=0.01)
+    params = (weight, other)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[broken].grad[0] = float("nan")
+    optimizer.step()
+    assert [not torch.equal(p, torch.ones_like(p)) for p in params] == [broken != 0, broken != 1]
+    assert all(p.grad is not None for p in params)
+    assert params[broken] not in optimizer.state
+    assert "parameter 0 of group" in caplog.text
