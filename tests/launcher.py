@@ -16,7 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 # how long the other processes of a launch may take to notice that one has failed
-PATIENCE = 20
+PATIENCE = 5
 
 
 class Launcher:
@@ -30,6 +30,11 @@ class Launcher:
 
         With a number of processes they have torchrun's environment; without one it is a process like any other.
         """
+        codes, printed = self.run(worker, *words, processes=processes)
+        assert not any(codes), (worker, words, codes, printed[-4000:])
+
+    def run(self, worker, *words, processes=None):
+        """The exit codes of the processes, and what they printed."""
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__],
@@ -43,8 +48,7 @@ class Launcher:
         launch = {"worker": worker, "words": [str(word) for word in words], "processes": processes, "log": str(log)}
         self.server.stdin.write(json.dumps(launch) + "\n")
         self.server.stdin.flush()
-        codes = json.loads(self.server.stdout.readline())
-        assert not any(codes), (worker, words, codes, log.read_text()[-4000:])
+        return json.loads(self.server.stdout.readline()), log.read_text()
 
     def close(self):
         """Let the server go."""
@@ -66,10 +70,14 @@ def child(launch, rank, port):
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         sys.argv = [launch["worker"], *launch["words"]]
         importlib.import_module(launch["worker"]).main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def serve():
@@ -86,6 +94,7 @@ def serve():
     torch.set_num_threads(1)
     for line in sys.stdin:
         launch = json.loads(line)
+        importlib.import_module(launch["worker"])
         Path(launch["log"]).write_text("")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

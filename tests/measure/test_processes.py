@@ -1,5 +1,6 @@
 """`accelerate launch -m hf_lowrank`: two processes leave the files of one, also after one of them was killed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,13 +29,13 @@ def trained(tmp_path_factory):
     return root
 
 
-def command(processes, folder, *words, **environment):
+def command(processes, folder, *words):
     """The exit code of a command in a folder with one process or two, each with one thread, and what it prints."""
     launch = LAUNCH if processes == 2 else []
     done = subprocess.run(
         [sys.executable, *launch, "-m", "hf_lowrank", *map(str, words)],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -71,15 +72,20 @@ def test_measurements_are_those_of_one_process(copies):
     assert [name for name in one if one[name] != two[name]] == []
 
 
-def test_a_killed_evaluation_ends_as_that_of_one_process(copies, trained):
+def test_a_killed_evaluation_ends_as_that_of_one_process(copies, trained, launcher):
     tasks = ["--tasks", "a,b,c,d,e,tiny_group", "--include-path", trained / "tasks", "--device", "cpu"]
-    words = [*tasks, "--checkpoints", "4,6", "--seeds", "1,2", "--batch-size", 4]
-    code, _, error = command(1, copies[1], "evaluate", "run", *words)
-    assert code == 0, error
-    code, _, _ = command(2, copies[2], "evaluate", "run", *words, DIE_IN="c")
-    assert code != 0
-    code, output, error = command(2, copies[2], "evaluate", "run", *words)
-    assert code == 0, error
+    words = ["evaluate", "run", *tasks, "--checkpoints", "4,6", "--seeds", "1,2", "--batch-size", 4]
+
+    def evaluate(processes, **environment):
+        environment = json.dumps({"COLUMNS": "200", **environment})
+        return launcher.run("cli_worker", copies[processes or 1], environment, *words, processes=processes)
+
+    codes, output = evaluate(None)
+    assert codes == [0], output
+    codes, _ = evaluate(2, DIE_IN="c")
+    assert any(codes)
+    codes, output = evaluate(2)
+    assert codes == [0, 0], output
     assert output.count("holds report and card") == 1
     one, two = (contents(copies[n]) for n in (1, 2))
     assert one.keys() == two.keys()
