@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         MuonConfig,
         ReLoRAConfig,
         SLTrainConfig,
+        StableSpamConfig,
     )
     from hf_lowrank.methods.prepare import prepare
     from hf_lowrank.run.attach import attach
@@ -40,8 +41,8 @@ __all__ = [
     "ActivationCallback", "ApolloConfig", "CheckpointError", "CoLAConfig", "CurvatureCallback", "EvaluationCallback",
     "FiraConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback", "LoRAConfig",
     "LoroConfig", "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig",
-    "SpectralCallback", "attach", "check_checkpoint", "check_resume", "from_pretrained", "last_checkpoint",
-    "load_report", "prepare", "push", "to_dense",
+    "SpectralCallback", "StableSpamConfig", "attach", "check_checkpoint", "check_resume", "from_pretrained",
+    "last_checkpoint", "load_report", "prepare", "push", "to_dense",
 ]  # fmt: skip
 
 # a module is imported when one of its names is first used, so that importing the package costs nothing
@@ -52,7 +53,7 @@ _NAMES = {
     "hub.load": "from_pretrained load_report",
     "hub.push": "push",
     "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LoroConfig LowRankConfig "
-    "LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig",
+    "LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig StableSpamConfig",
     "methods.prepare": "prepare",
     "run.attach": "attach",
     "run.facts": "RunInfo",

@@ -23,6 +23,7 @@ METHODS = {
     "apollo-mini": lr.ApolloConfig(r=1, update_proj_gap=3, scale=128, scale_type="tensor"),
     "sltrain": lr.SLTrainConfig(r=4, sparsity=0.1),
     "muon": lr.MuonConfig(),
+    "stable_spam": lr.StableSpamConfig(reset_every=3),
     "lowrank": lr.LowRankFactorsConfig(r=4, alpha=4, refactorize_every=3, reset_moments_every=3),
     "loro": lr.LoroConfig(r=4, exact_every=3, restart_warmup_steps=1),
     "cola": lr.CoLAConfig(r=4),

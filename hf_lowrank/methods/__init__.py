@@ -13,10 +13,12 @@ from hf_lowrank.methods.muon import MuonAdamW, MuonConfig
 from hf_lowrank.methods.projected import ProjectedConfig
 from hf_lowrank.methods.relora import ReLoRAConfig
 from hf_lowrank.methods.sltrain import SLTrainConfig, SLTrainLinear
+from hf_lowrank.methods.stable_spam import StableSpamAdamW, StableSpamConfig
 
 __all__ = [
     "METHODS", "ApolloAdamW", "ApolloConfig", "CoLAConfig", "CoLALinear", "FiraAdamW", "FiraConfig", "FullRankConfig",
     "GaLoreAdamW", "GaLoreConfig", "LoRAConfig", "LoRALinear", "LoroAdamW", "LoroConfig", "LowRankConfig",
     "LowRankFactorsConfig", "LowRankLinear", "MuonAdamW", "MuonConfig", "Paper", "ProjectedConfig", "ReLoRAConfig",
-    "ReparameterizedLinear", "SLTrainConfig", "SLTrainLinear", "get_method", "register",
+    "ReparameterizedLinear", "SLTrainConfig", "SLTrainLinear", "StableSpamAdamW", "StableSpamConfig", "get_method",
+    "register",
 ]  # fmt: skip

@@ -43,6 +43,7 @@ STARTS = {
     "apollo_mini": (3e-3, 1e-2),
     "muon": (3e-3, 1e-2),
     "lowrank": (3e-3, 1e-2),
+    "stable_spam": (3e-3, 1e-2),
     "loro": (1e-2, 1e-2),
 }
 
