@@ -9,7 +9,8 @@ from studied import GROUPS, Simulated
 
 from hf_lowrank.study.analysis import analyse
 from hf_lowrank.study.analysis.analyse import analyse_data
-from hf_lowrank.study.analysis.inputs import study_data
+from hf_lowrank.study.analysis.controls import parts_of
+from hf_lowrank.study.analysis.inputs import read_runs, study_data
 
 
 def findings(simulated, cells=True):
@@ -227,6 +228,35 @@ def test_equal_runs_give_equal_bytes(tmp_path):
     assert "<script" not in page
     assert page.count("data:image/png;base64,") >= 5
     assert "http" not in page.partition("<style>")[2].replace("data:image", "")
+
+
+def test_a_studys_record_gives_labels_roles_and_rates(tmp_path):
+    study = Simulated(groups=dict(list(GROUPS.items())[1::2]) | {"plain": GROUPS["fullrank"]}, seeds=(1, 2), seed=8)
+    folder = tmp_path / "study"
+    cells = []
+    for cell in study.cells:
+        role = {"galore": "run", "plain": "run"}.get(cell["method"], "control")
+        cells.append(
+            {**cell, "label": cell["method"], "method": GROUPS.get(cell["method"], ("fullrank",))[0], "role": role}
+        )
+        write_run(folder / "runs" / cell["name"], study.reports[cell["name"]], curves=False)
+    cells[0]["role"] = "tuning"
+    cells.append({"name": "pair", "kind": "seeds", "size": "small", "role": "pair", "runs": ["a", "b"]})
+    controls = {"fullrank-galore-rates": {"rates_of": "galore"}}
+    record = {
+        "reference": "plain",
+        "cells": cells,
+        "study": {"methods": {"galore": None, "plain": None}, "controls": controls},
+    }
+    (folder / "study.json").write_text(json.dumps(record))
+    # what an earlier analysis left is no run
+    write_run(folder / "analysis" / "old", study.reports[study.cells[0]["name"]], curves=False)
+    data, skipped = read_runs([folder])
+    assert not skipped
+    assert data.reference == {"small": "plain"}
+    assert data.runs["why"].tolist().count("a run of the search for rates") == 1
+    assert len(data.runs) == 6
+    assert ("galore", "rates", "fullrank-galore-rates", "plain") in parts_of(data, "small")
 
 
 def test_names_in_reports_stay_text(tmp_path):

@@ -89,7 +89,9 @@ def read_runs(sources: Sequence[str | Path], token: str | None = None) -> tuple[
         if not folder.is_dir():
             found.append(str(source))
             continue
-        reports = [path.parent for path in sorted(folder.rglob("report.json"))]
+        # a study's own folder holds more than its runs
+        inside = folder / "runs" if (folder / "study.json").is_file() and (folder / "runs").is_dir() else folder
+        reports = [path.parent for path in sorted(inside.rglob("report.json"))]
         found += [str(each.parent if each.name == "publish" else each) for each in reports] or [str(source)]
         cells |= _cells(folder / "study.json")
     gathered = gather(found, token=token)
@@ -108,9 +110,16 @@ def _cells(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return {str(cell["name"]): dict(cell) for cell in cells}
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        reference, study = record.get("reference"), record.get("study") or {}
+        settings = {**(study.get("methods") or {}), **(study.get("controls") or {})}
+        cells = {}
+        for cell in record["cells"]:
+            label = cell.get("label") or cell.get("method")
+            said = dict(cell) | {"method": label, "rates_of": (settings.get(label) or {}).get("rates_of")}
+            cells[str(cell["name"])] = said | ({"role": "reference"} if label and label == reference else {})
+        return cells
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not readable as a study's cells ({error!r}): delete it or let it write anew"
         ) from None
@@ -121,7 +130,10 @@ def study_data(given: Sequence[ComparedRun], cells: Sequence[Mapping[str, Any]] 
     cells = cells or [{}] * len(given)
     runs = pd.DataFrame([_facts(run, cell) for run, cell in zip(given, cells, strict=True)])
     runs.insert(0, "run", range(len(runs)))
-    runs["why"] = [_failure(run) for run in given]
+    runs["why"] = [
+        "a run of the search for rates" if role == "tuning" else _failure(run)
+        for run, role in zip(given, runs["role"], strict=True)
+    ]
     runs["group"] = _group_names(runs)
     reference = _references(runs)
     runs["why"] = _not_comparable(given, runs, reference)
