@@ -63,10 +63,10 @@ def test_forms_that_rank_methods_in_opposite_order_are_named(planted):
     # sharper along random directions in native form alone
     assert metrics.claim.holds == "holds in part"
     assert (
-        "native form, at the last step: along random directions full-rank is sharper than 2 of 2" in metrics.claim.text
+        "native form, at matched loss: along random directions full-rank is sharper than 2 of 2" in metrics.claim.text
     )
     assert (
-        "comparable form, at the last step: along random directions full-rank is sharper than 0 of 2 (the reverse in 2"
+        "comparable form, at matched loss: along random directions full-rank is sharper than 0 of 2 (the reverse in 2"
         in metrics.claim.text
     )
 

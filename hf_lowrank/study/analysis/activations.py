@@ -156,11 +156,14 @@ def _claim(data: StudyData, tested: Sequence[tuple[dict[str, Any], Delta]]) -> C
     if not here:
         return Claim(claim, "the data do not tell", "no method's activations were compared with full-rank's by layer")
     texts = []
-    for line, delta in here:
-        change = f"{line['mean']:+.3g}".replace("-", "−")
-        null = "" if math.isnan(line["null"]) else f", of another seed {line['null']:+.3g}".replace("-", "−")
-        texts.append(f"{line['size']} {line['group']} {change}{null} (difference {interval_text(delta)})")
+    for size in data.sizes:
+        of_size = [(line, delta) for line, delta in here if line["size"] == size]
+        if of_size:
+            line, delta = max(of_size, key=lambda each: abs(each[1].value / (each[1].stderr or math.inf)))
+            change = f"{line['mean']:+.3g}".replace("-", "−")
+            null = "" if math.isnan(line["null"]) else f", of another seed {line['null']:+.3g}".replace("-", "−")
+            texts.append(f"{size} {line['group']} {change}{null} (difference {interval_text(delta)})")
     more = sum(verdict(delta) < 0 for _, delta in here)
     text = f"CKA falls more over depth than another full-rank seed's for {more} of {len(here)}"
-    change = f"{text}: change over the whole depth {'; '.join(texts)}"
+    change = f"{text}: clearest, change over the whole depth: {'; '.join(texts)}"
     return Claim(claim, decide([(delta, -1) for _, delta in here]), change)

@@ -255,7 +255,10 @@ def _claim(data: StudyData, tested: list[tuple[dict[str, Any], Delta]]) -> Claim
     verdicts, texts = [], []
     for size in data.sizes:
         for form in FORMS:
-            for place, where in PLACES.items():
+            # at matched loss the loss itself explains nothing; where runs were not taken there, at the last step
+            at_loss = any(line["place"] == "matched" and line["size"] == size for line, _ in tested)
+            for place in ("matched",) if at_loss else ("end",):
+                where = PLACES[place]
                 # the others' sharpness minus full-rank's
                 expected = [
                     (line, delta, -1 if line["metric"] == _RANDOM else 1)

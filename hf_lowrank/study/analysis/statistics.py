@@ -17,7 +17,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hf_lowrank.report.significance import Delta, Sample, corrected, difference, format_p
-from hf_lowrank.report.values import format_value
 
 __all__ = [
     "COLUMNS", "LEVEL", "Value", "additive_contrast", "delta_columns", "interval", "interval_text", "mean_and_error",
@@ -195,7 +194,7 @@ def interval_text(delta: Delta) -> str:
 
 
 def _signed(value: float) -> str:
-    return format_value(value, None).replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
 
 
 def values_of(rows: pd.DataFrame) -> list[Value]:
