@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 STUB = Path(os.environ.get("STUB", "."))
@@ -54,6 +55,8 @@ def train(words):
     recipe, flags = Path(words[0]).stem, flags_of(words[1:])
     run, steps, every = Path(flags["output_dir"]), int(flags["max_steps"]), int(flags["save_steps"])
     moment("train-start")
+    if (STUB / f"slow-{run.name}").exists():
+        time.sleep(float((STUB / f"slow-{run.name}").read_text()))
     if "overwrite" in flags:
         shutil.rmtree(run)
     saved = sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))

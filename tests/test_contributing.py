@@ -46,7 +46,7 @@ MAY_IMPORT = {
     },
     "downstream/quick": {"data", "report"},
     "compare": {"figures", "hub", "report"},
-    "study": {"arguments", "checkpoints", "options", "report"},
+    "study": {"arguments", "checkpoints", "families", "options", "report"},
     "study/analysis": {"compare", "figures", "report"},
     "evaluation": {"metrics"},
     "evaluation/modules": {"options"},

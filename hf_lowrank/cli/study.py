@@ -1,6 +1,5 @@
 """`hf-lowrank study`: what is running and what is left, in lines."""
 
-import functools
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +17,11 @@ def run_study_command(sources: list[str], options: StudyOptions) -> int:
     """
     from hf_lowrank.study.study import analyse_study, run_study
 
-    say = functools.partial(print, flush=True)
+    def say(line: str) -> None:
+        # written at once: the lines come from several threads
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
     if options.analyse:
         if not sources:
             raise ValueError("--analyse: give studies' folders, runs' folders, or Hub repos (user/name)")

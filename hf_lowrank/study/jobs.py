@@ -27,7 +27,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "Commands", "Job", "State", "barriers_job", "evaluate_job", "final_loss", "locked", "measure_job", "read_state",
+    "Commands", "Job", "State", "barriers_job", "evaluate_job", "final_loss", "locked", "measure_job",
+    "measured_families", "read_state",
     "run_job", "stop_children", "train_job",
 ]  # fmt: skip
 
@@ -113,13 +114,23 @@ def train_job(commands: Commands, recipes: Path, cell: Cell) -> Job:
     return Job(f"{cell.name}.train", "train", (cell.name,), command, identity)
 
 
+def measured_families(only: list[str] | None, baseline: str | None) -> list[str] | None:
+    """The families to measure, without those that compare with a baseline where there is none; None for all."""
+    if only is None or baseline is not None:
+        return only
+    from hf_lowrank.families.family import get_family
+
+    return [name for name in only if not get_family(name).needs_baseline]
+
+
 def measure_job(commands: Commands, plan: Plan, cell: Cell, baseline: str | None) -> Job:
     """The metrics of a run over its checkpoints."""
     metrics = plan.study.metrics
     assert metrics is not None
     steps = measured_steps(metrics.checkpoints, cell)
     words = ["--preset", metrics.preset, "--steps", ",".join(map(str, steps))]
-    words += [] if metrics.only is None else ["--only", ",".join(metrics.only)]
+    only = measured_families(metrics.only, baseline)
+    words += [] if only is None else ["--only", ",".join(only)]
     words += [] if metrics.sequences is None else ["--sequences", str(metrics.sequences)]
     words += [] if baseline is None else ["--baseline", f"runs/{baseline}"]
     identity = {**metrics.model_dump(exclude={"checkpoints"}), "steps": list(steps), "baseline": baseline}

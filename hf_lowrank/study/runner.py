@@ -21,6 +21,7 @@ from hf_lowrank.study.jobs import (
     evaluate_job,
     final_loss,
     measure_job,
+    measured_families,
     read_state,
     train_job,
 )
@@ -223,7 +224,8 @@ class Runner:
                 else:
                     # one that diverged has nothing to compare with
                     name = baseline.name if baseline is not None and self.is_trained(baseline.name) else None
-                    measure.append(measure_job(self.commands, self.plan, cell, name))
+                    if measured_families(self.study.metrics.only, name) != []:
+                        measure.append(measure_job(self.commands, self.plan, cell, name))
             if self.study.downstream is not None:
                 evaluate.append(evaluate_job(self.commands, self.plan, cell))
         self._stage(f"measure-{group}", [job for job in measure if self._has_checkpoints(job)])
