@@ -100,10 +100,14 @@ def run_study(
             runner = Runner(study, folder, path.parent, recipes, commands, launcher, options.keep_checkpoints, say)
             _say_plan(plan, counted, read_costs(folder), folder, options, say)
             complete = runner.run()
-            say(analyse([folder], folder / "analysis"))
+            _say_end(runner, folder, say)
+            try:
+                say(analyse([folder], folder / "analysis"))
+            except ValueError as error:
+                complete = False
+                say(f"no analysis: {error}")
     except BlockingIOError:
         raise ValueError(f"{folder} is being written by another command: wait for it, or end it") from None
-    _say_end(runner, folder, say)
     return complete
 
 
