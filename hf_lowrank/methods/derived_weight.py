@@ -14,6 +14,14 @@ __all__ = ["Composed", "DerivedWeight", "UncalledLayerError", "collect_unserved"
 # what a kernel takes that computes with addresses, and what would put other numbers in W's place
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.data.__set__}  # type: ignore[attr-defined]
 
+# what gives a part of W, or W in another shape, that one could write to
+_VIEWS = (
+    "__getitem__ chunk diagonal expand flatten movedim narrow permute ravel reshape select split squeeze swapaxes t "
+    "tensor_split transpose unbind unflatten unsqueeze view view_as"
+)
+VIEWS = {getattr(owner, name) for owner in (Tensor, torch) for name in _VIEWS.split() if hasattr(owner, name)}
+VIEWS |= {Tensor.T.__get__, Tensor.mT.__get__, Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]
+
 
 class Composed(Protocol):
     """What is needed of a layer; see `hf_lowrank.methods.base.ReparameterizedLinear`."""
@@ -118,8 +126,11 @@ class DerivedWeight(Tensor):
             raise UncalledLayerError("takes the memory of the weight of {}, which has none", [weight.layer])
         # torch's fused paths (nn.TransformerEncoder, nn.MultiheadAttention) are not taken with a tensor that has such
         # a method, and call the layers instead
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        layer = next((v.layer for v in (*args, *(kwargs or {}).values()) if isinstance(v, cls)), None)
+        if layer is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _watched(func, args, kwargs, layer)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -135,6 +146,42 @@ class DerivedWeight(Tensor):
         with torch.no_grad():
             args, kwargs = tree_map(lambda x: _stored(x.layer, x.parts) if isinstance(x, cls) else x, (args, kwargs))
             return func(*args, **kwargs)
+
+
+class DerivedView(Tensor):
+    """A part of a layer's W, or all of it in another shape: a copy, so that writing to it is an error as well."""
+
+    layer: Composed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)]
+        return _watched(func, args, kwargs, views[0].layer if views else None)
+
+
+def _watched(func: Any, args: Any, kwargs: Any, layer: Composed | None) -> Any:
+    """What a function gives; `UncalledLayerError` where it writes to W, or a part of it, that it would not change."""
+    kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+    in_place = (
+        name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or name[-1:] == "_" != name[-2:-1]
+    )
+    written = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if in_place else []
+    lost = [value for value in written if isinstance(value, DerivedWeight | DerivedView)]
+    if lost:
+        raise UncalledLayerError("writes to the weight of {}, which has none", [lost[0].layer])
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if layer is None or func not in VIEWS:
+        return result
+    return tuple(_view(part, layer) for part in result) if isinstance(result, tuple | list) else _view(result, layer)
+
+
+def _view(tensor: Any, layer: Composed) -> Any:
+    if type(tensor) is not Tensor:
+        return tensor
+    view = tensor.as_subclass(DerivedView)
+    view.layer = layer
+    return view
 
 
 class _Derive(torch.autograd.Function):
