@@ -27,7 +27,7 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.methods.prepare import apply_method
 from hf_lowrank.methods.targets import dense_weights
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, projected
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, projector
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
 STEPS, MATRIX_STEPS, SEQUENCES, LENGTH = 12, 14, 12, 8
@@ -278,7 +278,7 @@ def ddp(folder):
             )
             trainer = make_trainer(METHODS[method], args, model=llama(**SIZES).to(dtype))
             refreshed = [0]
-            with patch.object(projected, "refresh_projector", counting(refreshed, projected.refresh_projector)):
+            with patch.object(projector, "refresh_projector", counting(refreshed, projector.refresh_projector)):
                 trainer.train()
             found = floating(trainer.model.state_dict())
             name = f"{method}, {str(dtype).removeprefix('torch.')}"
