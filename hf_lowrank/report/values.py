@@ -59,7 +59,7 @@ def format_duration(seconds: float | None) -> str | None:
     """Return a time span, `2 h 5 min`, `2 min 11 s`, `1.3 s` or `12 ms`, or None for None."""
     if seconds is None:
         return None
-    if 0 < seconds < 1:
+    if 0 < seconds < 0.1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
