@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ApolloConfig,
         CoLAConfig,
         FiraConfig,
+        FrugalConfig,
         FullRankConfig,
         GaLoreConfig,
         LoRAConfig,
@@ -39,10 +40,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationCallback", "ApolloConfig", "CheckpointError", "CoLAConfig", "CurvatureCallback", "EvaluationCallback",
-    "FiraConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback", "LoRAConfig",
-    "LoroConfig", "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo", "SLTrainConfig",
-    "SpectralCallback", "StableSpamConfig", "attach", "check_checkpoint", "check_resume", "from_pretrained",
-    "last_checkpoint", "load_report", "prepare", "push", "to_dense",
+    "FiraConfig", "FrugalConfig", "FullRankConfig", "GaLoreConfig", "InterpolationCallback", "LandscapeCallback",
+    "LoRAConfig", "LoroConfig", "LowRankConfig", "LowRankFactorsConfig", "MuonConfig", "ReLoRAConfig", "RunInfo",
+    "SLTrainConfig", "SpectralCallback", "StableSpamConfig", "attach", "check_checkpoint", "check_resume",
+    "from_pretrained", "last_checkpoint", "load_report", "prepare", "push", "to_dense",
 ]  # fmt: skip
 
 # a module is imported when one of its names is first used, so that importing the package costs nothing
@@ -52,8 +53,9 @@ _NAMES = {
     "families": "ActivationCallback CurvatureCallback InterpolationCallback LandscapeCallback SpectralCallback",
     "hub.load": "from_pretrained load_report",
     "hub.push": "push",
-    "methods": "ApolloConfig CoLAConfig FiraConfig FullRankConfig GaLoreConfig LoRAConfig LoroConfig LowRankConfig "
-    "LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig StableSpamConfig",
+    "methods": "ApolloConfig CoLAConfig FiraConfig FrugalConfig FullRankConfig GaLoreConfig LoRAConfig "
+    "LoroConfig LowRankConfig LowRankFactorsConfig MuonConfig ReLoRAConfig SLTrainConfig "
+    "StableSpamConfig",
     "methods.prepare": "prepare",
     "run.attach": "attach",
     "run.facts": "RunInfo",

@@ -27,7 +27,7 @@ import hf_lowrank as lr
 from hf_lowrank.checkpoints import export, gather_model
 from hf_lowrank.methods.prepare import apply_method
 from hf_lowrank.methods.targets import dense_weights
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, projector
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, projector
 from hf_lowrank.optim.projector import PROJ_TYPES, REFRESHES
 
 STEPS, MATRIX_STEPS, SEQUENCES, LENGTH = 12, 14, 12, 8
@@ -53,6 +53,7 @@ MATRIX_CASES = {
     "GaLoreAdamW dct": (GaLoreAdamW, {"projection": "dct", "proj_type": "full", "rotate_moments": True}),
     "GaLoreAdamW adaptive": (GaLoreAdamW, {"adaptive_gap": True, "update_proj_gap": 1}),
     "FiraAdamW random": (FiraAdamW, {"projection": "random", "stagger_refreshes": True}),
+    "FrugalAdamW coordinates": (FrugalAdamW, {"projection": "coordinates"}),
     "FiraAdamW alpha 1": (FiraAdamW, {"alpha": 1.0}),
     "ApolloAdamW tensor": (ApolloAdamW, {"scale_type": "tensor", "scale": 128.0}),
 }

@@ -271,7 +271,7 @@ def test_metrics_may_be_one_word_or_a_list(text, expected, yaml_file):
         (["--sparsity", "0.1"], ["unknown flag '--sparsity'", "it is a setting of sltrain, not of galore"]),
         (
             ["--method", "sltrain", "--update_proj_gap", "5"],
-            ["unknown flag '--update_proj_gap'", "it is a setting of apollo, fira, galore, not of sltrain"],
+            ["unknown flag '--update_proj_gap'", "it is a setting of apollo, fira, frugal, galore, not of sltrain"],
         ),
         (["--method", "fullrank", "--r", "5"], ["unknown flag '--r'", "relora, sltrain, not of fullrank"]),
         (["--model_size", "61m"], ["--model_size 61m", "did you mean '60m'?", "tiny, 60m, 130m, 350m, 1b"]),

@@ -19,6 +19,7 @@ METHODS = {
         r=4, update_proj_gap=3, projection="sampled", random_after=0.5, rotate_moments=True, stagger_refreshes=True
     ),
     "fira": lr.FiraConfig(r=4, update_proj_gap=3),
+    "frugal": lr.FrugalConfig(r=4, update_proj_gap=3),
     "apollo": lr.ApolloConfig(r=4, update_proj_gap=3),
     "apollo-mini": lr.ApolloConfig(r=1, update_proj_gap=3, scale=128, scale_type="tensor"),
     "sltrain": lr.SLTrainConfig(r=4, sparsity=0.1),

@@ -1,6 +1,6 @@
 """What projected optimizers share; each optimizer stands beside its config, in the module of its method.
 
-The three that are public here work on their own, without `hf_lowrank.prepare`.
+Those that are public here work on their own, without `hf_lowrank.prepare`.
 """
 
 from importlib import import_module
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_lowrank.methods.apollo import ApolloAdamW
     from hf_lowrank.methods.fira import FiraAdamW
+    from hf_lowrank.methods.frugal import FrugalAdamW
     from hf_lowrank.methods.galore import GaLoreAdamW
 
-__all__ = ["ApolloAdamW", "FiraAdamW", "GaLoreAdamW"]
+__all__ = ["ApolloAdamW", "FiraAdamW", "FrugalAdamW", "GaLoreAdamW"]
 
 
 def __getattr__(name: str) -> Any:

@@ -259,11 +259,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             x.state["step"] += 1
         matrices = [x for x in matrices if x.own]
         if matrices:
-            self.update(
-                matrices,
-                adam_direction([x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices], group),
-                group,
-            )
+            self.update(matrices, self.direction(matrices, group), group)
 
     def refresh_projectors(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """Overwrite projectors that are due, here as `projection` and the options beside it say."""
@@ -279,6 +275,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
             # every process counts on for the matrices of all
             if "seed" in x.state:
                 x.state["seed"] = next_seed(x.state["seed"])
+
+    def direction(self, matrices: list[Matrix], group: dict[str, Any]) -> list[Tensor]:
+        """Update the moments and return N."""
+        return adam_direction([x.R for x in matrices], [x.M for x in matrices], [x.V for x in matrices], group)
 
     def update(self, matrices: list[Matrix], N: list[Tensor], group: dict[str, Any]) -> None:
         """Change the weights, given N = M / (sqrt(V) + eps) in the projection; weight decay included."""
@@ -303,7 +303,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
             else:
                 self._skip(self._name(index, place))
         for t, pairs in by_step.items():
-            adamw(pairs, group, t)
+            self.step_adamw(pairs, group, t)
+
+    def step_adamw(self, pairs: list[tuple[Tensor, dict[str, Any]]], group: dict[str, Any], t: int) -> None:
+        """Step parameters that are not projected, each with its state, all of which are at step t."""
+        adamw(pairs, group, t)
 
     def _check_dense(self, grad: Tensor, index: int, place: int) -> None:
         if grad.is_sparse:

@@ -35,6 +35,7 @@ STARTS = {
     "fullrank": (1e-3, 1e-2),
     "galore": (1e-2, 1e-2),
     "fira": (1e-2, 1e-2),
+    "frugal": (1e-3, 3e-3),
     "apollo": (3e-3, 1e-2),
     "sltrain": (3e-3, 1e-2),
     "cola": (6e-3, 1e-2),
