@@ -284,9 +284,8 @@ class LowRankConfig(PushToHubMixin):
         """The `hf_lowrank.methods.stacks.ReparameterizedStack` that takes a stack's place; where `takes_stacks`.
 
         Args:
-            weight, stack: the parameter as it is stored, and its layout.
-            r, key, name: rank of every matrix, the parameter's name in its module, the target's.
-            seed: of what is drawn; each matrix draws what a layer `name[i]` would.
+            weight, stack, r: the parameter as it is stored, its layout, and the rank of every matrix.
+            key, name, seed: its name in its module, the target's; each matrix draws what a layer `name[i]` would.
         """
         layers = [
             self.new_layer(stack.cols, stack.rows, r, generator=seeded_generator(seed, f"{name}[{i}]"))

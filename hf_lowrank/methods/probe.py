@@ -160,6 +160,11 @@ def probe(model: nn.Module, replaced: Mapping[str, Tensor]) -> list[str] | None:
         UncalledLayerError: the model uses a layer in a way that the method's cannot serve.
     """
     layers = trained_layers(model)
+    # torch's attention reads this weight, whatever the model takes
+    read: list[Any] = [m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    refused: list[Composed] = [m for m in read if isinstance(m, ReparameterizedLinear) and m.unreadable()]
+    if refused:
+        raise _unserved(refused, layers)
     inputs = _example(model)
     if not layers or inputs is None:
         return None

@@ -241,6 +241,14 @@ def test_every_layer_trains_in_both_modes_or_the_model_is_refused(name, method, 
     assert all("expert" in layer for layer in unused or ())
 
 
+def test_torchs_attention_is_known_without_inputs(tmp_path):
+    model = Encoder()
+    del model.dummy_inputs
+    with pytest.raises(UncalledLayerError, match=r"encoder.layers.0.self_attn.out_proj, .*without calling the layer"):
+        lr.prepare(model, lr.CoLAConfig(r=2), arguments(tmp_path))
+    assert not any(isinstance(module, ReparameterizedLinear) for module in model.modules())
+
+
 @pytest.mark.parametrize("method", [*REPLACING])
 def test_torchs_fused_path_computes_what_the_layers_compute(method, tmp_path):
     model = Encoder()
