@@ -86,6 +86,9 @@ class RecipeArguments:
     log_figures: bool = option(
         False, "Figures and the final table also go to trackio, W&B and TensorBoard (--report_to)."
     )
+    init_from: str | None = option(
+        None, "Run, checkpoint or Hub repo whose weights the run starts from, at step 0 (a warm start)."
+    )
     baseline: str | None = option(None, "Run or Hub repo of the full-rank model with which activations are compared.")
     cpu_threads: int | None = option(
         None, "Threads of a process on a CPU (default: its share of the cores; accelerate launch sets one)."

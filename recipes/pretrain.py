@@ -148,6 +148,21 @@ def share_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
                 setattr(config, name, getattr(tokenizer, name))
 
 
+def check_tokenizer(source: str, data: Data) -> None:
+    """Refuse weights that were trained with another tokenizer, where their report names it."""
+    try:
+        known = lr.load_report(source).data
+    # a checkpoint, or a plain model, has no report
+    except (OSError, ValueError):
+        return
+    theirs, own = known.tokenizer_hash if known else None, data.description["tokenizer_hash"]
+    if theirs and own and theirs != own:
+        raise ValueError(
+            f"--init_from {source} was trained with another tokenizer (hash {theirs[:12]}, here {own[:12]}), so that "
+            "its embeddings mean other tokens: give its tokenizer with --tokenizer"
+        )
+
+
 def quiet_progress() -> None:
     """Show no bar for what takes a moment, and none at all in a log file."""
     transformers_logging.set_verbosity_warning()
@@ -176,7 +191,11 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         recipe.data.sequence_length,
         data.tokenizer.eos_token_id,
     )
-    model, trainer_kwargs = lr.prepare(build_model(config, args.seed), recipe.method, args)
+    if recipe.recipe.init_from is not None:
+        check_tokenizer(recipe.recipe.init_from, data)
+    model, trainer_kwargs = lr.prepare(
+        build_model(config, args.seed), recipe.method, args, init_from=recipe.recipe.init_from
+    )
     share_special_tokens(model, data.tokenizer)
     if checkpoint is not None:
         lr.check_resume(checkpoint, model)

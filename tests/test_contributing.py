@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "optim": {"sharding"},
     "report": {"plugins"},
     "figures": {"report"},
-    "methods": {"conversion", "experts", "options", "optim", "plugins", "report", "running", "sharding"},
+    # prepare loads what init_from names with the loader that knows all methods
+    "methods": {
+        *("conversion", "experts", "options", "optim", "plugins", "report", "running", "sharding", "warm_start"),
+    },
     "hub": {"checkpoints", "figures", "methods", "model_config", "report"},
     "families": {"checkpoints", "conversion", "hub", "methods", "metrics", "plugins", "report", "sharding"},
     "run": {

@@ -174,6 +174,17 @@ def refused(recipe, argv, folders, tmp_path, monkeypatch):
     return lines[-1]
 
 
+def test_a_warm_start(recipe, inputs, finished, tmp_path, monkeypatch):
+    source = finished["fullrank"].folder / f"checkpoint-{SAVED_AT}"
+    done = call(recipe, flags(inputs, "galore", init_from=source, output_dir=tmp_path / "warm"))
+    assert done.code == 0, done.err
+    start = read_report(tmp_path / "warm").run.init_from
+    assert (start.source, start.method, start.step, start.form) == (str(source), "fullrank", SAVED_AT, "dense")
+    source = finished["fullrank"].folder
+    argv = flags(inputs, "galore", init_from=source, validation_fraction=0.3, output_dir=tmp_path / "other")
+    assert "was trained with another tokenizer (hash" in refused(recipe, argv, [source], tmp_path, monkeypatch)
+
+
 # ---- what is refused before training ----
 
 BAD = {

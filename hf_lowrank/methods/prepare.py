@@ -1,10 +1,10 @@
 """`prepare`: put a method on a model, and give Trainer what it needs to train it."""
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
+from hf_lowrank.methods.recorded import fixed_structure, layers_of, method_of, structure_hash
 from hf_lowrank.methods.stacks import put_stack
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, refuse_shared, target_parameters
@@ -25,8 +26,8 @@ from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 from hf_lowrank.running import running_trainer
 
 __all__ = [
-    "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare", "resolve_ranks",
-    "summary_of",
+    "apply_method", "check_handed_on", "check_method", "identity", "method_of", "prepare",
+    "resolve_ranks", "summary_of",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,12 @@ PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def prepare(
-    model: nn.Module, config: LowRankConfig, args: TrainingArguments, *, reinit: bool = False
+    model: nn.Module,
+    config: LowRankConfig,
+    args: TrainingArguments,
+    *,
+    reinit: bool = False,
+    init_from: str | Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Put a low-rank method on a model, in place.
 
@@ -45,6 +51,9 @@ def prepare(
         args: the Trainer's arguments; optimizer and seed come from here. Learning rate, betas and the like are read
             when Trainer makes the optimizer.
         reinit: allow a method that cannot keep weights to replace the layers of a pretrained model.
+        init_from: run, checkpoint or published folder, or Hub repo, whose weights the model starts from; training
+            begins at step 0. LoRA, ReLoRA and the methods that project gradients take the dense form of any run,
+            the others a run with the same method and settings.
 
     Returns:
         The same model, and the keyword arguments `Trainer` needs beside it: the optimizer, and for ReLoRA `callbacks`
@@ -54,20 +63,27 @@ def prepare(
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
             weights, `args.optim` names an optimizer that takes no parameter groups, all layers that a method
             projects are frozen, or DeepSpeed would shard them; `other_lr_scale` is not 1 and no target trains; the
-            model uses a layer's weight in a way that the method's layer cannot serve. The model is then as it was.
+            model uses a layer's weight in a way that the method's layer cannot serve; `init_from` has other sizes,
+            or no weights that the method could start from. The model is then as it was.
             Before the first optimizer step: something else than the method would train the model.
     """
     _check_call(config, args)
+    start = None if init_from is None else _warm_start(init_from, config)
     with unchanged_on_error(model):
+        places = start.places(model) if start is not None and start.dense else None
         if config.group_options(1):
             _refuse_frozen(model, config)
         replaced = own_weights(method_targets(model, config)) if config.replaces_layers else {}
         apply_method(model, config, seed=args.seed, reinit=reinit)
+        if start is not None and places is None:
+            places = start.places(model)
         unused = probe(model, replaced)
         config.before_training(model, args)
         targets = method_targets(model, config)
         ranks = resolve_ranks(model, config, targets)
         rated = _rated_parameters(model, config, targets)
+    if start is not None and places is not None:
+        start.fill(places, model)
     convert_when_loading(model)
     _guard_loading(model, targets)
     if args.should_log:
@@ -89,6 +105,13 @@ def prepare(
     if callbacks or rated or config.optimizer(args) is not None:
         before_first_step(model, functools.partial(_check_optimizer, args))
     return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
+
+
+def _warm_start(source: str | Path, config: LowRankConfig) -> Any:
+    # what loads models knows all methods
+    from hf_lowrank.warm_start import WarmStart
+
+    return WarmStart(source, config)
 
 
 def _check_call(config: LowRankConfig, args: TrainingArguments) -> None:
@@ -125,7 +148,7 @@ def apply_method(model: nn.Module, config: LowRankConfig, seed: int, *, reinit: 
         )
     if present:
         present_method = method_of(model)
-        same = present_method is not None and _layers_of(present_method) == _layers_of(config)
+        same = present_method is not None and layers_of(present_method) == layers_of(config)
         if not config.replaces_layers or len(present) < len(targets) or not same:
             raise ValueError(
                 f"the model's layers are {type(present[0].module).__name__} already, so {config.label} with these "
@@ -167,11 +190,6 @@ def _replace(model: nn.Module, config: LowRankConfig, targets: list[Target], r: 
         config.replace_layers(model, layers, seed)
 
 
-def _layers_of(config: LowRankConfig) -> dict[str, Any]:
-    """What decides how a method's layers look and compute."""
-    return {key: value for key, value in config.identity().items() if key != "other_lr_scale"}
-
-
 def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]) -> dict[str, int]:
     """Target name -> rank; empty for a method without ranks.
 
@@ -195,30 +213,6 @@ def resolve_ranks(model: nn.Module, config: LowRankConfig, targets: list[Target]
                 f"({target.rows} x {target.cols}): lower r, or leave the layer out with target_modules"
             )
     return {target.name: config.r for target in targets}
-
-
-def method_of(model: nn.Module) -> LowRankConfig | None:
-    """The method that a model's config records, None if it records none."""
-    recorded = getattr(getattr(model, "config", None), "lowrank", None)
-    if not recorded:
-        return None
-    return LowRankConfig.from_dict({k: v for k, v in recorded.items() if k not in ("form", "structure")})
-
-
-def structure_hash(model: nn.Module) -> str | None:
-    """Hash of everything that a method drew once and never trains (sparse supports); None if there is nothing."""
-    structure = _fixed_structure(model)
-    digest = hashlib.sha256()
-    for name, tensor in structure.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest() if structure else None
-
-
-def _fixed_structure(model: nn.Module) -> dict[str, Tensor]:
-    """What the layers drew once and never train, by name."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, ReparameterizedLinear)]
-    return {f"{name}.{key}": value for name, layer in layers for key, value in sorted(layer.fixed_structure().items())}
 
 
 def identity(model: nn.Module, config: LowRankConfig) -> dict[str, Any]:
@@ -390,7 +384,7 @@ def _refuse_other_forms(
                 f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
                 "it with hf_lowrank.from_pretrained"
             )
-    for name, tensor in _fixed_structure(module).items():
+    for name, tensor in fixed_structure(module).items():
         saved = state_dict.get(f"{prefix}{name}", tensor)
         if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
             raise ValueError(

@@ -133,6 +133,13 @@ def _other_rate(run: Run | Baseline, data: Data | None) -> Parts:
     return {"scale": None if recorded is None else f"{recorded:.6g}"}
 
 
+def _start(run: Run | Baseline) -> str:
+    start = getattr(run, "init_from", None)
+    return (
+        "initial values" if start is None else f"{start.source}, step {UNKNOWN if start.step is None else start.step}"
+    )
+
+
 # in the order in which a reader would ask for them
 FACTS = (
     SharedFact("data", "Training data", "the runs were not trained on the same text",
@@ -154,6 +161,8 @@ FACTS = (
                lambda run, data: {"precision": run.precision}),
     SharedFact("checkpoint", "Checkpoint", "a checkpoint from the middle of a run is no run's end", _checkpoint),
     SharedFact("unfinished", "Unfinished", "a run stopped before its schedule ended", _unfinished, of_setting=False),
+    SharedFact("init_from", "Started from", "a run that starts from trained weights has seen more than its own tokens",
+               lambda run, data: {"source": _start(run)}, of_setting=False),
     SharedFact("rate", "Peak learning rate", "",
                lambda run, data: {"rate": None if run.learning_rate is None else f"{run.learning_rate:g}"}, "note"),
     SharedFact("other_rate", "Other parameters' rate over the targets'", "", _other_rate, "note"),

@@ -22,6 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from hf_lowrank.report.part import (
     Closed,
     Count,
+    InitFrom,
     LearningRateSchedule,
     Name,
     Nonnegative,
@@ -181,6 +182,7 @@ class Run(Part):
             `steps`.
         learning_rate: peak learning rate, of the targets if they have another than the other parameters.
         best_of: set if the weights and numbers are of the best step and not of the last (`load_best_model_at_end`).
+        init_from: set if the run started from another one's weights.
         weights_published: whether the weights are beside the report; null if that is not known.
         command: the command that repeats the run, one argument an item.
         speed: null in reports of older versions.
@@ -203,6 +205,7 @@ class Run(Part):
     max_steps: Count | None
     checkpoint_of: CheckpointOf | None = None
     best_of: BestOf | None = None
+    init_from: InitFrom | None = None
     weights_published: bool | None = None
     seeds: Seeds
     learning_rate: Nonnegative | None

@@ -1,13 +1,13 @@
 """What the parts of report.json are made of: models that are mappings as well, and the types of their fields."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
-    "Closed", "Count", "LearningRateSchedule", "Name", "Nonnegative", "OptimizerStateBytes", "Part", "PeakMemory",
-    "Positive", "Seeds", "Speed",
+    "Closed", "Count", "InitFrom", "LearningRateSchedule", "Name", "Nonnegative", "OptimizerStateBytes", "Part",
+    "PeakMemory", "Positive", "Seeds", "Speed",
 ]  # fmt: skip
 
 Name = Annotated[str, Field(pattern=r"\S")]
@@ -107,3 +107,19 @@ class Speed(Closed):
     tokens_per_second: Nonnegative | None
     optimizer_seconds_per_step: Nonnegative | None
     refresh_seconds_per_step: Nonnegative | None
+
+
+class InitFrom(Closed):
+    """The run whose weights a run started from, at step 0.
+
+    Attributes:
+        source: folder or Hub repo, as it was given.
+        method: the other run's.
+        step: how many optimizer steps its weights had seen; null if that is not known.
+        form: dense weights, or those of the method's own layers.
+    """
+
+    source: Name
+    method: Name
+    step: Count | None = None
+    form: Literal["dense", "native"]

@@ -125,6 +125,10 @@ def _cost_facts(run: Run) -> list[tuple[str, str, str | None]]:
         value = "" if best.value is None else f" ({best.value:.4g})"
         text = f"step {run.steps:,}, the best of {best.steps:,} steps by {best.metric}{value}"
         chosen.append(("best_of", "Published step", text))
+    if (start := run.init_from) is not None:
+        seen = "" if start.step is None else f" after {start.step:,} steps"
+        form = "dense weights" if start.form == "dense" else "weights"
+        chosen.append(("init_from", "Started from", f"the {form} of {start.source} ({start.method}{seen})"))
     peak, kind = format_bytes(run.peak_memory_bytes.value), run.peak_memory_bytes.kind
     return [
         ("steps", "Optimizer steps", f"{run.steps:,}{planned}"),

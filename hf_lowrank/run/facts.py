@@ -157,6 +157,11 @@ def _best_facts(model: Any, best: BestModel | None, steps: int) -> dict[str, Any
     return {"steps": best.step, "tokens_seen": tokens, "flops": best.flops, "best_of": chosen}
 
 
+def _start_facts(model: Any) -> dict[str, Any]:
+    recorded = (getattr(getattr(model, "config", None), "lowrank", None) or {}).get("init_from")
+    return {} if recorded is None else {"init_from": recorded}
+
+
 def _loaded_by(model: Any) -> str | None:
     """The class of transformers that loads what is published of a model; None if none does."""
     name = next((c.__name__ for c in type(model).__mro__ if getattr(transformers, c.__name__, None) is c), None)
@@ -206,6 +211,7 @@ def run_facts(
         "method": method.method,
         **method.facts(),
         "method_config": method.to_dict(),
+        **_start_facts(model),
         "coverage": summary.coverage,
         "weights_published": isinstance(model, PreTrainedModel),
         "model": _model_facts(model, info, summary.parameters_trained, summary.parameters),
