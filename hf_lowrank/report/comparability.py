@@ -134,7 +134,7 @@ def _other_rate(run: Run | Baseline, data: Data | None) -> Parts:
 
 
 def _start(run: Run | Baseline) -> str:
-    start = getattr(run, "init_from", None)
+    start = run.init_from
     return (
         "initial values" if start is None else f"{start.source}, step {UNKNOWN if start.step is None else start.step}"
     )

@@ -341,6 +341,7 @@ class Baseline(Closed):
     max_steps: Count | None = None
     checkpoint_of: CheckpointOf | None = None
     best_of: BestOf | None = None
+    init_from: InitFrom | None = None
     tokens_seen: Count | None
     parameters: Count
     optimizer_state_bytes: Count | None

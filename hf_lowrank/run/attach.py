@@ -16,7 +16,6 @@ from hf_lowrank.run.console import use_console
 from hf_lowrank.run.facts import RunInfo
 from hf_lowrank.run.report import ReportCallback
 from hf_lowrank.run.speed import SpeedCallback
-from hf_lowrank.run.tracking import close_trackers_last
 
 __all__ = ["attach"]
 
@@ -84,7 +83,6 @@ def attach(
     if console:
         use_console(trainer, speed)
     trainer.add_callback(report)
-    close_trackers_last(trainer)
     trainer.add_callback(speed)
     _take_over_pushing(trainer, report)
 

@@ -66,7 +66,7 @@ from hf_lowrank.report.samples import Samples
 from hf_lowrank.run.console import print_summary
 from hf_lowrank.run.facts import RunInfo, run_facts
 from hf_lowrank.run.speed import SpeedCallback
-from hf_lowrank.run.tracking import log_figures
+from hf_lowrank.run.tracking import close_trackers_last, log_figures
 
 __all__ = ["ReportCallback"]
 
@@ -123,6 +123,7 @@ class ReportCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, MetricCallback):
                 callback.trainer = self.trainer
+        close_trackers_last(self.trainer)
         self._started, self._ended, self._foreign = time.monotonic(), {}, state.global_step == 0
         self._training, self._best = True, None
         self._earlier_seconds = self._seconds_before() if state.global_step > 0 else 0.0

@@ -24,9 +24,13 @@ _COLUMNS = ("id", "metric", "value", "stderr", "weights", "step")
 
 
 def close_trackers_last(trainer: Trainer) -> None:
-    """Move trackers behind all other callbacks: what is measured and drawn at the end comes before they close."""
-    callbacks = trainer.callback_handler.callbacks
-    callbacks.sort(key=lambda callback: isinstance(callback, _TRACKERS))
+    """Move trackers behind all other callbacks: what is measured and drawn at the end comes before they close.
+
+    Called when training has begun: they open before the others, whose first numbers they log.
+    """
+    handler = trainer.callback_handler
+    # another list, since Trainer goes through the one that is there
+    handler.callbacks = sorted(handler.callbacks, key=lambda callback: isinstance(callback, _TRACKERS))
 
 
 def log_figures(trainer: Trainer, report: Report, publish: Path) -> None:

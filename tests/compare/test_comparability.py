@@ -32,6 +32,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "precision": ("run", "precision", "bf16 autocast"),
     "checkpoint": ("run", "checkpoint_of", {"steps": 600}),
     "unfinished": ("run", "steps", 299),
+    "init_from": ("run", "init_from", {"source": "user/other", "method": "fullrank", "step": 9, "form": "dense"}),
     "rate": ("run", "learning_rate", 0.5),
     "other_rate": ("optimizer", "other_lr_scale", 4.0),
     "schedule": ("lr_schedule", "warmup_steps", 7),

@@ -93,9 +93,28 @@ def test_wandb_gets_pictures_and_table_and_may_fail(broken, tmp_path, monkeypatc
         assert values["train/global_step"] == 4
 
 
-def test_trackers_close_after_the_report(tmp_path):
-    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path))
-    trainer.callback_handler.callbacks.insert(0, object.__new__(TrackioCallback))
+class Tracker(TrackioCallback):
+    """Writes down what it is called for, and whether the report is there."""
+
+    def __init__(self, report):
+        self.report, self.seen = report, []
+
+    def on_train_begin(self, *args, **kwargs):
+        self.seen.append("begin")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append("numbers" if any(name.startswith("spectral/") for name in logs) else "log")
+
+    def on_train_end(self, *args, **kwargs):
+        self.seen.append(f"end, report: {self.report.is_file()}")
+
+
+def test_trackers_open_before_the_first_numbers_and_close_after_the_report(tmp_path):
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=2))
+    tracker = Tracker(tmp_path / "publish" / "report.json")
+    trainer.add_callback(tracker)
     lr.attach(trainer, lr.SpectralCallback(every=2))
-    order = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert order[-3:] == ["ReportCallback", "TrackioCallback", "SpeedCallback"]
+    trainer.train()
+    assert tracker.seen[:2] == ["begin", "numbers"]
+    assert tracker.seen[-1] == "end, report: True"
+    assert sum(event.startswith("end") for event in tracker.seen) == 1
