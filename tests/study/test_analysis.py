@@ -7,10 +7,16 @@ import pytest
 from compared import write_run
 from studied import GROUPS, Simulated
 
-from hf_lowrank.study.analysis import analyse
+from hf_lowrank.study.analysis import analyse, prediction
 from hf_lowrank.study.analysis.analyse import analyse_data
 from hf_lowrank.study.analysis.controls import parts_of
 from hf_lowrank.study.analysis.inputs import read_runs, study_data
+
+
+@pytest.fixture(autouse=True)
+def few_permutations(monkeypatch):
+    """Their number is what these tests' time goes into; test_analysis_statistics.py looks at what they give."""
+    monkeypatch.setattr(prediction.prediction_rows, "__defaults__", (0, 59, 100))
 
 
 def findings(simulated, cells=True):
