@@ -106,3 +106,8 @@ def test_no_path_of_a_machine_in_the_project():
             path = Path(folder, name)
             if path.suffix in (".md", ".yaml", ".yml", ".toml", ".txt", ".json") and "egg-info" not in folder:
                 assert str(Path.home()) + "/" not in path.read_text(), path
+
+
+def test_every_recipe_is_a_row_of_the_table_of_recipes():
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \|", (ROOT / "recipes" / "README.md").read_text(), re.M)
+    assert sorted(rows) == sorted(path.stem for path in (ROOT / "recipes" / "configs" / "60m").glob("*.yaml"))
