@@ -243,6 +243,21 @@ def _loss(output: Any) -> Tensor | None:
     return (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
 
 
+def _guess(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    """The one input of a module that tells nothing: ids if its first layer looks them up, else that layer's features.
+
+    Where this is wrong the model fails on it, and training's first batch tells what the probe would have.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for module in model.modules() if len(needed) == 1 else ():
+        if isinstance(module, nn.Embedding):
+            return {needed[0]: torch.arange(8).view(2, 4) % module.num_embeddings}
+        if isinstance(features := getattr(module, "in_features", None), int):
+            return {needed[0]: torch.randn(2, 4, features, generator=generator)}
+    return {}
+
+
 def _example(model: nn.Module) -> dict[str, Any] | None:
     """Inputs of a few tokens, an image or a piece of sound, as the model asks for; None if nothing tells what."""
     name: Any = getattr(model, "main_input_name", None)
@@ -263,6 +278,8 @@ def _example(model: nn.Module) -> dict[str, Any] | None:
         }
     elif name == "input_features" and frames and mels:
         inputs = {name: torch.randn(1, mels, 2 * frames, generator=generator)}
+    elif name is None and not inputs:
+        inputs = _guess(model, generator)
     if not inputs or name not in (None, *inputs):
         return None
     if getattr(config, "is_encoder_decoder", False):

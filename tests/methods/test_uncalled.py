@@ -379,6 +379,43 @@ def test_layers_without_a_gradient_are_named_and_trained_when_they_are_used(meth
     assert not any("1.mlp.mix" in key for key in changed)
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return F.linear(self.called(x), self.read.weight, self.read.bias)
+
+
+class OwnModule(nn.Module):
+    """Nothing but its first layer tells what it takes."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.layers = first, nn.ModuleList([Block(), Block()])
+
+    def forward(self, x, scale=None):
+        x = self.first(x)
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("first", [nn.Embedding(5, 16), nn.Linear(7, 16)], ids=["ids", "features"])
+def test_a_module_that_tells_nothing_is_tried_by_its_first_layer(first, tmp_path):
+    model = OwnModule(first)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(UncalledLayerError, match=r"layers.0.read.*leave such layers out with target_modules"):
+        lr.prepare(model, lr.CoLAConfig(r=2, target_modules=["called", "read"]), arguments(tmp_path))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    # what is called alone is no fault, and a module that needs more than one input is left to the first batch
+    lr.prepare(model, lr.CoLAConfig(r=2, target_modules=["called"]), arguments(tmp_path))
+    assert probe(model, {}) == []
+    model.forward = lambda x, y: None
+    assert probe(model, {}) is None
+
+
 def test_where_prepare_cannot_run_a_model_the_first_batch_tells(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Sometimes, "dummy_inputs", {})
     trainer = make_trainer(METHODS["lora"], arguments(tmp_path, max_steps=2), model=Sometimes())
