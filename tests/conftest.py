@@ -105,7 +105,7 @@ def toy_method() -> Iterator[None]:
 
 
 # these take longest, and no process should be left with one of them at the end
-LONGEST = ("test_sharded.py", "test_recipe.py", "test_coverage.py", "test_training.py")
+LONGEST = ("test_sharded.py", "test_recipe.py", "test_coverage.py", "test_killed.py", "test_training.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
