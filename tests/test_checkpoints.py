@@ -532,6 +532,33 @@ def test_only_a_class_of_transformers_is_written_into_the_code(name, tmp_path):
 # Resuming
 
 
+def test_a_checkpoint_of_before_a_setting_existed_goes_on_at_its_default(tmp_path):
+    added = ("projection", "random_after", "adaptive_gap", "rotate_moments", "stagger_refreshes")
+
+    def trainer(**changes):
+        config = lr.GaLoreConfig(r=4, update_proj_gap=2, **changes)
+        return make_trainer(config, arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2))
+
+    (whole := trainer()).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    values = json.loads((checkpoint / "config.json").read_text())
+    values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in added}
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        mark = json.loads(group["lowrank"])
+        group["lowrank"] = json.dumps({key: mark[key] for key in mark if key not in added})
+        for key in added:
+            group.pop(key, None)
+    torch.save(state, checkpoint / "optimizer.pt")
+    (resumed := trainer()).train(resume_from_checkpoint=str(checkpoint))
+    assert same(weights(resumed.model), weights(whole.model))
+    with pytest.raises(ValueError, match="rotate_moments is False there, True here"):
+        trainer(rotate_moments=True).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(lr.CheckpointError, match="rotate_moments is False there, True here"):
+        check_resume(checkpoint, trained(lr.GaLoreConfig(r=4, update_proj_gap=2, rotate_moments=True), llama()))
+
+
 def test_check_resume(checkpoint):
     config = lr.GaLoreConfig(r=4)
     check_resume(checkpoint, trained(config, llama()))

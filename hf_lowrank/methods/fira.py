@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.methods.base import Paper, register
-from hf_lowrank.methods.projected import (
-    ProjectedConfig,
-    adaptive_gap_field,
-    proj_type_field,
-    projection_field,
-    random_after_field,
-    refresh_field,
-    rotate_moments_field,
-    stagger_refreshes_field,
-)
+from hf_lowrank.methods.projected import SubspaceConfig, proj_type_field, refresh_field
 from hf_lowrank.optim.adam import step_size
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 from hf_lowrank.optim.scaling import limit_growth, norms, sum_over_rows
@@ -34,11 +25,10 @@ class FiraAdamW(ProjectedAdamW):
     carry `r`.
 
     Such a group holds matrices only and may carry `update_proj_gap` (200), `alpha` (0.25), `proj_type` ("std") and
-    `refresh` ("gram", "subspace" or "svd"), and the options of
-    `optim.subspace`. With phi = ||N|| / (||R|| + 1e-8) per row of R (per column where R has fewer rows than columns),
-    the residual S = (G - alpha back(R)) phi, whose norm may grow by 1 % a step, joins the
-    update: W <- (1 - lr wd) (W - lr_t (alpha back(N) + S)). For `full`, which the official package cannot run, phi is
-    one number for the matrix (the paper's matrix-level scaling).
+    `refresh` ("gram", "subspace" or "svd"), and the options of `optim.subspace`. With phi = ||N|| / (||R|| + 1e-8) per
+    row of R (per column where R has fewer rows than columns), the residual S = (G - alpha back(R)) phi, whose norm may
+    grow by 1 % a step, joins the update: W <- (1 - lr wd) (W - lr_t (alpha back(N) + S)). For `full`, which the
+    official package cannot run, phi is one number for the matrix (the paper's matrix-level scaling).
 
     State: as in `ProjectedAdamW`, and `residual_norm`, a scalar.
     """
@@ -74,7 +64,7 @@ class FiraAdamW(ProjectedAdamW):
 
 @register
 @dataclass
-class FiraConfig(ProjectedConfig):
+class FiraConfig(SubspaceConfig):
     """Fira with the arithmetic and the defaults of the official `fira`.
 
     Differences from the paper, as in that package: `alpha` also scales the back-projection that is subtracted from
@@ -96,11 +86,6 @@ class FiraConfig(ProjectedConfig):
     alpha: float = field(default=0.25, metadata={"help": "Factor on whatever is projected back."})
     proj_type: str = proj_type_field()
     refresh: str = refresh_field()
-    projection: str = projection_field()
-    random_after: float | None = random_after_field()
-    adaptive_gap: bool = adaptive_gap_field()
-    rotate_moments: bool = rotate_moments_field()
-    stagger_refreshes: bool = stagger_refreshes_field()
 
 
 def _back(x: Matrix) -> Tensor:

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.methods.base import Paper, register
-from hf_lowrank.methods.projected import (
-    ProjectedConfig,
-    adaptive_gap_field,
-    proj_type_field,
-    projection_field,
-    random_after_field,
-    refresh_field,
-    rotate_moments_field,
-    stagger_refreshes_field,
-)
+from hf_lowrank.methods.projected import SubspaceConfig, proj_type_field, projection_field, refresh_field
 from hf_lowrank.optim.adam import adam_direction, adamw, step_size
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 from hf_lowrank.optim.projector import PROJECTIONS
@@ -105,7 +96,7 @@ class FrugalAdamW(ProjectedAdamW):
 
 @register
 @dataclass
-class FrugalConfig(ProjectedConfig):
+class FrugalConfig(SubspaceConfig):
     """FRUGAL with the arithmetic and the defaults of the official code (its projected variant, `GaloreAdamW` there).
 
     Unlike there the rank is the same for all matrices, as in GaLore; r = hidden_size / 4 is its density of 0.25 for
@@ -128,10 +119,6 @@ class FrugalConfig(ProjectedConfig):
     proj_type: str = proj_type_field()
     refresh: str = refresh_field()
     projection: str = projection_field("coordinates (random rows or columns)")
-    random_after: float | None = random_after_field()
-    adaptive_gap: bool = adaptive_gap_field()
-    rotate_moments: bool = rotate_moments_field()
-    stagger_refreshes: bool = stagger_refreshes_field()
 
 
 def _eps(group: dict[str, Any], t: int) -> float:

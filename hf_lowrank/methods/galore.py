@@ -6,16 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_lowrank.methods.base import Paper, register
-from hf_lowrank.methods.projected import (
-    ProjectedConfig,
-    adaptive_gap_field,
-    proj_type_field,
-    projection_field,
-    random_after_field,
-    refresh_field,
-    rotate_moments_field,
-    stagger_refreshes_field,
-)
+from hf_lowrank.methods.projected import SubspaceConfig, proj_type_field, refresh_field
 from hf_lowrank.optim.adam import step_size
 from hf_lowrank.optim.projected import Matrix, ProjectedAdamW, apply_back_projection
 from hf_lowrank.optim.subspace import SUBSPACE_OPTIONS
@@ -27,9 +18,8 @@ class GaLoreAdamW(ProjectedAdamW):
     """AdamW in the gradient's top-r singular subspace (Algorithm 2), for the groups that carry `r`.
 
     Such a group holds matrices only and may carry `update_proj_gap` (200), `scale` (0.25), `proj_type` ("std") and
-    `refresh` ("gram", "subspace" or "svd"), and the options of
-    `optim.subspace`. W <- (1 - lr wd) (W - lr_t scale back(N)), where lr_t is the learning rate with the bias
-    correction. State, arguments and errors: see `ProjectedAdamW`.
+    `refresh` ("gram", "subspace" or "svd"), and the options of `optim.subspace`. With lr_t, the learning rate with the
+    bias correction: W <- (1 - lr wd) (W - lr_t scale back(N)). State, arguments and errors: see `ProjectedAdamW`.
     """
 
     options: ClassVar[dict[str, Any]] = {
@@ -46,7 +36,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
 @register
 @dataclass
-class GaLoreConfig(ProjectedConfig):
+class GaLoreConfig(SubspaceConfig):
     """GaLore with the arithmetic and the defaults of the official `galore-torch`.
 
     Differences from the paper, as in that package: eps (1e-6) is added before the bias correction, and weight decay
@@ -71,8 +61,3 @@ class GaLoreConfig(ProjectedConfig):
     scale: float = field(default=0.25, metadata={"help": "Factor on the update that is projected back."})
     proj_type: str = proj_type_field()
     refresh: str = refresh_field()
-    projection: str = projection_field()
-    random_after: float | None = random_after_field()
-    adaptive_gap: bool = adaptive_gap_field()
-    rotate_moments: bool = rotate_moments_field()
-    stagger_refreshes: bool = stagger_refreshes_field()

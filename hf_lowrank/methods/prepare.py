@@ -18,7 +18,7 @@ from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
-from hf_lowrank.methods.recorded import fixed_structure, layers_of, method_of, structure_hash
+from hf_lowrank.methods.recorded import default_settings, fixed_structure, layers_of, method_of, structure_hash
 from hf_lowrank.methods.stacks import put_stack
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, refuse_shared, target_parameters
@@ -90,8 +90,24 @@ def prepare(
         Console().print((summary := summarize(model, config, targets, ranks)).table())
         warn_of_uncovered(summary, config)
         warn_unused(model, unused or [], "a few tokens that prepare tried")
+    plan = _plan(model, config, targets, ranks, rated, set(unused or ()))
+    trainer_kwargs, callbacks = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}, config.callbacks(args)
+    if callbacks or rated or config.optimizer(args) is not None:
+        before_first_step(model, functools.partial(_check_optimizer, args))
+    return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
+
+
+def _plan(
+    model: nn.Module,
+    config: LowRankConfig,
+    targets: list[Target],
+    ranks: dict[str, int],
+    rated: frozenset[str],
+    unused: set[str],
+) -> Plan:
+    """How the optimizer groups the parameters, for what `prepare` has found."""
     options = {name: config.group_options(ranks.get(t.name, 0)) for t in targets for name in t.trained_names}
-    plan = Plan(
+    return Plan(
         model,
         {name: group for name, group in options.items() if group},
         identity(model, config),
@@ -99,12 +115,9 @@ def prepare(
         any_model=not (config.replaces_layers or config.group_options(1) or rated),
         targets=rated,
         other_lr_scale=config.other_lr_scale,
-        after_first_backward=functools.partial(check_first_batch, set(unused or ())),
+        after_first_backward=functools.partial(check_first_batch, unused),
+        defaults=default_settings(config.method),
     )
-    trainer_kwargs, callbacks = {"optimizer_cls_and_kwargs": plan.for_trainer(args)}, config.callbacks(args)
-    if callbacks or rated or config.optimizer(args) is not None:
-        before_first_step(model, functools.partial(_check_optimizer, args))
-    return model, {**trainer_kwargs, "callbacks": callbacks} if callbacks else trainer_kwargs
 
 
 def _warm_start(source: str | Path, config: LowRankConfig) -> Any:

@@ -5,7 +5,7 @@ Such a method is one module: its optimizer, a `ProjectedAdamW` with the update r
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,7 @@ from hf_lowrank.methods.base import LowRankConfig
 from hf_lowrank.optim.projected import ProjectedAdamW
 from hf_lowrank.optim.projector import PROJ_TYPES, PROJECTIONS, REFRESHES
 
-__all__ = [
-    "ProjectedConfig", "adaptive_gap_field", "proj_type_field", "projection_field", "random_after_field",
-    "refresh_field", "rotate_moments_field", "stagger_refreshes_field",
-]  # fmt: skip
+__all__ = ["ProjectedConfig", "SubspaceConfig", "proj_type_field", "projection_field", "refresh_field"]
 
 
 def proj_type_field() -> Any:
@@ -35,38 +32,14 @@ def refresh_field() -> Any:
 
 
 def projection_field(*more: str) -> Any:
-    """The field `projection` of a method that lets the user choose the subspace.
+    """The field `projection`.
 
     Args:
         more: choices beside those of all methods.
     """
     text = "Subspace of the projection: svd (top singular vectors), random, sampled (singular vectors drawn by their "
     text += "values), dct (vectors of the cosine transform)"
-    return field(default=PROJECTIONS[0], metadata={"help": ", ".join([text, *more]) + "."})
-
-
-def random_after_field() -> Any:
-    """The field `random_after`: GoLore."""
-    text = "Share of training (of max_steps) after which projections are random (GoLore); None: never."
-    return field(default=None, metadata={"help": text})
-
-
-def adaptive_gap_field() -> Any:
-    """The field `adaptive_gap`: Q-GaLore's."""
-    text = "Double a matrix's gap while its first singular vector keeps its direction (Q-GaLore)."
-    return field(default=False, metadata={"help": text})
-
-
-def rotate_moments_field() -> Any:
-    """The field `rotate_moments`: LDAdam's and GoLore's."""
-    text = "Carry the first moment over into the new subspace at a refresh, instead of keeping its numbers."
-    return field(default=False, metadata={"help": text})
-
-
-def stagger_refreshes_field() -> Any:
-    """The field `stagger_refreshes`."""
-    text = "Spread the refreshes after the first over the steps of a gap, instead of refreshing all matrices in one."
-    return field(default=False, metadata={"help": text})
+    return field(default=PROJECTIONS[0], kw_only=True, metadata={"help": ", ".join([text, *more]) + "."})
 
 
 @dataclass
@@ -113,3 +86,33 @@ class ProjectedConfig(LowRankConfig):
         optimizer.init_state()
         state = optimizer.state[weight]
         return sum(value.numel() for key, value in state.items() if isinstance(value, Tensor) and key != "step")
+
+
+@dataclass
+class SubspaceConfig(ProjectedConfig):
+    """Base of the configs that let the user choose the subspace, and when it is found anew (`optim.subspace`)."""
+
+    # behind the methods' own fields, which come by position as well
+    _: KW_ONLY
+    projection: str = projection_field()
+    random_after: float | None = field(
+        default=None,
+        metadata={"help": "Share of training (max_steps) after which projections are random (GoLore); None: never."},
+    )
+    adaptive_gap: bool = field(
+        default=False,
+        metadata={"help": "Double a matrix's gap while its first singular vector keeps its direction (Q-GaLore)."},
+    )
+    rotate_moments: bool = field(
+        default=False,
+        metadata={
+            "help": "Carry the first moment over into the new subspace at a refresh, instead of keeping its numbers."
+        },
+    )
+    stagger_refreshes: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread the refreshes after the first over the steps of a gap, instead of refreshing all "
+            "matrices in one."
+        },
+    )

@@ -1,13 +1,14 @@
 """What a model's config records of the method that trains it."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear
+from hf_lowrank.methods.base import METHODS, LowRankConfig, ReparameterizedLinear
 
-__all__ = ["fixed_structure", "layers_of", "method_of", "structure_hash"]
+__all__ = ["default_settings", "fixed_structure", "layers_of", "method_of", "structure_hash"]
 
 # what a model's config has of a method beside its settings
 RECORDED = ("form", "structure", "init_from")
@@ -19,6 +20,13 @@ def method_of(model: nn.Module) -> LowRankConfig | None:
     if not recorded:
         return None
     return LowRankConfig.from_dict({k: v for k, v in recorded.items() if k not in RECORDED})
+
+
+def default_settings(method: str) -> dict[str, Any]:
+    """The defaults of a method's settings; nothing for a method that is not registered."""
+    config_cls = METHODS.get(method)
+    fields = () if config_cls is None else dataclasses.fields(config_cls)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def layers_of(config: LowRankConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ follows the plan of the model whose parameters it gets.
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Plan:
         targets: names of the parameters that train at the learning rate itself; empty if all do.
         other_lr_scale: what the rate is multiplied with for all other parameters.
         after_first_backward: called with model and Trainer's arguments before the optimizer's first step.
+        defaults: what the settings were before they existed, for states from then.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Plan:
         targets: frozenset[str] = frozenset(),
         other_lr_scale: float = 1.0,
         after_first_backward: Callable[[nn.Module, Any], None] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.options = options
@@ -59,6 +61,7 @@ class Plan:
         self.any_model = any_model
         self.targets, self.other_lr_scale = targets, other_lr_scale
         self.after_first_backward = after_first_backward
+        self.defaults = defaults or {}
         # Trainer leaves these out of the optimizer
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         _PLANS[model] = self
@@ -191,7 +194,8 @@ class Plan:
         """Raise `ValueError` for a state that was made by another method or with other settings."""
         marks = {group.get(IDENTITY_KEY) for group in state_dict["param_groups"]}
         # a plain Trainer's checkpoint carries no mark
-        changed = changed_settings(json.loads(marks.pop() or "{}") if marks else {}, self.identity)
+        saved = json.loads(marks.pop() or "{}") if marks else {}
+        changed = changed_settings(saved, self.identity, self.defaults)
         if changed:
             raise ValueError(
                 f"the checkpoint's optimizer state belongs to another run ({'; '.join(changed)}): resume with the "
@@ -199,15 +203,20 @@ class Plan:
             )
 
 
-def changed_settings(saved: dict[str, Any], mine: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
+def changed_settings(
+    saved: dict[str, Any], mine: dict[str, Any], defaults: Mapping[str, Any], ignored: tuple[str, ...] = ()
+) -> list[str]:
     """The settings in which a checkpoint's method differs from a run's, each in words.
 
     Args:
         saved: what the checkpoint records; a plain Trainer's records nothing, and is full-rank at one rate.
         mine: the run's.
+        defaults: of the run's method, for settings that its checkpoints of an older version lack.
         ignored: settings that may differ.
     """
     there, here = ({"method": "fullrank", "other_lr_scale": 1.0, **values} for values in (saved, mine))
+    if there["method"] == here["method"]:
+        there = {**{key: value for key, value in defaults.items() if key in here}, **there}
     keys = [key for key in ("method", "other_lr_scale") if there[key] != here[key]][:1]
     # full-rank training at one rate is the same whatever the targets are
     if not keys and (here["method"] != "fullrank" or here["other_lr_scale"] != 1):

@@ -113,7 +113,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         # (group, place in it) -> name: FSDP2 puts other objects in the parameters' place
         self.names: dict[tuple[int, int], str] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.register_load_state_dict_post_hook(_steps_to_cpu)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; a group with `r` is checked and gets the options it lacks."""
@@ -333,8 +333,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
             self._warned = True
 
 
-def _steps_to_cpu(optimizer: torch.optim.Optimizer) -> None:
-    """Keep step counters on the CPU: Trainer loads a state to the GPU, where reading one would wait for the device."""
+def _after_loading(optimizer: torch.optim.Optimizer) -> None:
+    """Keep step counters on the CPU, and give groups of an older version the options that it had no name for.
+
+    Trainer loads a state to the GPU, where reading a counter would wait for the device.
+    """
+    assert isinstance(optimizer, ProjectedAdamW)
+    for group in optimizer.param_groups:
+        if "r" in group:
+            group.update({**optimizer.options, **group})
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].cpu()

@@ -61,17 +61,7 @@ def attach(
     _check(callbacks)
     _hand_on_method(trainer)
     _load_exactly(trainer)
-    for callback in callbacks:
-        if isinstance(callback, MetricCallback):
-            callback.bind(trainer)
-    # before metrics look at the model
-    trainer.callback_handler.callbacks.insert(0, _MethodCheck(trainer))
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    # a method's own callback, which prepare has handed to the Trainer
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, MethodCallback):
-            callback.trainer = trainer
+    _add(trainer, callbacks)
     args = trainer.args
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy)) if args.push_to_hub else None
     # Trainer's own pushing rewrites README.md and weights in the root and uploads the root
@@ -85,6 +75,21 @@ def attach(
     trainer.add_callback(report)
     trainer.add_callback(speed)
     _take_over_pushing(trainer, report)
+
+
+def _add(trainer: Trainer, callbacks: tuple[TrainerCallback, ...]) -> None:
+    """Add a user's callbacks, and let all that need the Trainer know it."""
+    for callback in callbacks:
+        if isinstance(callback, MetricCallback):
+            callback.bind(trainer)
+    # before metrics look at the model
+    trainer.callback_handler.callbacks.insert(0, _MethodCheck(trainer))
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    # a method's own callback, which prepare has handed to the Trainer
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, MethodCallback):
+            callback.trainer = trainer
 
 
 def _take_over_pushing(trainer: Trainer, report: ReportCallback) -> None:
