@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from hf_lowrank.conversion import check_names, convert_when_loading, own_names
 from hf_lowrank.methods.base import CONFIG_NAME, METHODS, LowRankConfig, ReparameterizedLinear
 from hf_lowrank.methods.prepare import apply_method, method_of, structure_hash
-from hf_lowrank.methods.recorded import default_settings
+from hf_lowrank.methods.recorded import default_settings, take_start
 from hf_lowrank.model_config import (
     NATIVE_FOLDER,
     CheckpointError,
@@ -126,7 +126,8 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
     own = json.loads(json.dumps(model.config.to_dict(), default=str))
     saved, mine = (c.get("lowrank") or {} for c in (config, own))
     method = mine.get("method", "fullrank")
-    changed = changed_settings(saved, mine, default_settings(method), ignored=METHODS[method].runtime_fields)
+    ignored = (*METHODS[method].runtime_fields, "init_from")
+    changed = changed_settings(saved, mine, default_settings(method), ignored)
     sizes = [k for k in SIZE_KEYS if k in config and k in own and config[k] != own[k]]
     changed += [f"{k} is {config[k]!r} there, {own[k]!r} here" for k in sizes]
     if changed:
@@ -134,6 +135,7 @@ def check_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
             f"{checkpoint} belongs to another run ({'; '.join(changed)}): resume with the settings it was made with, "
             "or start anew in another output folder"
         )
+    take_start(checkpoint, model)
 
 
 def check_same_size(baseline: Path | dict[str, Any], own: dict[str, Any], name: str) -> None:

@@ -120,11 +120,15 @@ def _write_entry(entry: Path, tokenizer: PreTrainedTokenizerBase, train: Dataset
         tokenizer.backend_tokenizer.save(str(temporary / _BACKEND))
     train.save_to_disk(str(temporary / "train"))
     validation.save_to_disk(str(temporary / "validation"))
+    # others may share the folder, and mkdtemp's is its maker's alone
+    temporary.chmod(entry.parent.stat().st_mode & 0o777)
     try:
         temporary.rename(entry)
     except OSError:
-        # another process was faster
         shutil.rmtree(temporary)
+        if not entry.is_dir():
+            raise
+        # another process was faster
 
 
 def _read_entry(

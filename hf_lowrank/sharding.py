@@ -50,6 +50,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def assembled(rows: Tensor, model: Tensor) -> Tensor:
+    """The whole of a tensor of which each process has its part, as of `model`; every process must call this."""
+    if not is_dtensor(model):
+        return rows
+    sharded = torch.empty_like(model)
+    local(sharded).copy_(rows)
+    return whole(sharded)
+
+
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A tensor that every process holds whole, sharded as `model` is; nothing is communicated."""
     if not is_dtensor(model):

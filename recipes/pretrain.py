@@ -150,16 +150,18 @@ def share_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 def check_tokenizer(source: str, data: Data) -> None:
     """Refuse weights that were trained with another tokenizer, where their report names it."""
+    folder = Path(source)
     try:
-        known = lr.load_report(source).data
-    # a checkpoint, or a plain model, has no report
+        # a checkpoint's run has the report
+        known = lr.load_report(folder.parent if folder.name.startswith("checkpoint-") else source).data
+    # a plain model has none
     except (OSError, ValueError):
         return
     theirs, own = known.tokenizer_hash if known else None, data.description["tokenizer_hash"]
     if theirs and own and theirs != own:
         raise ValueError(
             f"--init_from {source} was trained with another tokenizer (hash {theirs[:12]}, here {own[:12]}), so that "
-            "its embeddings mean other tokens: give its tokenizer with --tokenizer"
+            "its embeddings mean other tokens: give its tokenizer with --tokenizer_name"
         )
 
 
@@ -191,11 +193,13 @@ def set_up(recipe: Recipe) -> tuple[Trainer, str | None]:
         recipe.data.sequence_length,
         data.tokenizer.eos_token_id,
     )
-    if recipe.recipe.init_from is not None:
-        check_tokenizer(recipe.recipe.init_from, data)
-    model, trainer_kwargs = lr.prepare(
-        build_model(config, args.seed), recipe.method, args, init_from=recipe.recipe.init_from
-    )
+    start = recipe.recipe.init_from
+    if start is not None and checkpoint is not None:
+        # what the run started from is in its checkpoint, and need not be there any more
+        start = checkpoint
+    elif start is not None:
+        check_tokenizer(start, data)
+    model, trainer_kwargs = lr.prepare(build_model(config, args.seed), recipe.method, args, init_from=start)
     share_special_tokens(model, data.tokenizer)
     if checkpoint is not None:
         lr.check_resume(checkpoint, model)

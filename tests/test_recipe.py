@@ -175,14 +175,23 @@ def refused(recipe, argv, folders, tmp_path, monkeypatch):
 
 
 def test_a_warm_start(recipe, inputs, finished, tmp_path, monkeypatch):
-    source = finished["fullrank"].folder / f"checkpoint-{SAVED_AT}"
+    run = shutil.copytree(finished["fullrank"].folder, tmp_path / "source")
+    source = run / f"checkpoint-{SAVED_AT}"
+    argv = flags(inputs, "galore", init_from=source, validation_fraction=0.3, output_dir=tmp_path / "other")
+    said = refused(recipe, argv, [run], tmp_path, monkeypatch)
+    assert "was trained with another tokenizer (hash" in said
+    assert said.endswith("give its tokenizer with --tokenizer_name")
     done = call(recipe, flags(inputs, "galore", init_from=source, output_dir=tmp_path / "warm"))
+    assert done.code == 0, done.err
+    # its source is not needed to go on
+    shutil.rmtree(source)
+    last = flags(inputs, "galore", init_from=source, output_dir=tmp_path / "warm", resume_from_checkpoint="last")
+    (tmp_path / "warm" / "publish" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "warm" / f"checkpoint-{STEPS}")
+    done = call(recipe, last)
     assert done.code == 0, done.err
     start = read_report(tmp_path / "warm").run.init_from
     assert (start.source, start.method, start.step, start.form) == (str(source), "fullrank", SAVED_AT, "dense")
-    source = finished["fullrank"].folder
-    argv = flags(inputs, "galore", init_from=source, validation_fraction=0.3, output_dir=tmp_path / "other")
-    assert "was trained with another tokenizer (hash" in refused(recipe, argv, [source], tmp_path, monkeypatch)
 
 
 # ---- what is refused before training ----

@@ -1,5 +1,7 @@
 """`init_from`: a run starts from another one's weights, exactly, or is refused before its model is changed."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_runs import METHODS, arguments, dataset, llama, make_trainer, weights
@@ -108,6 +110,13 @@ def test_a_run_says_what_it_started_from_and_resumes(tmp_path):
     assert "(fullrank after 3 steps)" in card
     resumed = second("second", resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-2")).model
     assert [key for key, value in weights(resumed).items() if not torch.equal(value, whole[key])] == []
+    # going on needs neither init_from nor what it names
+    shutil.rmtree(tmp_path / "first")
     model, _ = lr.prepare(llama(), METHODS["relora"], arguments(tmp_path / "third"))
-    with pytest.raises(CheckpointError, match="init_from"):
-        check_resume(tmp_path / "second" / "checkpoint-2", model)
+    check_resume(tmp_path / "second" / "checkpoint-2", model)
+    assert model.config.lowrank["init_from"]["step"] == 3
+    args = arguments(tmp_path / "second", max_steps=4)
+    trainer = make_trainer(METHODS["relora"], args)
+    lr.attach(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-2"))
+    assert lr.load_report(tmp_path / "second").run.init_from.step == 3

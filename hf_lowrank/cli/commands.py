@@ -1,5 +1,6 @@
 """`hf-lowrank`: publish, fetch and look at runs from the command line."""
 
+import io
 import json
 import sys
 from functools import partial
@@ -205,6 +206,10 @@ def config(method: Annotated[str, typer.Argument(help="Method, galore for exampl
 
 def main() -> None:
     """Entry point: an error of the user's is one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal or file whose encoding lacks a sign gets a question mark
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Exception as error:

@@ -19,6 +19,7 @@ from hf_lowrank.data import DataArguments, DataError, load_validation
 from hf_lowrank.families.records import EVALUATION
 from hf_lowrank.hub.fetch import FetchError, fetch
 from hf_lowrank.hub.network import FAILURES, describe_error, with_retries
+from hf_lowrank.methods.recorded import RECORDED
 from hf_lowrank.report.evidence import Kept
 from hf_lowrank.report.io import read_report
 from hf_lowrank.report.model import Report
@@ -130,7 +131,12 @@ class RunSource:
         if "target_modules" in noted:
             # a config from before the setting existed is of a run at one rate
             noted.setdefault("other_lr_scale", 1.0)
-        return {key: value for key, value in noted.items() if key not in ("form", "structure", "published")}
+        start = noted.get("init_from") or {}
+        return {
+            **{key: value for key, value in noted.items() if key not in (*RECORDED, "published")},
+            # each seed may have started from its own
+            **{f"init_from {key}": value for key, value in start.items() if key != "source"},
+        }
 
     def check_steps(self, steps: Iterable[int]) -> None:
         """`ValueError` for a step that there is no checkpoint of."""

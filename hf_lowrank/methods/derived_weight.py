@@ -7,12 +7,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Composed", "DerivedWeight", "UncalledLayerError", "collect_unserved", "derive"]
 
 # what a kernel takes that computes with addresses, and what would put other numbers in W's place
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.data.__set__}  # type: ignore[attr-defined]
+
+# what writes to its first argument; the names of others end in an underscore
+IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in (
+    "add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",
+))}  # fmt: skip
 
 # what gives a part of W, or W in another shape, that one could write to
 _VIEWS = (
@@ -141,8 +146,9 @@ class DerivedWeight(Tensor):
             return cls(args[0].layer, args[0].parts)
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise UncalledLayerError("writes to the weight of {}, which has none", [value.layer])
+            written = tree_leaves(value) if argument.alias_info is not None and argument.alias_info.is_write else []
+            if lost := [part for part in written if isinstance(part, cls)]:
+                raise UncalledLayerError("writes to the weight of {}, which has none", [lost[0].layer])
         with torch.no_grad():
             args, kwargs = tree_map(lambda x: _stored(x.layer, x.parts) if isinstance(x, cls) else x, (args, kwargs))
             return func(*args, **kwargs)
@@ -162,10 +168,10 @@ class DerivedView(Tensor):
 def _watched(func: Any, args: Any, kwargs: Any, layer: Composed | None) -> Any:
     """What a function gives; `UncalledLayerError` where it writes to W, or a part of it, that it would not change."""
     kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-    in_place = (
-        name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or name[-1:] == "_" != name[-2:-1]
-    )
-    written = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if in_place else []
+    in_place = name in IN_PLACE or kwargs.get("inplace") is True or name[-1:] == "_" != name[-2:-1]
+    first = [*args, *kwargs.values()][:1] if in_place else []
+    # torch._foreach_mul_ and its like take lists
+    written = tree_leaves([kwargs.get("out"), first])
     lost = [value for value in written if isinstance(value, DerivedWeight | DerivedView)]
     if lost:
         raise UncalledLayerError("writes to the weight of {}, which has none", [lost[0].layer])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig, MethodCallback, Paper, register
-from hf_lowrank.methods.lowrank import LowRankLinear, factorized
+from hf_lowrank.methods.lowrank import LowRankLinear, factorized, in_float64
 from hf_lowrank.methods.schedule import check_restarts, restart_schedule
 from hf_lowrank.optim.adam import adam_direction, step_size
 from hf_lowrank.optim.projected import ProjectedAdamW
 from hf_lowrank.optim.sharding import all_finite
-from hf_lowrank.sharding import like, local, whole
+from hf_lowrank.sharding import assembled, like, local, whole
 
 __all__ = ["LoroAdamW", "LoroCallback", "LoroConfig", "riemannian_step"]
 
@@ -42,7 +42,7 @@ def riemannian_step(A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, lr: float) -> 
     Returns:
         New A and B in fp64; None where the factors have no full rank, so that there is no tangent space of rank r.
     """
-    A, B, dA, dB = (x.double() for x in (A, B, dA, dB))
+    A, B, dA, dB = (in_float64(x) for x in (A, B, dA, dB))
     r = len(A)
     U, R = torch.linalg.qr(B)
     V, T = torch.linalg.qr(A.T)
@@ -144,11 +144,7 @@ class LoroAdamW(ProjectedAdamW):
                 W.mul_(1 - lr * group["weight_decay"])
 
     def _exact(self, pair: list[Tensor], N: list[Tensor], lr: float) -> bool:
-        directions = []
-        for p, n in zip(pair, N, strict=True):
-            direction = torch.empty_like(p)
-            local(direction).copy_(n)
-            directions.append(whole(direction))
+        directions = [assembled(n, p) for p, n in zip(pair, N, strict=True)]
         factors = riemannian_step(whole(pair[0]), whole(pair[1]), directions[0], directions[1], lr)
         if factors is None:
             logger.warning(
@@ -156,7 +152,7 @@ class LoroAdamW(ProjectedAdamW):
             )
             return False
         for p, factor in zip(pair, factors, strict=True):
-            local(p).copy_(local(like(factor.to(p.dtype), p)))
+            local(p).copy_(local(like(factor.to(p.device, p.dtype), p)))
         return True
 
 

@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lowrank.experts import Stack
 from hf_lowrank.methods.base import LowRankConfig, MethodCallback, Paper, ReparameterizedLinear, register
 from hf_lowrank.methods.stacks import StackOfLayers
+from hf_lowrank.methods.trainer_arguments import ADAMW, plain
 from hf_lowrank.sharding import like, local, reshard, whole
 
 __all__ = ["LowRankCallback", "LowRankFactorsConfig", "LowRankLinear", "balanced", "factorized"]
@@ -88,7 +89,7 @@ class LowRankLinear(ReparameterizedLinear):
         """Share the singular values of B A evenly between the factors; sharded, every process calls this."""
         A, B = balanced(whole(self.A), whole(self.B))
         for p, factor in ((self.A, A), (self.B, B)):
-            local(p).copy_(local(like(factor.to(p.dtype), p)))
+            local(p).copy_(local(like(factor.to(p.device, p.dtype), p)))
 
     def extra_repr(self) -> str:
         return (
@@ -119,7 +120,7 @@ class LowRankExperts(StackOfLayers):
         """As `LowRankLinear.refactorize`, for each matrix."""
         pairs = [balanced(A, B) for A, B in zip(whole(self.A), whole(self.B), strict=True)]
         for p, factors in zip((self.A, self.B), zip(*pairs, strict=True), strict=True):
-            local(p).copy_(local(like(torch.stack(factors).to(p.dtype), p)))
+            local(p).copy_(local(like(torch.stack(factors).to(p.device, p.dtype), p)))
 
 
 def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,9 +129,14 @@ def balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     It costs two QR decompositions and the SVD of an (r, r) matrix, in fp64; B A itself is never made. A vector's sign
     is such that the largest entry of U's is positive, so that all processes and machines agree.
     """
-    Q, R = torch.linalg.qr(B.double())
-    P, T = torch.linalg.qr(A.T.double())
+    Q, R = torch.linalg.qr(in_float64(B))
+    P, T = torch.linalg.qr(in_float64(A.T))
     return factorized(Q, R @ T.T, P, len(A))
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in fp64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def factorized(Q: Tensor, core: Tensor, P: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -232,11 +238,10 @@ class LowRankFactorsConfig(LowRankConfig):
                 raise ValueError(f"{name}={value!r}: give a whole number of optimizer steps, 0 for never")
 
     def check_arguments(self, args: TrainingArguments) -> None:
-        optim = str(getattr(args.optim, "value", args.optim))
-        if self.reset_moments_every and optim not in ("adamw_torch", "adamw_torch_fused"):
+        if self.reset_moments_every and args.optim not in ADAMW:
             raise ValueError(
-                f"optim='{optim}' and reset_moments_every={self.reset_moments_every}: the moments that are reset are "
-                "AdamW's; use adamw_torch or adamw_torch_fused, or reset_moments_every=0"
+                f"optim='{plain(args.optim)}' and reset_moments_every={self.reset_moments_every}: the moments that "
+                f"are reset are AdamW's; use {' or '.join(ADAMW)}, or reset_moments_every=0"
             )
 
     def new_layer(self, in_features: int, out_features: int, r: int, **kwargs: Any) -> LowRankLinear:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.methods.base import LowRankConfig, Paper, register
+from hf_lowrank.methods.trainer_arguments import ADAMW, plain
 from hf_lowrank.optim.marked import MarkedAdamW
-from hf_lowrank.sharding import like, local, whole
+from hf_lowrank.sharding import assembled, like, local
 
 __all__ = ["MuonAdamW", "MuonConfig", "adamw_arguments", "orthogonalized"]
 
@@ -87,23 +88,17 @@ class MuonAdamW(MarkedAdamW):
         W, G, M, momentum = local(p), local(grad), local(state["momentum_buffer"]), group["momentum"]
         M.lerp_(G, 1 - momentum)
         direction = G.lerp(M, momentum) if group["nesterov"] else M
-        if W is not p:
-            # the iteration needs the whole matrix
-            sharded = torch.empty_like(p)
-            local(sharded).copy_(direction)
-            direction = whole(sharded)
-        update = orthogonalized(direction, group["ns_steps"])
+        # the iteration needs the whole matrix
+        update = orthogonalized(assembled(direction, p), group["ns_steps"])
         W.mul_(1 - group["lr"] * group["weight_decay"])
         W.add_(local(like(update, p)), alpha=-group["lr"] * _adjustment(group["adjust_lr_fn"], p.shape))
 
 
 def adamw_arguments(label: str, args: TrainingArguments) -> dict[str, Any]:
     """Trainer's arguments for torch's AdamW; `ValueError` if it was to make another optimizer."""
-    own = str(getattr(args.optim, "value", args.optim))
-    if own not in ("adamw_torch", "adamw_torch_fused"):
-        raise ValueError(
-            f"optim='{own}': {label} trains what is no target by torch's AdamW; use adamw_torch or adamw_torch_fused"
-        )
+    own = plain(args.optim)
+    if own not in ADAMW:
+        raise ValueError(f"optim='{own}': {label} trains what is no target by torch's AdamW; use {' or '.join(ADAMW)}")
     kwargs: dict[str, Any] = Trainer.get_optimizer_cls_and_kwargs(args)[1]
     return kwargs
 

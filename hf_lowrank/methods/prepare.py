@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowrank.conversion import convert_when_loading
@@ -17,11 +17,13 @@ from hf_lowrank.methods.base import LowRankConfig, ReparameterizedLinear, uses_d
 from hf_lowrank.methods.first_step import before_first_step
 from hf_lowrank.methods.foreign import is_adapted
 from hf_lowrank.methods.fullrank import FullRankConfig
+from hf_lowrank.methods.guard import guard_loading
 from hf_lowrank.methods.probe import check_first_batch, own_weights, probe, unchanged_on_error, warn_unused
-from hf_lowrank.methods.recorded import default_settings, fixed_structure, layers_of, method_of, structure_hash
+from hf_lowrank.methods.recorded import default_settings, layers_of, method_of, structure_hash
 from hf_lowrank.methods.stacks import put_stack
 from hf_lowrank.methods.summary import Summary, summarize, warn_of_uncovered
 from hf_lowrank.methods.targets import Target, hidden_size, method_targets, refuse_shared, target_parameters
+from hf_lowrank.methods.trainer_arguments import ADAMW
 from hf_lowrank.optim.plan import IDENTITY_KEY, Plan
 from hf_lowrank.running import running_trainer
 
@@ -31,8 +33,6 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def prepare(
@@ -56,8 +56,8 @@ def prepare(
             the others a run with the same method and settings.
 
     Returns:
-        The same model, and the keyword arguments `Trainer` needs beside it: the optimizer, and for ReLoRA `callbacks`
-        (add your own with `trainer.add_callback`). Sizes are printed on the main process.
+        The same model, and the keyword arguments `Trainer` needs beside it: the optimizer, and for some methods
+        `callbacks` (add your own with `trainer.add_callback`). Sizes are printed on the main process.
 
     Raises:
         ValueError: no layer matches, a rank exceeds a layer's shorter side, a pretrained model would lose its
@@ -85,7 +85,7 @@ def prepare(
     if start is not None and places is not None:
         start.fill(places, model)
     convert_when_loading(model)
-    _guard_loading(model, targets)
+    guard_loading(model, targets)
     if args.should_log:
         Console().print((summary := summarize(model, config, targets, ranks)).table())
         warn_of_uncovered(summary, config)
@@ -138,7 +138,7 @@ def _check_call(config: LowRankConfig, args: TrainingArguments) -> None:
         )
     config.check_arguments(args)
     _optimizer(config, args)
-    if config.optimizer(args) is not None and args.optim not in PLAIN_ADAMW:
+    if config.optimizer(args) is not None and args.optim not in ADAMW:
         logger.warning("optim=%s is not used: %s brings its own AdamW", args.optim, config.label)
 
 
@@ -372,35 +372,3 @@ def _optimizer(config: LowRankConfig, args: TrainingArguments) -> tuple[type[tor
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
         raise ValueError(way_out)
     return optimizer_cls, kwargs
-
-
-def _guard_loading(model: nn.Module, targets: list[Target]) -> None:
-    """Refuse a state dict of another form where `load_state_dict(strict=False)`, Trainer's way, would half-load it."""
-    expected = {
-        t.weight_name.rpartition(".")[0]: set(t.module.state_dict())
-        for t in targets
-        if t.stack is None or isinstance(t.module, ReparameterizedLinear)
-    }
-    # a local function could not be pickled with the model
-    model.register_load_state_dict_pre_hook(functools.partial(_refuse_other_forms, expected))
-
-
-def _refuse_other_forms(
-    expected: dict[str, set[str]], module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    for name, keys in expected.items():
-        start = f"{prefix}{name}."
-        saved_keys = {key[len(start) :] for key in state_dict if key.startswith(start)}
-        if saved_keys and saved_keys != keys:
-            raise ValueError(
-                f"the checkpoint holds {', '.join(sorted(saved_keys))} for layer {name}, which here has "
-                f"{', '.join(sorted(keys))}: it was trained with another method; resume with that method, or load "
-                "it with hf_lowrank.from_pretrained"
-            )
-    for name, tensor in fixed_structure(module).items():
-        saved = state_dict.get(f"{prefix}{name}", tensor)
-        if saved.shape != tensor.shape or not torch.equal(saved.to(tensor.device), tensor):
-            raise ValueError(
-                f"{name} differs from the checkpoint's, which was drawn with another seed or sparsity: resume "
-                "with the seed and settings of the run that saved it"
-            )

@@ -2,13 +2,15 @@
 
 import dataclasses
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_lowrank.methods.base import METHODS, LowRankConfig, ReparameterizedLinear
 
-__all__ = ["default_settings", "fixed_structure", "layers_of", "method_of", "structure_hash"]
+__all__ = ["RECORDED", "default_settings", "fixed_structure", "layers_of", "method_of", "structure_hash", "take_start"]
 
 # what a model's config has of a method beside its settings
 RECORDED = ("form", "structure", "init_from")
@@ -27,6 +29,18 @@ def default_settings(method: str) -> dict[str, Any]:
     config_cls = METHODS.get(method)
     fields = () if config_cls is None else dataclasses.fields(config_cls)
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def take_start(checkpoint: str | Path, model: nn.Module) -> None:
+    """Record in a model's config what the run of a checkpoint started from: going on needs no `init_from`."""
+    config: Any = getattr(model, "config", None)
+    file = Path(checkpoint) / "config.json"
+    recorded = getattr(config, "lowrank", None)
+    if not recorded or not file.is_file():
+        return
+    start = (json.loads(file.read_text()).get("lowrank") or {}).get("init_from")
+    own = {key: value for key, value in recorded.items() if key != "init_from"}
+    config.lowrank = own if start is None else {**own, "init_from": start}
 
 
 def layers_of(config: LowRankConfig) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.methods.base import MethodCallback, Paper, register, seeded_generator, uses_deepspeed
 from hf_lowrank.methods.lora import LoRAConfig, LoRAExperts, LoRALinear, add_product, own_rows
-from hf_lowrank.methods.schedule import check_restarts, plain, restart_schedule
+from hf_lowrank.methods.schedule import check_restarts, restart_schedule
+from hf_lowrank.methods.trainer_arguments import ADAMW, plain
 from hf_lowrank.optim.sharding import RowShards
 from hf_lowrank.sharding import local, reshard, whole
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 PRUNING = ("random", "magnitude", "reset")
 # what AdamW keeps of a parameter beside its step
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @torch.no_grad()

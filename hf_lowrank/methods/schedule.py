@@ -7,15 +7,12 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
-__all__ = ["check_restarts", "plain", "restart_schedule", "with_restarts"]
+from hf_lowrank.methods.trainer_arguments import plain
+
+__all__ = ["check_restarts", "restart_schedule", "with_restarts"]
 
 # schedules that are no function of the step alone
 ADAPTIVE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-
-
-def plain(value: Any) -> str:
-    """An argument as it is written on the command line, for transformers makes enums of some."""
-    return str(getattr(value, "value", value))
 
 
 def check_restarts(label: str, args: TrainingArguments) -> None:

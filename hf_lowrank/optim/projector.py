@@ -210,7 +210,7 @@ def _draw(values: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """Places of r values, in order, drawn one after the other with probabilities proportional to them."""
     # of exponential clocks with these rates, the first to ring is a draw, and the first r are draws one by one
     clocks = torch.empty(len(values), dtype=torch.float64).exponential_(generator=generator)
-    return (clocks / values.double().cpu()).argsort(stable=True)[:r].sort().values.to(values.device)
+    return (clocks / values.cpu().double()).argsort(stable=True)[:r].sort().values.to(values.device)
 
 
 def _normal(d: int, r: int, generator: torch.Generator, like: Tensor) -> Tensor:

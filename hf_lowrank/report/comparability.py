@@ -134,10 +134,11 @@ def _other_rate(run: Run | Baseline, data: Data | None) -> Parts:
 
 
 def _start(run: Run | Baseline) -> str:
+    # the same run has many paths, and each seed may start from its own
     start = run.init_from
-    return (
-        "initial values" if start is None else f"{start.source}, step {UNKNOWN if start.step is None else start.step}"
-    )
+    if start is None:
+        return "initial values"
+    return f"{start.form} weights of {start.method}, step {UNKNOWN if start.step is None else start.step}"
 
 
 # in the order in which a reader would ask for them
@@ -162,7 +163,7 @@ FACTS = (
     SharedFact("checkpoint", "Checkpoint", "a checkpoint from the middle of a run is no run's end", _checkpoint),
     SharedFact("unfinished", "Unfinished", "a run stopped before its schedule ended", _unfinished, of_setting=False),
     SharedFact("init_from", "Started from", "a run that starts from trained weights has seen more than its own tokens",
-               lambda run, data: {"source": _start(run)}, of_setting=False),
+               lambda run, data: {"source": _start(run)}),
     SharedFact("rate", "Peak learning rate", "",
                lambda run, data: {"rate": None if run.learning_rate is None else f"{run.learning_rate:g}"}, "note"),
     SharedFact("other_rate", "Other parameters' rate over the targets'", "", _other_rate, "note"),

@@ -11,6 +11,8 @@ from hf_lowrank.conversion import convert_when_loading, refuse_incomplete
 from hf_lowrank.families.callback import MetricCallback
 from hf_lowrank.methods.base import MethodCallback
 from hf_lowrank.methods.prepare import check_handed_on, check_method, method_of
+from hf_lowrank.methods.recorded import take_start
+from hf_lowrank.methods.trainer_arguments import plain
 from hf_lowrank.optim.plan import Plan, plan_of
 from hf_lowrank.run.console import use_console
 from hf_lowrank.run.facts import RunInfo
@@ -63,7 +65,7 @@ def attach(
     _load_exactly(trainer)
     _add(trainer, callbacks)
     args = trainer.args
-    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy)) if args.push_to_hub else None
+    strategy = plain(args.hub_strategy) if args.push_to_hub else None
     # Trainer's own pushing rewrites README.md and weights in the root and uploads the root
     args.push_to_hub = False
     if args.include_num_input_tokens_seen == "no":
@@ -200,7 +202,15 @@ def _load_exactly(trainer: Trainer) -> None:
         convert_when_loading(model)
         return model
 
+    load = trainer._load_from_checkpoint
+
+    def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
+        assert trainer.model is not None
+        take_start(resume_from_checkpoint, trainer.model)
+        load(resume_from_checkpoint, model)
+
     trainer.call_model_init = converting_model_init  # type: ignore[method-assign]
+    trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
     refuse_incomplete(trainer)
 
 

@@ -44,8 +44,10 @@ _MOST_BESIDE, _MOST_COMPARED = 100, 5
 
 def use_console(trainer: Trainer, speed: SpeedCallback) -> None:
     """Put `ConsoleCallback` in the place of the callbacks by which Trainer prints its logs."""
-    for printing in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
-        trainer.remove_callback(printing)
+    printing = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
+    handler = trainer.callback_handler
+    # somebody's own subclass of them stays
+    handler.callbacks = [callback for callback in handler.callbacks if type(callback) not in printing]
     trainer.add_callback(ConsoleCallback(speed))
 
 
@@ -217,7 +219,7 @@ def summary_table(report: Report) -> Table:
 
 def next_commands(report: Report, run: Path) -> list[str]:
     """Return commands to copy: compare the run with those beside it, publish it, measure what is missing."""
-    others = [folder for folder in sorted(run.resolve().parent.glob("*")) if folder != run.resolve()]
+    others = [folder for folder in sorted(run.resolve().parent.glob("*/")) if folder != run.resolve()]
     others = [folder for folder in others[:_MOST_BESIDE] if _is_like(report, folder)][:_MOST_COMPARED]
     return [
         shlex.join(["hf-lowrank", "compare", *map(_shown, (run, *others)), "--output", "comparison"]),

@@ -21,6 +21,7 @@ from hf_lowrank.methods import FullRankConfig, LowRankConfig
 from hf_lowrank.methods.base import ReparameterizedLinear
 from hf_lowrank.methods.prepare import method_of, summary_of
 from hf_lowrank.methods.summary import Summary, optimizer_state_bytes, summarize
+from hf_lowrank.methods.trainer_arguments import plain
 from hf_lowrank.model_config import loading_class
 from hf_lowrank.optim.plan import IDENTITY_KEY
 from hf_lowrank.report.secrets import without_secrets
@@ -176,7 +177,7 @@ def _schedule_and_batch(trainer: Trainer) -> dict[str, Any]:
     process_batch = trainer._train_batch_size
     return {
         "lr_schedule": {
-            "type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "type": plain(args.lr_scheduler_type),
             "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
             **(args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}),
         },

@@ -220,9 +220,13 @@ class ReportCallback(TrainerCallback):
         self._ended = {key: report.run[key] for key in ("wall_time_seconds", "peak_memory_bytes", "date")}
         if self.figures:
             log_figures(self.trainer, report, self.publish)
-        print_summary(report, self.publish)
         if self.push_strategy is not None:
             self.pushes.finish(self.publish, "end of training")
+        try:
+            print_summary(report, self.publish)
+        # a terminal may be unable to show a name, and what is done is done
+        except Exception as error:
+            logger.warning("the summary of the run could not be printed: %s", error)
 
     def _validation_loss(self) -> tuple[Samples, dict[str, Any]] | None:
         """Losses of the validation rows and the settings they depend on; every process evaluates its share."""

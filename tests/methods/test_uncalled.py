@@ -133,12 +133,22 @@ def test_shape_dtype_and_device_are_there_without_a_matrix(method, monkeypatch):
         (lambda layer: layer.weight.view(-1).detach().__iadd__(1), "writes to the weight"),
         (lambda layer: torch.add(torch.ones(6), 1, out=layer.weight[0].detach()), "writes to the weight"),
         (lambda layer: layer.weight.data_ptr(), "takes the memory of the weight"),
+        (lambda layer: torch._foreach_mul_([layer.weight], 2), "writes to the weight"),
+        (lambda layer: F.relu(layer.weight[0], inplace=True), "writes to the weight"),
         (lambda layer: setattr(layer.weight, "data", torch.zeros(4, 6)), "takes the memory of the weight"),
     ],
 )
 def test_what_a_weight_that_is_not_there_cannot_do(use, message):
     with pytest.raises(UncalledLayerError, match=f"{message}.*leave such layers out with target_modules"):
         use(one_layer("sltrain", nn.Linear(6, 4)))
+
+
+def test_a_number_of_a_weight_can_be_read():
+    layer = one_layer("sltrain", nn.Linear(6, 4))
+    W = layer.dense_weight().detach()
+    assert int(1000 * layer.weight[0, 1]) == int(1000 * W[0, 1])
+    assert range(5)[(layer.weight[0, 1] * 0).long()] == 0
+    torch.testing.assert_close(F.relu(layer.weight[0]), F.relu(W[0]))
 
 
 def test_a_product_that_a_call_does_not_compute_is_refused():

@@ -194,3 +194,29 @@ def test_spans_on_a_gpu_wait_for_nothing(monkeypatch):
     spans.collect()
     assert (spans.seconds["outer"], spans.amounts["outer"]) == (3.0, 5)
     assert spans._pending == deque()
+
+
+def test_a_printing_callback_of_ones_own_stays(tmp_path):
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path))
+    mine = Mine()
+    trainer.add_callback(mine)
+    lr.attach(trainer, console=True)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert mine in trainer.callback_handler.callbacks
+    assert ConsoleCallback in kinds
+    assert not {PrinterCallback, ProgressCallback} & set(kinds)
+
+
+def test_a_summary_that_cannot_be_printed_is_no_end(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "no such sign")
+
+    monkeypatch.setattr("hf_lowrank.run.report.print_summary", fails)
+    trainer = make_trainer(METHODS["fullrank"], arguments(tmp_path, max_steps=1))
+    lr.attach(trainer)
+    trainer.train()
+    assert "the summary of the run could not be printed" in caplog.text
+    assert (tmp_path / "publish" / "report.json").is_file()
