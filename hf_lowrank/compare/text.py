@@ -12,7 +12,7 @@ from hf_lowrank.report.significance import UNPAIRED
 from hf_lowrank.report.values import UNKNOWN
 
 __all__ = [
-    "ENVIRONMENT", "heading", "metrics_csv", "render_markdown", "runs_csv", "significance_text",
+    "ENVIRONMENT", "csv_text", "heading", "metrics_csv", "render_markdown", "runs_csv", "significance_text",
 ]  # fmt: skip
 
 _SHOWN_FACTS = ("method", "method_config", "model", "tokens_seen", "steps", "learning_rate", "seeds")
@@ -70,7 +70,7 @@ def metrics_csv(comparison: Comparison) -> str:
     table["paired"] = table["paired"].where(table["test"].notna())
     table["note"] = table["note"].where(table["note"] != "", table["why"])
     table["at"] = comparison.at or ""
-    return _csv(table[_METRIC_FIELDS])
+    return csv_text(table[_METRIC_FIELDS])
 
 
 def _exact(value: float, whole: bool) -> float | int:
@@ -91,10 +91,11 @@ def runs_csv(comparison: Comparison) -> str:
         }
         for row in comparison.rows
     ]
-    return _csv(pd.DataFrame(lines))
+    return csv_text(pd.DataFrame(lines))
 
 
-def _csv(table: pd.DataFrame) -> str:
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV in which no text is a formula."""
     return str(table.map(_spreadsheet_safe).to_csv(index=False, lineterminator="\n"))
 
 

@@ -1,1 +1,1 @@
-"""Studies of several methods: so far, how their learning rates are tuned."""
+"""Studies of several methods: planned, tuned, run as jobs, and analysed."""

@@ -128,10 +128,10 @@ def _disk(plan: Plan, costs: Mapping[str, Costs], keep_checkpoints: bool) -> tup
 
     The runs of one seed and size are trained together. The reference's checkpoints stay, since a method that is added
     later is compared with them. Of a run that is measured only the last checkpoint waits for
-    the barriers to other seeds.
+    its barriers.
     """
     kept = peak = 0
-    waiting = {name for pair in plan.pairs if pair.kind == "seeds" for name in pair.runs}
+    waiting = {name for pair in plan.pairs for name in pair.runs}
     for seed, size in dict.fromkeys((cell.seed, cell.size) for cell in plan.cells):
         group = [cell for cell in plan.cells if (cell.seed, cell.size) == (seed, size)]
         checkpoint, publish = costs[size].checkpoint, costs[size].publish

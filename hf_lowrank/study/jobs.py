@@ -27,13 +27,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "Commands", "Job", "State", "barriers_job", "evaluate_job", "final_loss", "locked", "measure_job",
+    "IMMATERIAL", "Commands", "Job", "State", "barriers_job", "evaluate_job", "final_loss", "locked", "measure_job",
     "measured_families", "read_state",
     "run_job", "stop_children", "train_job",
 ]  # fmt: skip
 
 # settings that say how a run is computed and not what comes out
-_IMMATERIAL = {"cpu_threads", "dataloader_num_workers", "dataloader_pin_memory", "license", "use_cpu"}
+IMMATERIAL = {"cpu_threads", "dataloader_num_workers", "dataloader_pin_memory", "license", "use_cpu"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def train_job(commands: Commands, recipes: Path, cell: Cell) -> Job:
     flags = ("--output_dir", output, "--run_name", cell.name, "--data_cache", "data")
     identity = {
         "recipe": cell.method, "size": cell.size, "seed": cell.seed, "steps": cell.steps, "saved": list(cell.saved),
-        "settings": {key: value for key, value in cell.overrides.items() if key not in _IMMATERIAL},
+        "settings": {key: value for key, value in cell.overrides.items() if key not in IMMATERIAL},
     }  # fmt: skip
     command = (*commands.train, *recipe_words(cell, recipes), *flags, *_GO_ON)
     return Job(f"{cell.name}.train", "train", (cell.name,), command, identity)
@@ -234,8 +234,8 @@ def run_job(folder: Path, job: Job, environment: Mapping[str, str], inherited: i
         spent = round(spent + time.monotonic() - start, 1)
         state = State("done", job.identity, spent)
         if _stopping.is_set():
-            return State("started", job.identity, spent)
-        if code != 0:
+            state = State("started", job.identity, spent)
+        elif code != 0:
             state = State("failed", job.identity, spent, _reason(code, log))
         elif job.kind == "train":
             state = _trained(folder, job, spent)
@@ -266,11 +266,19 @@ def _process(
             stderr=subprocess.STDOUT, pass_fds=() if inherited is None else (inherited,),
         )  # fmt: skip
         _children.add(child)
+        if _stopping.is_set():
+            # stop_children may have looked before the child was there
+            child.terminate()
         try:
             # looked at and not waited for: a signal handler that stops the child must be able to wait for it
             while (code := child.poll()) is None:
                 time.sleep(_PAUSE)
             return code
+        except BaseException:
+            # it holds the study's lock
+            child.terminate()
+            child.wait()
+            raise
         finally:
             _children.discard(child)
 

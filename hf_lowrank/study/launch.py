@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from hf_lowrank.study.jobs import Job, State, run_job, stop_children
 
-__all__ = ["Launcher", "Local", "Submitted", "devices"]
+__all__ = ["QUIET", "Launcher", "Local", "Submitted", "devices", "slot"]
 
+# variables of every job
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 Note = Callable[[Job], None]
 
@@ -34,6 +36,16 @@ def devices() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+
+
+def slot(jobs: int, device: str) -> dict[str, str]:
+    """Variables of one of the jobs that run at a time, with its GPUs, or else its share of the cores."""
+    if device:
+        return {**QUIET, "CUDA_VISIBLE_DEVICES": device}
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    )
+    return {**QUIET, **threads}
 
 
 class Local:
@@ -76,12 +88,7 @@ class Local:
         device = self._free.get()
         try:
             started(job)
-            environment = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            if device:
-                environment["CUDA_VISIBLE_DEVICES"] = device
-            elif "OMP_NUM_THREADS" not in os.environ:
-                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-            return run_job(self.folder, job, environment, self.lock)
+            return run_job(self.folder, job, slot(self.jobs, device), self.lock)
         finally:
             ended(job)
             self._free.put(device)
@@ -95,17 +102,14 @@ class Submitted:
     Args:
         folder: of the study, on a file system that all nodes share.
         jobs: of the array at a time.
-        processes: of a job, each with a GPU where `parameters` do not say otherwise.
-        parameters: of submitit's executor.
+        parameters: of submitit's executor; GPUs are asked for here.
         cluster: `slurm`, or `local` for processes of submitit's own.
 
     Raises:
         ValueError: submitit is not installed, there is no SLURM, or it refuses a parameter.
     """
 
-    def __init__(
-        self, folder: Path, jobs: int, processes: int, parameters: dict[str, Any], cluster: str = "slurm"
-    ) -> None:
+    def __init__(self, folder: Path, jobs: int, parameters: dict[str, Any], cluster: str = "slurm") -> None:
         try:
             import submitit
         except ImportError as error:

@@ -158,7 +158,8 @@ def _rates(
     if source == label:
         return {}
     method = study.method(source)
-    settings = {**_recipe(recipes, size, study.recipe(source)), **method.settings, **method.sizes.get(size, {})}
+    recipe = _recipe(recipes, size, study.recipe(source))
+    settings = {**recipe, **study.settings, **method.settings, **method.sizes.get(size, {})}
     if "learning_rate" not in settings:
         raise ValueError(f"rates_of of {label}: neither {source}'s settings nor its recipe has a learning_rate")
     return {"learning_rate": float(settings["learning_rate"]), "other_lr_scale": settings.get("other_lr_scale", 1.0)}

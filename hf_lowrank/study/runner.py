@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_lowrank.report.files import atomic_path
 from hf_lowrank.study.jobs import (
+    IMMATERIAL,
     Commands,
     Job,
     State,
@@ -55,11 +56,16 @@ def known_losses(study: Study, folder: Path, beside: Path, recipes: Path) -> Los
         path = beside / tuning.results
         if not path.is_file():
             raise ValueError(f"tuning.results: {path} does not exist: correct it, or drop it")
+        # these are of a size's recipe as it is, and anything else that is set makes another run
+        changed = study.settings.keys() - IMMATERIAL
         for record in _records(path):
-            # of the recipe as it is; a method with settings of its own is another
-            label = str(record["recipe"])
-            own = label in losses and (study.method(label).settings or study.method(label).sizes.get(tuning.size))
-            if label not in losses or own or (record["steps"], record["seed"]) != (steps, tuning.seed):
+            label, size = str(record["recipe"]), record.get("size", "tiny")
+            if changed or label not in losses or (size, record["steps"], record["seed"]) != (
+                tuning.size, steps, tuning.seed,
+            ):  # fmt: skip
+                continue
+            method = study.method(label)
+            if study.recipe(label) != label or method.settings or method.sizes.get(tuning.size):
                 continue
             point = plan.grids[label].point(record["learning_rate"], record["other_lr_scale"])
             loss = record["validation_loss"]

@@ -143,7 +143,8 @@ class Study(_Part):
         checkpoints: of a run, evenly spaced; the last one is at its last step.
         settings: flags of the recipe for every run.
         processes: of one training or measurement, through `accelerate launch`.
-        slurm: parameters of submitit's executor, `timeout_min` or `slurm_partition` for example.
+        slurm: parameters of submitit's executor, `timeout_min` or `slurm_partition` for example, and the GPUs of a
+            job: `slurm_gpus_per_node`.
         recipes: folder of pretrain.py and configs/, from the YAML file's folder.
     """
 

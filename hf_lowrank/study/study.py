@@ -1,6 +1,5 @@
 """`run_study`: a study from its file, planned, run and analysed in its folder."""
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from hf_lowrank.options import StudyOptions
 from hf_lowrank.study.calibrate import calibrate, read_costs
 from hf_lowrank.study.forecast import Costs, Forecast, forecast
 from hf_lowrank.study.jobs import Commands, locked
-from hf_lowrank.study.launch import Local, Submitted
+from hf_lowrank.study.launch import Local, Submitted, devices, slot
 from hf_lowrank.study.plan import Cell, Plan, check_cells
 from hf_lowrank.study.runner import Runner, check_finished, done_jobs, load_plan
 from hf_lowrank.study.spec import read_study
@@ -42,14 +41,11 @@ def recipe_tokens(recipes: Path, processes: int) -> Callable[[Cell, list[str]], 
 
 
 def analyse_study(folders: list[Path], output: Path) -> str:
-    """Analyse the reports in folders; a line that says where the analysis is, or why there is none."""
-    try:
-        module = importlib.import_module("hf_lowrank.study.analysis")
-    except ModuleNotFoundError as error:
-        if error.name != "hf_lowrank.study.analysis":
-            raise
-        return "this version has no analysis; the reports are in runs/*/publish"
-    module.analyse(folders, output)
+    """Analyse the reports in folders; a line that says where the analysis is."""
+    # scipy, scikit-learn and matplotlib are not needed to plan
+    from hf_lowrank.study.analysis import analyse
+
+    analyse(folders, output)
     return f"{os.path.relpath(output)} holds the analysis"
 
 
@@ -90,11 +86,12 @@ def run_study(
         with locked(folder / "study.lock", wait=False) as lock:
             if options.dry_run:
                 steps = {cell.size: counted[cell.name] // cell.steps for cell in reversed(plan.cells)}
-                costs = calibrate(plan, recipes, folder, commands, steps, _environment(), say, lock)
+                environment = slot(options.jobs, ",".join(devices()[: study.processes]))
+                costs = calibrate(plan, recipes, folder, commands, steps, environment, say, lock)
                 _say_plan(plan, counted, costs, folder, options, say)
                 return True
             if options.launcher == "slurm":
-                launcher: Any = Submitted(folder, options.jobs, study.processes, study.slurm, cluster)
+                launcher: Any = Submitted(folder, options.jobs, study.slurm, cluster)
             else:
                 launcher = Local(folder, options.jobs, study.processes, lock)
             runner = Runner(study, folder, path.parent, recipes, commands, launcher, options.keep_checkpoints, say)
@@ -109,10 +106,6 @@ def run_study(
     except BlockingIOError:
         raise ValueError(f"{folder} is being written by another command: wait for it, or end it") from None
     return complete
-
-
-def _environment() -> dict[str, str]:
-    return {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _say_plan(

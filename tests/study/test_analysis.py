@@ -7,10 +7,12 @@ import pytest
 from compared import write_run
 from studied import GROUPS, Simulated
 
+from hf_lowrank.report.significance import Delta
 from hf_lowrank.study.analysis import analyse, prediction
 from hf_lowrank.study.analysis.analyse import analyse_data
 from hf_lowrank.study.analysis.controls import parts_of
 from hf_lowrank.study.analysis.inputs import read_runs, study_data
+from hf_lowrank.study.analysis.result import decide
 
 
 @pytest.fixture(autouse=True)
@@ -257,12 +259,40 @@ def test_a_studys_record_gives_labels_roles_and_rates(tmp_path):
     (folder / "study.json").write_text(json.dumps(record))
     # what an earlier analysis left is no run
     write_run(folder / "analysis" / "old", study.reports[study.cells[0]["name"]], curves=False)
+    # nor are those by which a study finds rates and costs
+    for name in ("tuning-small-galore-0_0", "calibration-small-0"):
+        write_run(folder / "runs" / name, study.reports[study.cells[0]["name"]], curves=False)
     data, skipped = read_runs([folder])
     assert not skipped
     assert data.reference == {"small": "plain"}
     assert data.runs["why"].tolist().count("a run of the search for rates") == 1
     assert len(data.runs) == 6
     assert ("galore", "rates", "fullrank-galore-rates", "plain") in parts_of(data, "small")
+
+
+def test_two_studies_may_have_runs_of_one_name(tmp_path):
+    study = Simulated(seeds=(1, 2), seed=8)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        for cell in study.cells:
+            write_run(folder / "runs" / cell["name"], study.reports[cell["name"]], curves=False)
+        cells = [{**cell, "method": f"{cell['method']} of {number}"} for cell in study.cells]
+        (folder / "study.json").write_text(json.dumps({"cells": cells}))
+    data, _ = read_runs([tmp_path / "1", tmp_path / "2"])
+    labels = data.runs["label"].tolist()
+    assert sum(label.endswith("of 1") for label in labels) == sum(label.endswith("of 2") for label in labels) > 0
+
+
+def test_what_is_not_told_counts_for_nothing():
+    def delta(value, q):
+        return Delta(value, 0.1, 4, q, q=q)
+
+    up, down, untold = delta(1.0, 0.01), delta(-1.0, 0.01), delta(-1.0, 0.5)
+    for tests, holds in (
+        ((up, up), "holds"), ((up, untold), "holds in part"), ((up, down), "holds in part"),
+        ((down, down), "does not hold"), ((down, untold), "the data do not tell"), ((untold,), "the data do not tell"),
+    ):  # fmt: skip
+        assert decide([(test, 1) for test in tests]) == holds
 
 
 def test_names_in_reports_stay_text(tmp_path):

@@ -13,6 +13,7 @@ from hf_lowrank.options import StudyOptions
 from hf_lowrank.study.forecast import Costs, forecast
 from hf_lowrank.study.jobs import locked, read_state
 from hf_lowrank.study.plan import check_cells, make_plan, recipe_words
+from hf_lowrank.study.runner import load_plan
 from hf_lowrank.study.search import search
 from hf_lowrank.study.spec import read_study
 from hf_lowrank.study.study import forecast_lines, recipe_tokens, run_study
@@ -160,6 +161,15 @@ def test_rates_come_from_the_search_and_are_carried_to_other_sizes(tmp_path):
         assert plan.cell(f"{size}-galore-s1").overrides == plan.cell(f"{size}-full-s1").overrides == tuned
     assert plan.cell("60m-galore-s1").overrides == {}
     assert plan.cell("60m-full-s1").overrides == {"learning_rate": 0.01, "other_lr_scale": 1.0}
+
+
+def test_a_control_takes_the_rates_that_its_source_has_here(tmp_path):
+    changes = {
+        "settings": {"learning_rate": 0.05, "other_lr_scale": 2.0},
+        "controls": {"full": {"recipe": "fullrank", "rates_of": "galore"}},
+    }
+    overrides = planned(tmp_path, **changes).cell("tiny-full-s1").overrides
+    assert (overrides["learning_rate"], overrides["other_lr_scale"]) == (0.05, 2.0)
 
 
 COSTS = Costs(start=10, step=2, measure=30, evaluate=5, pair=7, checkpoint=100, publish=40)
@@ -390,6 +400,14 @@ def test_a_search_takes_finished_results_and_runs_the_rest(tmp_path, stub):
     assert found["bracketed"]
     assert found["learning_rate"] == pytest.approx(3.33e-3)
     assert found["learning_rate"] * found["other_lr_scale"] == pytest.approx(3e-2, rel=1e-2)
+    # results are of one size, at its recipe's settings
+    again = (
+        {"tuning": {**tuning, "size": "nano"}, "sizes": ["nano"]},
+        {"tuning": tuning, "settings": {"max_grad_norm": 1}},
+    )
+    for number, changes in enumerate(again):
+        plan = load_plan(read_study(written(tmp_path, **changes)), tmp_path / f"new{number}", tmp_path, RECIPES)
+        assert plan.points["galore"] == 0
     (tmp_path / "rates.jsonl").write_text('{"recipe": "galore"}\n')
     with pytest.raises(ValueError, match="line 1 of .* has no"):
         study_stub.study(written(tmp_path, tuning=tuning), tmp_path / "out")

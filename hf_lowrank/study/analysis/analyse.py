@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import pandas as pd
 
 from hf_lowrank.compare.gather import Skipped
+from hf_lowrank.compare.text import csv_text
 from hf_lowrank.figures import drawing, save_figure
 from hf_lowrank.report.files import atomic_path
-from hf_lowrank.report.markdown import one_line
 from hf_lowrank.study.analysis.activations import analyse_activations
 from hf_lowrank.study.analysis.barriers import analyse_barriers
 from hf_lowrank.study.analysis.controls import analyse_controls
@@ -64,7 +63,7 @@ def analyse(folders: Sequence[str | Path], output: Path | str, *, token: str | N
     data, skipped = read_runs(folders, token)
     findings = analyse_data(data, skipped)
     files = {each.key: [*_tables(each, output), *_figure(each, output)] for each in findings.analyses}
-    _write(output / "tables" / "runs.csv", _csv(data.runs))
+    _write(output / "tables" / "runs.csv", csv_text(data.runs))
     _write(output / "report.md", render_markdown(data, findings.analyses, findings.claims, files))
     _write(output / "report.html", render_html(data, findings.analyses, findings.claims, files, output))
     return findings
@@ -89,7 +88,7 @@ def _tables(analysis: Analysis, output: Path) -> list[str]:
             old.unlink()
     for name, table in tables.items():
         if len(table):
-            _write(output / "tables" / f"{name}.csv", _csv(table))
+            _write(output / "tables" / f"{name}.csv", csv_text(table))
             names.append(f"tables/{name}.csv")
     return names
 
@@ -103,18 +102,6 @@ def _figure(analysis: Analysis, output: Path) -> list[str]:
             return []
         save_figure(figure, path)
     return [f"figures/{path.name}"]
-
-
-def _csv(table: pd.DataFrame) -> str:
-    return str(table.map(_spreadsheet_safe).to_csv(index=False, lineterminator="\n"))
-
-
-def _spreadsheet_safe(value: object) -> object:
-    """Keep a spreadsheet from reading a text as a formula: others choose names."""
-    if not isinstance(value, str):
-        return value
-    text = one_line(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,6 +29,8 @@ __all__ = ["StudyData", "read_runs", "study_data"]
 
 _LOSS = "validation_loss"
 _BASELINE = "baseline"
+# how a study calls its runs that are no results
+_NO_RESULTS = ("tuning-", "calibration-")
 _CELL = ("method", "seed", "size", "role")
 
 
@@ -83,17 +85,22 @@ def read_runs(sources: Sequence[str | Path], token: str | None = None) -> tuple[
         ValueError: no run is left, or a study.json is damaged.
     """
     found: list[str] = []
-    cells: dict[str, dict[str, Any]] = {}
+    # of what each source says of its runs: two studies may have runs of one name
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
     for source in sources:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             found.append(str(source))
             continue
         # a study's own folder holds more than its runs
-        inside = folder / "runs" if (folder / "study.json").is_file() and (folder / "runs").is_dir() else folder
+        of_study = (folder / "study.json").is_file()
+        inside = folder / "runs" if of_study and (folder / "runs").is_dir() else folder
         reports = [path.parent for path in sorted(inside.rglob("report.json"))]
-        found += [str(each.parent if each.name == "publish" else each) for each in reports] or [str(source)]
-        cells |= _cells(folder / "study.json")
+        own = [each.parent if each.name == "publish" else each for each in reports]
+        # a study tunes and calibrates with runs that are no results
+        own = [each for each in own if not (of_study and each.name.startswith(_NO_RESULTS))]
+        found += [str(each) for each in own] or [str(source)]
+        cells |= dict.fromkeys(map(str, own), _cells(folder / "study.json"))
     gathered = gather(found, token=token)
     if not gathered.runs:
         reason = f": {gathered.skipped[0].source}: {gathered.skipped[0].reason}" if gathered.skipped else ""
@@ -101,7 +108,8 @@ def read_runs(sources: Sequence[str | Path], token: str | None = None) -> tuple[
     given = []
     for run, source in zip(gathered.runs, gathered.sources, strict=True):
         names = [run.report.run.name, Path(source).name]
-        given.append(next((cells[name] for name in names if name in cells), {}))
+        said = cells.get(str(source), {})
+        given.append(next((said[name] for name in names if name in said), {}))
     return study_data(gathered.runs, given), gathered.skipped
 
 

@@ -65,7 +65,9 @@ def decide(expected: Sequence[tuple[Delta, int]]) -> Holds:
         return "the data do not tell"
     if all(sign > 0 for sign in signs):
         return "holds"
-    return "does not hold" if all(sign <= 0 for sign in signs) else "holds in part"
+    if all(sign < 0 for sign in signs):
+        return "does not hold"
+    return "holds in part" if any(sign > 0 for sign in signs) else "the data do not tell"
 
 
 def listed(words: Sequence[str]) -> str:

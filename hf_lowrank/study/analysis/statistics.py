@@ -142,7 +142,8 @@ def seed_jackknife(
     seeds = list(dict.fromkeys(seed for pairs in (ours, null) for _, *both in pairs for seed in both))
     left_out = [each for seed in seeds if math.isfinite(each := contrast(seed))]
     n, value = len(left_out), contrast()
-    if n < 2 or len({seed for _, seed, _ in ours}) < 2 or len(null) < 2:
+    # two values have one degree of freedom
+    if n < 3 or len({seed for _, seed, _ in ours}) < 2 or len(null) < 2:
         return Delta(value, None, None, None, "too few seeds to know the spread")
     mean = statistics.fmean(left_out)
     error = math.sqrt((n - 1) / n * sum((each - mean) ** 2 for each in left_out))
