@@ -285,7 +285,7 @@ def test_two_studies_may_have_runs_of_one_name(tmp_path):
 
 def test_what_is_not_told_counts_for_nothing():
     def delta(value, q):
-        return Delta(value, 0.1, 4, q, q=q)
+        return Delta(value, 0.1, q, "t test", q=q)
 
     up, down, untold = delta(1.0, 0.01), delta(-1.0, 0.01), delta(-1.0, 0.5)
     for tests, holds in (
