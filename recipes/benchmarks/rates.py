@@ -84,7 +84,8 @@ class Results:
 
     def add(self, run: Run, loss: float | None, stderr: float | None, seconds: float) -> None:
         """Keep a finished run, in memory and in the file."""
-        record = {"size": "tiny", **asdict(run), "validation_loss": loss, "stderr": stderr, "seconds": round(seconds, 1)}
+        found = {"validation_loss": loss, "stderr": stderr, "seconds": round(seconds, 1)}
+        record = {"size": "tiny", **asdict(run), **found}
         self._take(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
